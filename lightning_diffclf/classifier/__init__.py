@@ -1,0 +1,20 @@
+"""The method: turns any conditional denoiser into a classifier. Needs torch and numpy only."""
+
+from lightning_diffclf.classifier.classification import Classification
+from lightning_diffclf.classifier.draws import Draws
+from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, Round, Stages
+from lightning_diffclf.classifier.engine import DiffusionClassifier
+from lightning_diffclf.classifier.posterior import Posterior
+from lightning_diffclf.classifier.score import Loss
+
+__all__ = [
+    "Classification",
+    "DiffusionClassifier",
+    "Draws",
+    "Elimination",
+    "Exhaustive",
+    "Loss",
+    "Posterior",
+    "Round",
+    "Stages",
+]

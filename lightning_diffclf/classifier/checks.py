@@ -1,0 +1,61 @@
+"""Refuses bad input before any network call, with one error that says what was found and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def check_images(images: Tensor, ids: Sequence[int | str]) -> None:
+    """Raise TypeError or ValueError unless ``images`` is (B, C, H, W), floating, finite, with B ids."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        found = f"dtype {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images: {found}, expected a floating point tensor (B, C, H, W), pixels in [-1, 1]")
+    if images.ndim != 4:
+        raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, C, H, W)")
+    if len(ids) != len(images):
+        raise ValueError(f"ids: {len(ids)} for {len(images)} images")
+    finite_B = images.isfinite().flatten(1).all(1)
+    if not bool(finite_B.all()):
+        bad = [ids[i] for i in (~finite_B).nonzero().flatten().tolist()]
+        raise ValueError(
+            f"images: NaN or infinity in image {bad[0]!r} and {len(bad) - 1} others, expected finite values"
+        )
+
+
+def resolve_candidates(candidates: Sequence[Any] | None, num_images: int, known: int) -> list[np.ndarray]:
+    """Indices of the candidates in play, one int64 array for each image.
+
+    Args:
+        candidates: None (all that are known), one list of indices for all images, or one list for each image.
+        num_images: Number of images.
+        known: Number of candidates that the denoiser knows.
+
+    Raises:
+        ValueError: if a list is empty, has repeated or unknown indices, or there are not as many lists as images.
+    """
+    if candidates is None:
+        return [np.arange(known)] * num_images
+    nested = len(candidates) > 0 and not isinstance(candidates[0], (int, np.integer))
+    if nested and len(candidates) != num_images:
+        raise ValueError(f"candidates: {len(candidates)} lists for {num_images} images")
+    lists = [np.asarray(c, dtype=np.int64) for c in (candidates if nested else [candidates])]
+    for one in lists:
+        if one.ndim != 1 or len(one) == 0:
+            raise ValueError("candidates: none given for an image, expected at least one")
+        if one.min() < 0 or one.max() >= known or len(np.unique(one)) < len(one):
+            raise ValueError(f"candidates: {one.tolist()}, expected distinct indices in 0 … {known - 1}")
+    return lists if nested else lists * num_images
+
+
+def check_output(output: Tensor, x_t: Tensor) -> None:
+    """Raise ValueError unless the network's output fits its input: (N, C or 2C, h, w)."""
+    n, channels, *space = x_t.shape
+    if output.shape not in {(n, channels, *space), (n, 2 * channels, *space)}:
+        raise ValueError(
+            f"denoiser.predict: output of shape {tuple(output.shape)} for x_t of shape {tuple(x_t.shape)}, "
+            f"expected {(n, channels, *space)} or, with a predicted variance, {(n, 2 * channels, *space)}"
+        )

@@ -1,0 +1,41 @@
+"""The decision on one image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The decision on one image.
+
+    Attributes:
+        image_id: Id under which the image was given.
+        label: Class index of the winning candidate.
+        candidate: Index of the winning candidate.
+        candidates_K: Indices of the K candidates that were in play for this image (K,), int64.
+        scores_K: Mean error of each over the draws that it saw (K,), float64. Lower is better, but only candidates
+            that saw equally many draws can be compared; infinite where the network returned NaN or infinity.
+        draws_K: Number of draws that each saw (K,), int64.
+        nfe: Network calls spent on the image.
+        timesteps_S: Timestep of each draw, in the order spent (S,).
+        errors_KS: Every single error (K, S), float32, NaN where not evaluated; None unless ``keep_errors``.
+    """
+
+    image_id: int | str
+    label: int
+    candidate: int
+    candidates_K: Tensor
+    scores_K: Tensor
+    draws_K: Tensor
+    nfe: int
+    timesteps_S: Tensor
+    errors_KS: Tensor | None = None
+
+    @property
+    def ranking(self) -> list[int]:
+        """Positions 0 … K-1, best first: those that stayed longer, and among them those with the lower score."""
+        return np.lexsort((self.scores_K.numpy(), -self.draws_K.numpy())).tolist()
