@@ -1,0 +1,36 @@
+"""Turn any conditional denoiser into a classifier, and train one with PyTorch Lightning."""
+
+from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
+from lightning_diffclf.callbacks.ema import EMA
+from lightning_diffclf.classifier import (
+    Classification,
+    DiffusionClassifier,
+    Draws,
+    Elimination,
+    Exhaustive,
+    Posterior,
+    Stages,
+)
+from lightning_diffclf.denoiser import Candidates, ConditionalDenoiser
+from lightning_diffclf.models.dit import DiT
+from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.schedule import NoiseSchedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "Candidates",
+    "ClassConditionalDiT",
+    "Classification",
+    "ConditionalDenoiser",
+    "DiT",
+    "DiffusionClassifier",
+    "DiffusionClassifierCallback",
+    "Draws",
+    "Elimination",
+    "Exhaustive",
+    "NoiseSchedule",
+    "Posterior",
+    "Stages",
+]

@@ -21,6 +21,7 @@ class Classification:
             that saw equally many draws can be compared; infinite where the network returned NaN or infinity.
         draws_K: Number of draws that each saw (K,), int64.
         nfe: Network calls spent on the image.
+        dims: Number of values of x0, D; what a posterior needs besides the scores.
         timesteps_S: Timestep of each draw, in the order spent (S,).
         errors_KS: Every single error (K, S), float32, NaN where not evaluated; None unless ``keep_errors``.
     """
@@ -32,6 +33,7 @@ class Classification:
     scores_K: Tensor
     draws_K: Tensor
     nfe: int
+    dims: int
     timesteps_S: Tensor
     errors_KS: Tensor | None = None
 

@@ -108,7 +108,9 @@ class Stages(Elimination):
     @cached_property
     def _plan(self) -> tuple[list[int], list[int]]:
         """Visiting order of the grid, and the number of draws spent after each stage."""
-        count, order, stops = self.samples[-1], [], []
+        count = self.samples[-1]
+        order: list[int] = []
+        stops: list[int] = []
         for samples in self.samples:
             stride = count // samples
             seen = set(order)

@@ -150,7 +150,9 @@ class DiffusionClassifier:
                 first network call; or if the network's output has the wrong shape, at the first.
             FloatingPointError: if the network returns NaN or infinity for all candidates of an image.
         """
-        id_list = list(range(len(images))) if ids is None else [i.item() if isinstance(i, Tensor) else i for i in ids]
+        id_list: list[int | str] = list(range(len(images)) if ids is None else ids)
+        if isinstance(ids, Tensor):
+            id_list = ids.tolist()
         check_images(images, id_list)
         return self._run(images, id_list, resolve_candidates(candidates, len(images), len(self.denoiser.candidates)))
 
@@ -174,7 +176,7 @@ class DiffusionClassifier:
                 self._land(pieces, *self._evaluate(pieces, slots.x0))
                 for flight in [f for f in flights if f.cut == f.rows]:
                     if self._advance(flight):
-                        decided[flight.position] = self._decide(flight)
+                        decided[flight.position] = self._decide(flight, slots.x0[0].numel())
                         slots.free.append(flight.slot)
                         flights.remove(flight)
                 while next_out in decided:
@@ -326,7 +328,7 @@ class DiffusionClassifier:
         flight.sums_K[broken] = np.inf
         return np.where(np.isfinite(scores_A), scores_A, np.inf)
 
-    def _decide(self, flight: _Flight) -> Classification:
+    def _decide(self, flight: _Flight, dims: int) -> Classification:
         with np.errstate(invalid="ignore"):
             scores_K = flight.sums_K / flight.draws_K
         best = flight.active_A[np.argmin(scores_K[flight.active_A])]
@@ -339,6 +341,7 @@ class DiffusionClassifier:
             scores_K=torch.from_numpy(scores_K),
             draws_K=torch.from_numpy(flight.draws_K),
             nfe=flight.nfe,
+            dims=dims,
             timesteps_S=self.timesteps_S,
             errors_KS=None if flight.errors_KS is None else torch.from_numpy(flight.errors_KS),
         )

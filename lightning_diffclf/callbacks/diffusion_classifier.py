@@ -1,0 +1,371 @@
+"""DiffusionClassifierCallback: a thin Lightning shell over classifier/ that classifies what a Trainer evaluates."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+
+from lightning_diffclf.callbacks.progress import ClassifierProgressBar
+from lightning_diffclf.classifier import Classification, DiffusionClassifier, Draws, Elimination, Posterior
+from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.denoiser import ConditionalDenoiser
+from lightning_diffclf.results.figures import save_confusion_matrix, save_timestep_accuracy
+from lightning_diffclf.results.metrics import ClassifierMetrics
+from lightning_diffclf.results.predictions import merge_parts, to_table, write_table
+
+PREDICTIONS = "predictions.parquet"
+
+
+class DiffusionClassifierCallback(L.Callback):
+    """Classifies what ``validate``, ``test``, ``predict`` and the validation of ``fit`` see, by its denoising error.
+
+    Works with any LightningModule that is a :class:`~lightning_diffclf.denoiser.ConditionalDenoiser`, and with batches
+    as :func:`~lightning_diffclf.data.batch.unpack` describes. Images without ids are keyed by a digest of their values.
+    The network runs in the Trainer's precision, with averaged weights where an EMA callback puts them in place. Every
+    image counts once, also when a DistributedSampler pads its shards.
+
+    Logged as ``diffclf/…``: ``accuracy`` (top-1), ``top5``, ``mean_per_class`` (over classes that occur), ``nll`` and
+    ``ece`` of the posterior (natural logarithm; 15 bins), ``nfe_per_image``, ``images``, ``seconds`` and
+    ``images_per_second``.
+
+    Args:
+        draws: (t, noise) pairs for each image; 250, or what the elimination rule spends, if omitted.
+        seed: Key of the noise.
+        loss: Error terms: ``l2``, ``l1``, ``huber``, ``kl``, ``nll``, or several joined by ``+``.
+        elimination: Rule that drops candidates early; none if omitted.
+        microbatch: Rows (image, candidate, draw) of one network call. Does not change results.
+        candidates: Indices of the candidates in play; all if omitted.
+        reduction: ``mean`` or ``sum``: how the posterior reads scores.
+        temperature: Temperature of the posterior.
+        fit_images: Images that validation during ``fit`` classifies, over all ranks; None for all, 0 for none.
+        every_n_validations: Classify in every n-th validation of ``fit``.
+        output_dir: Folder for ``predictions.parquet``, ``metrics.json`` and pictures, outside ``fit``; nothing is
+            written if omitted. A folder that already holds results is left alone: the next free ``…-2``, ``…-3`` is
+            used.
+        name: Prefix of what is logged; give each a name of its own to use two of these callbacks.
+
+    Attributes:
+        results: Decisions of this rank in the last evaluation.
+        metrics: Metrics of the last evaluation over all ranks; empty without labels.
+
+    Raises:
+        TypeError: from ``setup``, if the module is no ConditionalDenoiser.
+        ValueError: if a setting is out of range (some only from ``setup``, when the module is known), or a label
+            belongs to no candidate.
+    """
+
+    def __init__(
+        self,
+        draws: int | None = None,
+        seed: int = 0,
+        loss: str = "l2",
+        elimination: Elimination | None = None,
+        microbatch: int = 256,
+        candidates: list[int] | None = None,
+        reduction: Literal["mean", "sum"] = "sum",
+        temperature: float = 1.0,
+        fit_images: int | None = 128,
+        every_n_validations: int = 1,
+        output_dir: str | None = None,
+        name: str = "diffclf",
+    ) -> None:
+        for what, value, least in (
+            ("draws", draws, 1),
+            ("microbatch", microbatch, 1),
+            ("fit_images", fit_images, 0),
+            ("every_n_validations", every_n_validations, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{what}: {value}, expected at least {least}")
+        if candidates is not None and not candidates:
+            raise ValueError("candidates: an empty list, expected at least one index, or null for all")
+        self.draws, self.seed, self.loss, self.elimination, self.microbatch = draws, seed, loss, elimination, microbatch
+        self.candidates = candidates
+        self.posterior = Posterior(reduction, temperature)
+        self.fit_images, self.every_n_validations = fit_images, every_n_validations
+        self.output_dir = output_dir
+        self.name = name
+        self.results: list[Classification] = []
+        self.metrics: dict[str, float] = {}
+        self._labels: list[int | None] = []
+        self._validations = 0  # seen in this fit
+        self._active = False
+        self._remaining: int | None = None  # images to classify on this rank; None if unknown
+        self._folder: Path | None = None  # where this evaluation's results go
+        self._correct = self._nfe = 0  # of this evaluation on this rank, for the progress bar
+
+    @property
+    def state_key(self) -> str:
+        return f"DiffusionClassifierCallback.{self.name}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, ConditionalDenoiser):
+            missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(pl_module, m)]
+            raise TypeError(f"{type(pl_module).__name__} lacks {missing}, expected a ConditionalDenoiser")
+        self.classifier = DiffusionClassifier(
+            pl_module,
+            draws=None if self.draws is None else Draws(self.draws, self.seed),
+            loss=self.loss,
+            elimination=self.elimination,
+            microbatch=self.microbatch,
+            keep_errors=True,
+        )
+        known = len(pl_module.candidates)
+        if self.candidates is not None and not all(0 <= c < known for c in self.candidates):
+            raise ValueError(f"candidates: {self.candidates}, expected indices in 0 … {known - 1}")
+        # On the module, so that Lightning moves them to its device. They have no parameters and save nothing.
+        pl_module.add_module(
+            self._metrics_name,
+            ClassifierMetrics(
+                pl_module.candidates.classes,
+                pl_module.candidates.num_classes,
+                len(self.classifier.timesteps_S),
+                self.posterior,
+            ),
+        )
+
+    @property
+    def _metrics_name(self) -> str:
+        return f"{self.name}_metrics"
+
+    def _metrics(self, pl_module: L.LightningModule) -> ClassifierMetrics:
+        metrics = getattr(pl_module, self._metrics_name)
+        assert isinstance(metrics, ClassifierMetrics)
+        return metrics
+
+    # --- begin -----------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn != "fit":
+            self._begin(trainer, pl_module, trainer.val_dataloaders, cap=None)
+            return
+        self._validations += 1
+        if self.fit_images != 0 and self._validations % self.every_n_validations == 0:
+            self._begin(trainer, pl_module, trainer.val_dataloaders, cap=self.fit_images)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module, trainer.test_dataloaders, cap=None)
+
+    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module, trainer.predict_dataloaders, cap=None)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, loaders: Any, cap: int | None) -> None:
+        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        if len(loaders) != 1:
+            raise ValueError(f"dataloaders: {len(loaders)}, expected one to classify")
+        self._remaining = images_on_this_rank(loaders[0], trainer.global_rank, trainer.world_size, cap)
+        self._metrics(pl_module).reset()
+        self.results, self._labels, self.metrics, self._correct, self._nfe = [], [], {}, 0, 0
+        self._folder = None
+        if self.output_dir is not None and trainer.state.fn != "fit":
+            self._folder = Path(trainer.strategy.broadcast(str(free_folder(Path(self.output_dir)))))
+            self._folder.mkdir(parents=True, exist_ok=True)  # before long work: fails here if it cannot be written
+        self._active = True
+        if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
+            trainer.progress_bar_callback.start_images(self._remaining)
+
+    # --- classify --------------------------------------------------------------------------------------------------
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self._active:
+            self._classify(trainer, pl_module, batch, labels_needed=True)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._classify(trainer, pl_module, batch, labels_needed=True)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._classify(trainer, pl_module, batch, labels_needed=False)
+
+    def _classify(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, labels_needed: bool) -> None:
+        images, labels, ids = unpack(batch)
+        count = len(images) if self._remaining is None else min(len(images), self._remaining)
+        if count == 0:
+            return
+        images, ids = images[:count], list(content_ids(images) if ids is None else ids)[:count]
+        known = self._check_labels(labels[:count] if labels is not None else None, ids, labels_needed)
+        bar = trainer.progress_bar_callback
+        start = time.perf_counter()
+        results: list[Classification] = []
+        with trainer.precision_plugin.forward_context():  # hooks run outside autocast
+            for result in self.classifier(images, ids, candidates=self.candidates):
+                label = known[len(results)]
+                results.append(result)
+                self._nfe += result.nfe
+                self._correct += label == result.label
+                if isinstance(bar, ClassifierProgressBar):
+                    done = len(self.results) + len(results)
+                    bar.update_images(done, None if label is None else self._correct, self._nfe)
+        if labels is not None:
+            right = [label for label in known if label is not None]
+            self._metrics(pl_module).update(results, right, time.perf_counter() - start)
+        self.results += [replace(result, errors_KS=None) for result in results]
+        self._labels += known
+        if self._remaining is not None:
+            self._remaining -= count
+
+    def _check_labels(self, labels: Tensor | None, ids: list[int | str], labels_needed: bool) -> list[int] | list[None]:
+        if labels is None:
+            if labels_needed:
+                raise ValueError("batch: no labels, expected a label for each image; use predict for unlabelled images")
+            return [None] * len(ids)
+        classes = self.classifier.denoiser.candidates.classes
+        allowed = set(classes if self.candidates is None else [classes[c] for c in self.candidates])
+        known: list[int] = labels.tolist()
+        for label, image_id in zip(known, ids, strict=True):
+            if label not in allowed:
+                raise ValueError(
+                    f"label: {label} of image {image_id!r} belongs to no candidate, expected one of the "
+                    f"{len(allowed)} classes in {min(allowed)} … {max(allowed)}"
+                )
+        return known
+
+    # --- end -------------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._active:
+            self._end(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer, pl_module)
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer, pl_module)
+
+    def _end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._active = False
+        if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
+            trainer.progress_bar_callback.stop_images()
+        labelled = None not in self._labels and trainer.state.fn != "predict"
+        if labelled:
+            self.metrics = self._metrics(pl_module).compute()
+            pl_module.log_dict(
+                {f"{self.name}/{name}": value for name, value in self.metrics.items()},
+                sync_dist=trainer.world_size > 1,  # equal on all ranks already; says so to Lightning
+            )
+        if self._folder is not None:
+            self._write(trainer, pl_module, self._folder, labelled)
+
+    def _part(self, folder: Path, rank: int) -> Path:
+        return folder / f"predictions.rank{rank}.parquet"
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path, labelled: bool) -> None:
+        write_table(to_table(self.results, self._labels), self._part(folder, trainer.global_rank))
+        trainer.strategy.barrier("predictions")
+        tally = self._metrics(pl_module).tally.compute() if labelled else None  # by all ranks: it syncs
+        confusion = self._metrics(pl_module).confusion.compute() if labelled else None
+        if not trainer.is_global_zero:
+            return
+        table = merge_parts([self._part(folder, rank) for rank in range(trainer.world_size)], folder / PREDICTIONS)
+        report = {
+            "metrics": self.metrics or {"images": table.num_rows, "nfe": sum(table["nfe"].to_pylist())},
+            "settings": self.settings(trainer),
+        }
+        (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+        if tally is not None and confusion is not None:
+            save_confusion_matrix(confusion, class_names(self.classifier.denoiser), folder / "confusion.png")
+            if bool((tally["judged_S"] > 0).any()):
+                accuracy_S = tally["correct_S"].cpu() / tally["judged_S"].cpu()
+                chance = 1 / len(self.candidates or self.classifier.denoiser.candidates)
+                save_timestep_accuracy(
+                    self.classifier.timesteps_S, accuracy_S, chance, self.metrics["accuracy"], folder / "timesteps.png"
+                )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # What was decided before the error is not lost.
+        if self._active and self._folder is not None and self.results:
+            write_table(to_table(self.results, self._labels), self._part(self._folder, trainer.global_rank))
+
+    def settings(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What the numbers depend on, as plain values."""
+        return {
+            "draws": len(self.classifier.timesteps_S),
+            "seed": self.classifier.draws.seed,
+            "loss": self.loss,
+            "elimination": repr(self.classifier.rule),
+            "candidates": self.candidates,
+            "posterior": asdict(self.posterior),
+            "microbatch": self.microbatch,
+            "precision": trainer.precision,
+            "ranks": trainer.world_size,
+            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            "device": torch.cuda.get_device_name()
+            if trainer.strategy.root_device.type == "cuda"
+            else platform.machine(),
+            "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
+        }
+
+
+def class_names(module: ConditionalDenoiser) -> list[str]:
+    """A name for each class: that of its first candidate."""
+    names = [str(i) for i in range(module.candidates.num_classes)]
+    for name, c in reversed(list(zip(module.candidates.names, module.candidates.classes, strict=True))):
+        names[c] = name
+    return names
+
+
+def free_folder(folder: Path) -> Path:
+    """``folder``, or the first of ``folder-2``, ``folder-3``, … that holds nothing yet."""
+    number, free = 1, folder
+    while free.exists() and any(free.iterdir()):
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def images_on_this_rank(loader: Any, rank: int, world_size: int, cap: int | None) -> int | None:
+    """How many images of ``loader`` this rank has to count, so that all ranks together count each image once.
+
+    A DistributedSampler gives every world_size-th image to a rank and pads short shards at their end with images
+    that other ranks have too: what comes after the number returned here is such padding.
+
+    Args:
+        loader: A DataLoader.
+        rank: This process.
+        world_size: Number of processes.
+        cap: Images over all ranks at most; None for no limit.
+
+    Returns:
+        Number of images, None if unknown (an iterable data set, which must shard itself without repeats).
+
+    Raises:
+        ValueError: if several ranks would all see the same images, or images are dropped.
+    """
+    share = None if cap is None else len(range(rank, cap, world_size))
+    sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return share
+    if isinstance(sampler, DistributedSampler):
+        if sampler.drop_last and len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
+            raise ValueError("dataloader: its DistributedSampler drops images (drop_last), expected all of them")
+        count = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    elif world_size > 1 and isinstance(sampler, (SequentialSampler, RandomSampler)):
+        raise ValueError(
+            f"dataloader: each of {world_size} ranks would see all images; set use_distributed_sampler or shard it"
+        )
+    else:
+        count = len(dataset)  # type: ignore[arg-type]
+    return count if share is None else min(count, share)

@@ -1,0 +1,74 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class EMA(WeightAveraging):
+    """Keeps an exponential moving average of the weights: used for validation, and what is left after training.
+
+    Checkpoints hold the average in ``state_dict`` and the weights being trained in ``current_model_state``, whenever
+    they are written: also during validation and after the end of training, when the two have changed places. So
+    plain loading gives the average, and resuming goes on from the trained weights.
+
+    Args:
+        decay: Share of the old average that is kept at each step, in [0, 1). It is approached as
+            ``min(decay, (1 + n) / (10 + n))`` after n steps, so that early averages are already useful.
+
+    Raises:
+        ValueError: if ``decay`` is out of range, or the weights are not float32 (in half precision, the steps of the
+            average would be rounded away: use ``bf16-mixed`` rather than ``bf16-true``).
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema: decay {decay}, expected a number in [0, 1)")
+        self.decay = decay
+        self._swapped = False  # whether the module holds the average and the average the trained weights
+        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+
+    def _average(self, averages: Any, currents: Any, num_averaged: Tensor | int) -> None:
+        n = int(num_averaged)
+        get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(averages, currents, num_averaged)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            half = [n for n, p in pl_module.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]
+            if half:
+                raise ValueError(
+                    f"ema: {half[0]} is {pl_module.get_parameter(half[0]).dtype}, expected float32 weights; "
+                    "train with precision bf16-mixed, not bf16-true"
+                )
+            # The module is still on the CPU here: without this, the average would stay there.
+            self._device = trainer.strategy.root_device
+            self._swapped = False
+        super().setup(trainer, pl_module, stage)
+
+    def _swap_models(self, pl_module: L.LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._swapped = not self._swapped
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Change places rather than copy, so that a checkpoint written from here on still has both.
+        self._swap_models(pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model is None:
+            return
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._swapped:
+            checkpoint["state_dict"], checkpoint["current_model_state"] = (
+                checkpoint["current_model_state"],
+                checkpoint["state_dict"],
+            )
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -1,0 +1,265 @@
+"""The command line: LightningCLI with named configurations and evaluation from a checkpoint alone.
+
+``python train.py --config dit_digits.yaml``, ``python evaluate.py --ckpt PATH`` and
+``diffclf fit|validate|test|predict`` are one parser: one YAML file is one whole experiment, and every value in it is
+also a flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import ActionConfigFile
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+
+import lightning_diffclf  # noqa: F401  (checkpoints may only name classes that are imported)
+from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
+from lightning_diffclf.callbacks.ema import EMA
+from lightning_diffclf.callbacks.progress import ClassifierProgressBar
+from lightning_diffclf.callbacks.samples import SampleGrid
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
+
+KEPT_FOR_EVALUATION = ("seed_everything", "model", "data", "classifier")  # of a checkpoint's configuration
+
+
+class NamedConfig(ActionConfigFile):
+    """``--config dit_digits.yaml``: that file, else the file of that name in configs/."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Replace a bare name and go on as the base class."""
+        if isinstance(values, str) and "\n" not in values and not Path(values).is_file():
+            if (CONFIGS / values).is_file():
+                values = str(CONFIGS / values)
+            elif values.endswith((".yaml", ".yml")):
+                known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+                parser.error(f"config: no file {values!r}, neither here nor in {CONFIGS} (which has: {known})")
+        super().__call__(parser, cfg, values, option_string)
+
+
+class KeepConfig(SaveConfigCallback):
+    """Writes the run's configuration beside its logs, and into its checkpoints."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CONFIG_KEY] = self.parser.dump(self.config, skip_none=False)
+
+
+class Parser(LightningArgumentParser):
+    """Reports what is wrong, without the hundreds of lines of usage before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one message and exit with status 2."""
+        print(f"error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2) from ex
+
+
+class DiffClfCLI(LightningCLI):
+    """LightningCLI for this package; see the module's first lines."""
+
+    def __init__(self, args: Sequence[str], default_subcommand: str | None = None) -> None:
+        self._default_subcommand = default_subcommand
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=KeepConfig,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            args=list(args),
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=NamedConfig, help="YAML file, or the name of one in configs/; may be repeated"
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/default", help="Folder for checkpoints, logs and results of this run"
+        )
+        parser.add_lightning_class_args(DiffusionClassifierCallback, "classifier")
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(SampleGrid, "samples")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"samples.columns": 0, "checkpoint.save_last": True})
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments(
+            "run_dir", "checkpoint.dirpath", compute_fn=lambda folder: str(Path(folder) / "checkpoints")
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # A new list: sys.argv must not change, Lightning's DDP launcher runs it again for the other ranks.
+        if self._default_subcommand and not (args and args[0] in self.subcommands()):
+            args = [self._default_subcommand, *args]
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the base class would let a checkpoint's hyperparameters override flags and YAML in silence."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        callbacks = list(config.get("callbacks") or [])
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(ClassifierProgressBar())
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = CSVLogger(self._get(self.config, "run_dir"), name="logs") if self._fits else False
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    @property
+    def _fits(self) -> bool:
+        return self.subcommand == "fit"
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        path = self.config[subcommand].get("ckpt_path")
+        if path == "last":
+            path = Path(self._get(self.config, "run_dir")) / "checkpoints" / "last.ckpt"
+            path = str(path) if path.is_file() else None
+        if path is not None and path not in ("best", "hpc", "registry"):
+            check_checkpoint(self.model, read_checkpoint(path), path)
+        super()._run_subcommand(subcommand)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint onto the CPU without running code from it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no Lightning checkpoint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: no file {str(path)!r}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint: {str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"checkpoint: {str(path)!r} has no 'state_dict', expected a Lightning checkpoint")
+    return checkpoint
+
+
+def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Raise ValueError unless the weights in ``checkpoint`` are those of a module like this one."""
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    if ours == theirs:
+        return
+    differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    found = [f"{name} is {theirs[name]} there and {ours[name]} here" for name in differing[:3]]
+    missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    found += [f"{len(missing)} tensors are missing there, such as {missing[0]}"] if missing else []
+    found += [f"{len(surplus)} tensors are unknown here, such as {surplus[0]}"] if surplus else []
+    raise ValueError(
+        f"checkpoint: {str(path)!r} does not fit {type(module).__name__} as configured: {'; '.join(found)}. "
+        "To train anew, give another --run_dir"
+    )
+
+
+def evaluation_config(path: str | Path) -> str:
+    """YAML with model, data and classifier of the run that wrote a checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read or was not written by this package's command line.
+    """
+    checkpoint = read_checkpoint(path)
+    if CONFIG_KEY not in checkpoint:
+        raise ValueError(
+            f"checkpoint: {str(path)!r} does not say how it was made (no {CONFIG_KEY!r}, which `diffclf fit` writes); "
+            "give --config as well"
+        )
+    config = yaml.safe_load(checkpoint[CONFIG_KEY])
+    kept = {key: config[key] for key in KEPT_FOR_EVALUATION}
+    kept["trainer"] = {"precision": config["trainer"]["precision"]}
+    return yaml.safe_dump(kept, sort_keys=False)
+
+
+def train(args: Sequence[str] | None = None) -> None:
+    """``train.py``: the command line with ``fit`` implied; ``args`` are those of the process if omitted."""
+    _run(lambda: DiffClfCLI(sys.argv[1:] if args is None else args, default_subcommand="fit"))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """``diffclf``: the command line with its subcommands; ``args`` are those of the process if omitted."""
+    _run(lambda: DiffClfCLI(sys.argv[1:] if args is None else args))
+
+
+def evaluate(args: Sequence[str] | None = None) -> None:
+    """``evaluate.py``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
+    args = sys.argv[1:] if args is None else list(args)
+    own = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Classify a test set with a trained network. Prints a table; writes metrics.json, "
+        "predictions.parquet, confusion.png and timesteps.png to OUT.",
+        epilog="All other flags override the settings of the checkpoint (--classifier.draws 50, "
+        "--data.eval_batch_size 16, --trainer.accelerator gpu); see `diffclf test --help`.",
+        allow_abbrev=False,
+    )
+    own.add_argument("--ckpt", help="checkpoint; a run of ours needs nothing else")
+    own.add_argument("-c", "--config", action="append", default=[], help="YAML file, or the name of one in configs/")
+    own.add_argument("--out", help="folder for the results (default: `evaluation` in the folder of the run)")
+    known, flags = own.parse_known_args(args)
+    if known.ckpt is None and not known.config:
+        own.error("give --ckpt PATH, or --config FILE for a network that needs no training")
+
+    def run() -> None:
+        configs = [evaluation_config(known.ckpt)] if not known.config else known.config
+        out = known.out or str(default_output(known.ckpt))
+        from_checkpoint = [f"--ckpt_path={known.ckpt}"] if known.ckpt else []
+        DiffClfCLI(
+            [
+                "test",
+                *[f"--config={config}" for config in configs],
+                f"--classifier.output_dir={out}",
+                "--verbose=false",
+                *from_checkpoint,
+                *flags,
+            ]
+        )
+
+    _run(run)
+
+
+def default_output(ckpt: str | None) -> Path:
+    """Folder for results: beside ``checkpoints/`` of the checkpoint's run, else here."""
+    if ckpt is None:
+        return Path("evaluation")
+    folder = Path(ckpt).parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
+
+
+def _run(command: Any) -> None:
+    """Run a command; what the user did wrong is told in one line instead of a traceback."""
+    try:
+        command()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if _is_ours(error):
+            raise SystemExit(f"error: {error}") from error
+        raise
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by this package on purpose, rather than by a defect somewhere below."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("lightning_diffclf")

@@ -1,0 +1,51 @@
+"""What a batch may look like: the one place that takes them apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W), class labels (B,) int64 or None, and ids (B) or None."""
+
+    images: Tensor
+    labels: Tensor | None
+    ids: Sequence[int | str] | None
+
+
+def unpack(batch: Any) -> Batch:
+    """Take a batch apart: a mapping with ``image`` (``label``, ``id``), or (images, labels[, ids]), or images alone.
+
+    Raises:
+        TypeError: if the batch is none of these.
+
+    Example:
+        >>> import torch
+        >>> unpack((torch.zeros(2, 1, 8, 8), torch.tensor([3, 5]))).labels
+        tensor([3, 5])
+    """
+    if isinstance(batch, Tensor):
+        return Batch(batch, None, None)
+    if isinstance(batch, Mapping) and "image" in batch:
+        return Batch(batch["image"], batch.get("label"), _listed(batch.get("id")))
+    if isinstance(batch, Sequence) and 1 <= len(batch) <= 3 and isinstance(batch[0], Tensor):
+        images, labels, ids = [*batch, None, None][:3]
+        return Batch(images, labels, _listed(ids))
+    keys = f" with keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
+    raise TypeError(
+        f"batch: {type(batch).__name__}{keys}, expected a mapping with 'image' (and 'label', 'id'), "
+        "or (images, labels[, ids]), or images alone"
+    )
+
+
+def _listed(ids: Any) -> list[int | str] | None:
+    return ids.tolist() if isinstance(ids, Tensor) else None if ids is None else list(ids)
+
+
+def content_ids(images: Tensor) -> list[str]:
+    """Ids for images that come without: a digest of their values, so that results still do not depend on order."""
+    return [hashlib.blake2b(one.numpy().tobytes(), digest_size=12).hexdigest() for one in images.detach().float().cpu()]

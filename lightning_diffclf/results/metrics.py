@@ -1,0 +1,146 @@
+"""What is counted during an evaluation: torchmetrics objects, synced over ranks once, when computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
+
+from lightning_diffclf.classifier import Classification, Posterior
+from lightning_diffclf.classifier.posterior import sum_by_class
+
+
+class Tally(Metric):
+    """Exact sums over images: int64 counts, because float32 stops counting at 16 million.
+
+    Args:
+        num_draws: Number of draws S that an image may spend.
+    """
+
+    full_state_update = False
+    images: Tensor
+    nfe: Tensor
+    nll: Tensor
+    seconds: Tensor
+    correct_S: Tensor
+    judged_S: Tensor
+
+    def __init__(self, num_draws: int) -> None:
+        super().__init__()
+        for name in ("images", "nfe"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("seconds", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")  # ranks run side by side
+        for name in ("correct_S", "judged_S"):
+            self.add_state(name, torch.zeros(num_draws, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, images: int, nfe: int, nll: float, seconds: float, correct_S: Tensor, judged_S: Tensor) -> None:
+        """Add sums over some images; ``correct_S`` of ``judged_S`` images were right by draw s alone."""
+        self.images += images
+        self.nfe += nfe
+        self.nll += nll
+        self.seconds += seconds
+        self.correct_S += correct_S.to(self.correct_S.device)
+        self.judged_S += judged_S.to(self.judged_S.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The sums over all ranks (of the seconds, the maximum)."""
+        return {name: getattr(self, name) for name in self._defaults}
+
+
+class ClassifierMetrics(nn.Module):
+    """The metrics of a diffusion classifier over labelled images.
+
+    Args:
+        classes: Class index of each candidate of the denoiser.
+        num_classes: Number of classes.
+        num_draws: Number of draws S that an image may spend.
+        posterior: Turns scores into probabilities.
+    """
+
+    def __init__(self, classes: Sequence[int], num_classes: int, num_draws: int, posterior: Posterior) -> None:
+        super().__init__()
+        self.classes, self.num_classes, self.posterior = tuple(classes), num_classes, posterior
+        self.tally = Tally(num_draws)
+        self.confusion = MulticlassConfusionMatrix(num_classes)
+        self.calibration = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
+        self.top5 = MulticlassAccuracy(num_classes, top_k=5, average="micro") if num_classes > 5 else None
+
+    def update(self, results: Sequence[Classification], labels: Sequence[int], seconds: float) -> None:
+        """Count labelled images.
+
+        Args:
+            results: The decisions.
+            labels: The right classes.
+            seconds: Time that the decisions took.
+        """
+        if not results:
+            return
+        device = self.tally.images.device
+        target_B = torch.tensor(labels)
+        probabilities_BC = torch.cat([self._probabilities(r) for r in results])
+        order_BC = torch.stack([self._order(r) for r in results])
+        chosen_B = probabilities_BC.gather(1, target_B[:, None])[:, 0].clamp_min(torch.finfo(torch.float64).tiny)
+        correct_S, judged_S = self._by_draw(results, target_B)
+        nfe = sum(r.nfe for r in results)
+        self.tally.update(len(results), nfe, float(-chosen_B.log().sum()), seconds, correct_S, judged_S)
+        target_B = target_B.to(device)
+        self.confusion.update(torch.tensor([r.label for r in results], device=device), target_B)
+        self.calibration.update(probabilities_BC.float().to(device), target_B)
+        if self.top5 is not None:
+            self.top5.update(order_BC.to(device), target_B)
+
+    def _classes_of(self, result: Classification) -> Tensor:
+        return torch.tensor(self.classes)[result.candidates_K]
+
+    def _probabilities(self, result: Classification) -> Tensor:
+        probabilities_1K = self.posterior(result.scores_K[None], result.dims)
+        return sum_by_class(probabilities_1K, self._classes_of(result).tolist(), self.num_classes)
+
+    def _order(self, result: Classification) -> Tensor:
+        """A number for each class (C,), higher for those that the elimination kept longer, then by score."""
+        order_C = torch.full((self.num_classes,), -1e9)
+        ranks = -torch.arange(len(result.ranking), dtype=torch.float32)
+        classes = self._classes_of(result)[torch.tensor(result.ranking)]
+        return order_C.scatter_reduce(0, classes, ranks, "amax")
+
+    def _by_draw(self, results: Sequence[Classification], target_B: Tensor) -> tuple[Tensor, Tensor]:
+        """How many images each draw alone gets right, and of how many: only draws that all candidates saw."""
+        correct_S, judged_S = torch.zeros_like(self.tally.correct_S.cpu()), torch.zeros_like(self.tally.judged_S.cpu())
+        for result, target in zip(results, target_B, strict=True):
+            if result.errors_KS is not None:
+                complete_S = result.errors_KS.isfinite().all(0)
+                choice_S = self._classes_of(result)[result.errors_KS.nan_to_num(nan=torch.inf).argmin(0)]
+                correct_S += (choice_S == target) & complete_S
+                judged_S += complete_S
+        return correct_S, judged_S
+
+    def compute(self) -> dict[str, float]:
+        """The headline numbers over all ranks; call it on all ranks. Counts and means are exact."""
+        tally = {name: value.cpu() for name, value in self.tally.compute().items()}
+        confusion_CC = self.confusion.compute().cpu()
+        support_C = confusion_CC.sum(1)
+        images = int(tally["images"])
+        seen = support_C > 0
+        values = {
+            "accuracy": int(confusion_CC.diagonal().sum()) / images,
+            "mean_per_class": float((confusion_CC.diagonal()[seen] / support_C[seen]).double().mean()),
+            "nll": float(tally["nll"]) / images,
+            "ece": float(self.calibration.compute()),
+            "images": images,
+            "nfe_per_image": int(tally["nfe"]) / images,
+            "images_per_second": images / float(tally["seconds"]),
+            "seconds": float(tally["seconds"]),
+        }
+        if self.top5 is not None:
+            values["top5"] = float(self.top5.compute())
+        return values
+
+    def reset(self) -> None:
+        """Begin anew."""
+        for metric in self.children():
+            if isinstance(metric, Metric):
+                metric.reset()
