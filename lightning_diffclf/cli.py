@@ -8,7 +8,9 @@ also a flag.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,7 +33,14 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
 
-KEPT_FOR_EVALUATION = ("seed_everything", "model", "data", "classifier")  # of a checkpoint's configuration
+KEPT_FOR_EVALUATION = (
+    "seed_everything",
+    "model",
+    "data",
+    "classifier",
+    "ema",
+    "checkpoint",
+)  # of a checkpoint's configuration
 
 
 class NamedConfig(ActionConfigFile):
@@ -133,7 +142,11 @@ class DiffClfCLI(LightningCLI):
         path = self.config[subcommand].get("ckpt_path")
         if path == "last":
             path = Path(self._get(self.config, "run_dir")) / "checkpoints" / "last.ckpt"
-            path = str(path) if path.is_file() else None
+            if path.is_file():
+                path = str(path)
+                print(f"going on from {path}")
+            else:
+                path = self.config_init[subcommand]["ckpt_path"] = None
         if path is not None and path not in ("best", "hpc", "registry"):
             check_checkpoint(self.model, read_checkpoint(path), path)
         super()._run_subcommand(subcommand)
@@ -231,6 +244,7 @@ def evaluate(args: Sequence[str] | None = None) -> None:
                 *[f"--config={config}" for config in configs],
                 f"--classifier.output_dir={out}",
                 "--verbose=false",
+                f"--run_dir={Path(out).parent}",
                 *from_checkpoint,
                 *flags,
             ]
@@ -249,6 +263,14 @@ def default_output(ckpt: str | None) -> Path:
 
 def _run(command: Any) -> None:
     """Run a command; what the user did wrong is told in one line instead of a traceback."""
+    for harmless in (
+        "isinstance\\(treespec, LeafSpec\\)",
+        "The number of training batches",
+        "The dirpath has changed",
+        ".*does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{harmless}")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
     try:
         command()
     except (ValueError, TypeError, FileNotFoundError) as error:

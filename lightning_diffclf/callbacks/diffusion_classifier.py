@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
@@ -293,6 +295,18 @@ class DiffusionClassifierCallback(L.Callback):
                 save_timestep_accuracy(
                     self.classifier.timesteps_S, accuracy_S, chance, self.metrics["accuracy"], folder / "timesteps.png"
                 )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero and self._folder is not None and not self._active:
+            self._print()  # not earlier: the progress bar still owns the terminal
+            self._folder = None
+
+    def _print(self) -> None:
+        table = Table(title=f"diffusion classifier, {self.loss}, {self.classifier.rule}", show_header=False)
+        for name, value in self.metrics.items():
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row("results in", str(self._folder))
+        Console(soft_wrap=True).print(table)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # What was decided before the error is not lost.

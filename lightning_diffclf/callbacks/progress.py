@@ -1,20 +1,53 @@
-"""Rich progress bar that counts classified images, with running accuracy and time left."""
+"""Rich progress bar: training steps of the whole run, and classified images with their running accuracy."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import TaskID
 
 
 class ClassifierProgressBar(RichProgressBar):
-    """Lightning's Rich progress bar, with a line of its own while DiffusionClassifierCallback is at work."""
+    """Lightning's Rich progress bar, counting what matters here.
+
+    Where training ends at ``max_steps``, the bar shows steps and the time left of the whole run, not of an epoch. While
+    DiffusionClassifierCallback is at work, a line of its own shows images, time left, accuracy and cost.
+    """
 
     _images: TaskID | None = None
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def _whole_run(self, trainer: L.Trainer) -> bool:
+        return trainer.max_epochs == -1 and trainer.max_steps > 0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._whole_run(trainer):
+            super().on_train_epoch_start(trainer, pl_module)
+        elif self.progress is not None and self.is_enabled and self.train_progress_bar_id is None:
+            self._initialize_train_progress_bar_id()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step - 1 if self._whole_run(trainer) else batch_idx
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, step)
+
+    @property
+    def total_train_batches(self) -> int | float:
+        return self.trainer.max_steps if self._whole_run(self.trainer) else super().total_train_batches
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training" if self._whole_run(self.trainer) else super()._get_train_description(current_epoch)
+
+    # --- classification --------------------------------------------------------------------------------------------
 
     def start_images(self, total: int | None) -> None:
         """Show the line; ``total`` images are expected on this rank, None if unknown."""
         if self.progress is not None and self.is_enabled:
-            self._images = self.progress.add_task("Classifying images", total=float("inf") if total is None else total)
+            self._images = self.progress.add_task("Classifying", total=float("inf") if total is None else total)
 
     def update_images(self, done: int, correct: int | None, nfe: int) -> None:
         """Bring the line up to date.
@@ -27,7 +60,7 @@ class ClassifierProgressBar(RichProgressBar):
         if self.progress is not None and self._images is not None and self.is_enabled:
             accuracy = "" if correct is None else f", {correct / done:.1%} right"
             self.progress.update(
-                self._images, completed=done, description=f"Classifying images{accuracy}, {nfe / done:.0f} NFE each"
+                self._images, completed=done, description=f"Classifying{accuracy}, {nfe / done:.0f} NFE/image"
             )
             self.refresh()
 

@@ -65,6 +65,7 @@ class Elimination:
         return np.ones(len(current.active_A), dtype=bool)
 
 
+@dataclass(frozen=True)
 class Exhaustive(Elimination):
     """Every candidate sees every draw. The reference for all other rules."""
 

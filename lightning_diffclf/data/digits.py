@@ -76,14 +76,16 @@ class DigitsDataModule(L.LightningDataModule):
         rows = train_test_split(torch.arange(len(labels)), test_size=TEST_SIZE, random_state=0, stratify=digits)
         self.train, self.test = (InMemoryImages(images[part], labels[part], part) for part in rows)
 
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self) -> dict[str, Any]:
         if self.trainer is None:
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         # Lightning keeps a DistributedSampler that it is given, and tells it the epoch.
-        sampler = DistributedSampler(self.train, shuffle=True, seed=self.seed, **self._ranks())
+        sampler: DistributedSampler[dict[str, Tensor]] = DistributedSampler(
+            self.train, shuffle=True, seed=self.seed, **self._ranks()
+        )
         return DataLoader(self.train, self.batch_size, sampler=sampler, collate_fn=_as_it_is)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
