@@ -208,7 +208,9 @@ class DiffusionClassifierCallback(L.Callback):
         if count == 0:
             return
         images, ids = images[:count], list(content_ids(images) if ids is None else ids)[:count]
-        known = self._check_labels(labels[:count] if labels is not None else None, ids, labels_needed)
+        known: list[Any] = [None] * count if labels is None else labels[:count].tolist()
+        if labels_needed:
+            self._check_labels(known, ids)
         bar = trainer.progress_bar_callback
         start = time.perf_counter()
         results: list[Classification] = []
@@ -221,29 +223,24 @@ class DiffusionClassifierCallback(L.Callback):
                 if isinstance(bar, ClassifierProgressBar):
                     done = len(self.results) + len(results)
                     bar.update_images(done, None if label is None else self._correct, self._nfe)
-        if labels is not None:
-            right = [label for label in known if label is not None]
-            self._metrics(pl_module).update(results, right, time.perf_counter() - start)
+        if labels_needed:
+            self._metrics(pl_module).update(results, known, time.perf_counter() - start)
         self.results += [replace(result, errors_KS=None) for result in results]
         self._labels += known
         if self._remaining is not None:
             self._remaining -= count
 
-    def _check_labels(self, labels: Tensor | None, ids: list[int | str], labels_needed: bool) -> list[int] | list[None]:
-        if labels is None:
-            if labels_needed:
-                raise ValueError("batch: no labels, expected a label for each image; use predict for unlabelled images")
-            return [None] * len(ids)
+    def _check_labels(self, labels: list[int | None], ids: list[int | str]) -> None:
         classes = self.classifier.denoiser.candidates.classes
         allowed = set(classes if self.candidates is None else [classes[c] for c in self.candidates])
-        known: list[int] = labels.tolist()
-        for label, image_id in zip(known, ids, strict=True):
+        for label, image_id in zip(labels, ids, strict=True):
+            if label is None:
+                raise ValueError("batch: no labels, expected a label for each image; use predict for unlabelled images")
             if label not in allowed:
                 raise ValueError(
                     f"label: {label} of image {image_id!r} belongs to no candidate, expected one of the "
                     f"{len(allowed)} classes in {min(allowed)} … {max(allowed)}"
                 )
-        return known
 
     # --- end -------------------------------------------------------------------------------------------------------
 
@@ -261,7 +258,7 @@ class DiffusionClassifierCallback(L.Callback):
         self._active = False
         if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
             trainer.progress_bar_callback.stop_images()
-        labelled = None not in self._labels and trainer.state.fn != "predict"
+        labelled = trainer.state.fn != "predict"
         if labelled:
             self.metrics = self._metrics(pl_module).compute()
             pl_module.log_dict(
