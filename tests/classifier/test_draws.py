@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import kstest
+
+from lightning_diffclf import Draws, NoiseSchedule
+from lightning_diffclf.classifier.draws import KeyedNoise, nested_order
+
+
+@given(st.integers(1, 400), st.data())
+def test_every_prefix_covers_the_grid_evenly(count, data):
+    order = nested_order(count).tolist()
+    assert sorted(order) == list(range(count))
+    n = data.draw(st.integers(1, count))
+    visited = sorted(order[:n])
+    gaps = np.diff([*visited, visited[0] + count])
+    # golden-ratio points leave no gap above (1 + golden ratio)² / n of the circle; 2 for rounding to ranks
+    assert gaps.max() <= 2.62 * count / n + 2
+
+
+def noise(keyed: KeyedNoise, image_id, draw: int, size: int = 64) -> np.ndarray:
+    out = np.empty(size, dtype=np.float32)
+    keyed.fill(out, keyed.key(image_id), draw)
+    return out
+
+
+def test_noise_is_a_fresh_philox_stream_for_each_draw():
+    keyed = KeyedNoise(3)
+    noise(keyed, "other", 9, 7)  # whatever was drawn before
+    for draw in (0, 1, 2**40):
+        philox = np.random.Philox(counter=[0, 0, 0, draw], key=keyed.key("image"))
+        expected = np.random.Generator(philox).standard_normal(64, dtype=np.float32)
+        assert np.array_equal(noise(keyed, "image", draw), expected)
+
+
+def test_noise_depends_on_seed_image_and_draw_only():
+    reference = noise(KeyedNoise(0), 7, 1)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    assert np.array_equal(noise(KeyedNoise(0), "7", 1), reference)
+    others = [noise(KeyedNoise(1), 7, 1), noise(KeyedNoise(0), 8, 1), noise(KeyedNoise(0), 7, 2)]
+    for other in others:
+        assert abs(np.corrcoef(reference, other)[0, 1]) < 0.5
+        assert not np.array_equal(other, reference)
+
+
+def test_noise_is_standard_normal():
+    keyed = KeyedNoise(0)
+    values = np.concatenate([noise(keyed, i, d, 50) for i in range(40) for d in range(50)])
+    assert kstest(values, "norm").pvalue > 1e-3
+
+
+def test_default_draws_are_the_papers_timesteps_in_nested_order():
+    visited = Draws(250).visit(NoiseSchedule.linear())
+    assert sorted(visited.tolist()) == list(range(2, 1000, 4))
+    assert visited[:4].tolist() != sorted(visited[:4].tolist())
+
+
+def test_given_timesteps_are_kept():
+    given_timesteps = torch.tensor([9, 3, 5])
+    draws = Draws(3, timesteps=given_timesteps)
+    assert torch.equal(draws.visit(NoiseSchedule.linear()), given_timesteps)
+    assert draws.visit(NoiseSchedule.linear(), order=[2, 0]).tolist() == [5, 9]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Draws(0), "draws: 0, expected at least 1"),
+        (lambda: Draws(3, timesteps=torch.arange(4)), "count is 3 but 4 timesteps are given"),
+        (lambda: Draws(3, noise=torch.zeros(2, 1, 2, 2)), "count is 3 but 2 noise are given"),
+        (lambda: Draws(2000).visit(NoiseSchedule.linear()), "2000 draws: the schedule allows 1 … 1000"),
+        (lambda: Draws(3).visit(NoiseSchedule.linear(), range(5)), "draws: 3, but the elimination rule spends up to 5"),
+    ],
+)
+def test_bad_draws(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,65 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
+
+from lightning_diffclf import NoiseSchedule
+from lightning_diffclf.classifier.score import Loss, Rows
+
+
+def rows() -> Rows:
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, output = torch.randn(3, 6, 2, 3, 3, generator=generator) * torch.tensor([0.4, 1, 2]).view(3, 1, 1, 1, 1)
+    schedule = NoiseSchedule.linear(prediction="v_prediction")
+    t = torch.tensor([0, 10, 100, 400, 800, 999])
+    return Rows(schedule, output.bfloat16(), x0, schedule.add_noise(x0, noise, t), t, noise)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("l2", F.mse_loss), ("l1", F.l1_loss), ("huber", lambda a, b: F.huber_loss(a, b, delta=1.0))],
+)
+def test_distances_are_those_of_torch(name, reference):
+    given = rows()
+    epsilon = given.schedule.to_epsilon(given.output.float(), given.x_t, given.t)
+    errors = Loss(name)(given)
+    assert errors.dtype == torch.float32
+    for i in range(6):
+        torch.testing.assert_close(errors[i], reference(epsilon[i], given.noise[i]))
+
+
+def test_sums_of_terms():
+    given = rows()
+    torch.testing.assert_close(Loss("l1 + l2")(given), Loss("l1")(given) + Loss("l2")(given))
+
+
+def test_kl_is_that_of_two_gaussians():
+    schedule = NoiseSchedule.linear()
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, epsilon, v = torch.randn(4, 5, 1, 2, 2, generator=generator)
+    t = torch.tensor([1, 10, 100, 500, 999])
+    x_t = schedule.add_noise(x0, noise, t)
+    kl = Loss("kl")(Rows(schedule, torch.cat([epsilon, v], 1), x0, x_t, t, noise))
+    a_bar, before = schedule.alphas_cumprod[t], schedule.alphas_cumprod[t - 1]
+    beta = 1 - a_bar / before
+    for i in range(5):
+
+        def posterior_mean(x0, i=i):
+            return (
+                before[i].sqrt() * beta[i] / (1 - a_bar[i]) * x0
+                + (1 - beta[i]).sqrt() * (1 - before[i]) / (1 - a_bar[i]) * x_t[i].double()
+            )
+
+        beta_tilde = beta[i] * (1 - before[i]) / (1 - a_bar[i])
+        guess = (x_t[i].double() - (1 - a_bar[i]).sqrt() * epsilon[i]) / a_bar[i].sqrt()
+        share = (v[i].double() + 1) / 2
+        variance = torch.exp(share * beta[i].log() + (1 - share) * beta_tilde.log())
+        true = Normal(posterior_mean(x0[i].double()), beta_tilde.sqrt())
+        expected = kl_divergence(true, Normal(posterior_mean(guess), variance.sqrt())).mean() / torch.tensor(2.0).log()
+        torch.testing.assert_close(kl[i].double(), expected.double(), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["", "l3", "l2+", "l2+l2"])
+def test_unknown_terms(name):
+    with pytest.raises(ValueError, match=r"loss: .*expected one of \['l2', 'l1', 'huber', 'kl', 'nll'\]"):
+        Loss(name)
