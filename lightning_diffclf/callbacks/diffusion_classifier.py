@@ -14,7 +14,6 @@ import lightning as L
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar

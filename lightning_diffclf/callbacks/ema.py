@@ -40,16 +40,19 @@ class EMA(WeightAveraging):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            half = [n for n, p in pl_module.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]
-            if half:
-                raise ValueError(
-                    f"ema: {half[0]} is {pl_module.get_parameter(half[0]).dtype}, expected float32 weights; "
-                    "train with precision bf16-mixed, not bf16-true"
-                )
             # The module is still on the CPU here: without this, the average would stay there.
             self._device = trainer.strategy.root_device
             self._swapped = False
         super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not in setup: the Trainer converts weights to its precision after it.
+        for name, parameter in pl_module.named_parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"ema: {name} is {parameter.dtype}, expected float32 weights; "
+                    "train with precision bf16-mixed, not bf16-true"
+                )
 
     def _swap_models(self, pl_module: L.LightningModule) -> None:
         super()._swap_models(pl_module)

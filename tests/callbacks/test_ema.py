@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_diffclf import EMA
+from tests.gaussians import Gaussians, loader
+
+
+class Walker(Gaussians):
+    """Its one weight takes a step of exactly 1 at each training step."""
+
+    def training_step(self, batch, batch_idx):
+        return -self.unused.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def fit(folder: Path, *callbacks: L.Callback, max_steps: int = 6, ckpt_path: str | None = None, **kwargs) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        max_steps=max_steps,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
+    trainer.fit(Walker(), loader(40), loader(4), ckpt_path=ckpt_path)
+    return trainer
+
+
+def expected_average(steps: int, decay: float) -> float:
+    average = 1.0  # the first update copies
+    for n in range(1, steps):
+        d = min(decay, (1 + n) / (10 + n))
+        average = d * average + (1 - d) * (n + 1)
+    return average
+
+
+def weights(path: Path) -> tuple[float, float]:
+    checkpoint = torch.load(path, weights_only=True)
+    return checkpoint["state_dict"]["unused"].item(), checkpoint["current_model_state"]["unused"].item()
+
+
+def test_average_follows_its_formula(tmp_path):
+    trainer = fit(tmp_path, EMA(0.5), enable_checkpointing=False)
+    assert trainer.model.unused.item() == pytest.approx(expected_average(6, 0.5))
+
+
+class SaveEverywhere(L.Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"step{trainer.global_step}.ckpt")
+
+    def on_validation_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / "validation.ckpt")
+
+    def on_train_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / "end.ckpt")
+
+
+def test_checkpoints_hold_average_and_weights_whenever_they_are_written(tmp_path):
+    """Also in the middle of validation and after training, when the two have changed places."""
+    fit(tmp_path, EMA(0.5), SaveEverywhere(tmp_path), val_check_interval=6)
+    for name in ("step6", "validation", "end"):
+        assert weights(tmp_path / f"{name}.ckpt") == pytest.approx((expected_average(6, 0.5), 6.0)), name
+
+
+@pytest.mark.parametrize("stop", ["step3", "validation", "end"])
+def test_resuming_goes_on_from_the_trained_weights(tmp_path, stop):
+    fit(tmp_path, EMA(0.5), SaveEverywhere(tmp_path), max_steps=3, val_check_interval=3)
+    last = ModelCheckpoint(dirpath=tmp_path, filename="resumed", every_n_train_steps=6)
+    fit(tmp_path, EMA(0.5), last, ckpt_path=str(tmp_path / f"{stop}.ckpt"))
+    assert weights(tmp_path / "resumed.ckpt") == pytest.approx((expected_average(6, 0.5), 6.0))
+
+
+def test_plain_loading_gives_the_average(tmp_path):
+    fit(tmp_path, EMA(0.5), SaveEverywhere(tmp_path))
+    loaded = Walker.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert loaded.unused.item() == pytest.approx(expected_average(6, 0.5))
+
+
+def test_bad_settings(tmp_path):
+    for decay in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"decay {decay}"):
+            EMA(decay)
+    with pytest.raises(ValueError, match=r"unused is torch.bfloat16, expected float32 weights; .* bf16-mixed"):
+        fit(tmp_path, EMA(0.5), precision="bf16-true", enable_checkpointing=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_average_lives_on_the_training_device(tmp_path):
+    ema = EMA(0.5)
+    trainer = L.Trainer(accelerator="gpu", devices=1, max_steps=2, logger=False, callbacks=[ema])
+    trainer.fit(Walker(), loader(8))
+    assert next(ema._average_model.parameters()).device.type == "cuda"

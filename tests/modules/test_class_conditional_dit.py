@@ -1,0 +1,215 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from lightning_diffclf import ClassConditionalDiT, DiT
+from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.modules.class_conditional_dit import keyed_generator
+from tests.conftest import GOLDEN
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "input_size": 8,
+    "in_channels": 1,
+    "num_classes": 10,
+    "hidden_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "latents": False,
+}
+FLOW = {"schedule": "rectified_flow", "learn_sigma": False}
+V_PREDICTION = {"prediction": "v_prediction", "learn_sigma": False}
+
+
+def trainer(max_steps: int, **kwargs) -> L.Trainer:
+    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(max_steps=max_steps, **settings | kwargs)
+
+
+def test_training_loss_is_the_references(golden_dit):
+    config = json.loads((GOLDEN / "dit" / "dit_golden.json").read_text())["model"]
+    module = ClassConditionalDiT(**config).eval()
+    module.net.load_state_dict(load_file(GOLDEN / "dit" / "dit_tiny.safetensors"))
+    a = golden_dit.arrays
+    losses = module.losses(a["train_x"], a["train_y"], a["t"], a["train_noise"], drop=None)
+    for ours, theirs in (("mse", "train_mse"), ("vb", "train_vb"), ("loss", "train_loss")):
+        torch.testing.assert_close(losses[ours], a[theirs], rtol=1e-5, atol=1e-5)
+
+
+class Recording(ClassConditionalDiT):
+    def losses(self, x0, labels, t, noise, drop):
+        if self.training:
+            self.__dict__.setdefault("drawn", []).append((t.clone(), noise.clone(), drop.clone()))
+        return super().losses(x0, labels, t, noise, drop)
+
+
+def test_a_resumed_run_draws_and_learns_what_it_would_have(tmp_path):
+    def run(ckpt_path: Path | None = None) -> Recording:
+        torch.manual_seed(0 if ckpt_path is None else 99)  # the global generator plays no role after initialisation
+        module = Recording(**TINY)
+        for i, p in enumerate(module.parameters()):
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        fitting = trainer(6, enable_checkpointing=True, callbacks=[saving])
+        fitting.fit(module, DigitsDataModule(batch_size=500), ckpt_path=ckpt_path)  # three steps an epoch
+        return module
+
+    whole = run()
+    resumed = run(tmp_path / "step=3.ckpt")
+    for (t, noise, drop), (t2, noise2, drop2) in zip(whole.drawn[3:], resumed.drawn, strict=True):
+        assert torch.equal(t, t2)
+        assert torch.equal(noise, noise2)
+        assert torch.equal(drop, drop2)
+    assert not torch.equal(whole.drawn[0][0], whole.drawn[1][0])
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.ddp
+def test_ranks_draw_different_noise_and_keep_equal_weights():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "tests/scripts/fit_dit.py", "2"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = sorted(line[5:] for line in done.stdout.splitlines() if line.startswith("RANK"))
+    ranks = [json.loads(line[2:]) for line in lines]
+    assert len(ranks) == 2
+    for a, b in zip(ranks[0]["drawn"], ranks[1]["drawn"], strict=True):
+        assert all(x != y for x, y in zip(a, b, strict=True))
+    assert ranks[0]["weight"] == ranks[1]["weight"] != 0
+
+
+@pytest.mark.parametrize("settings", [{}, FLOW, V_PREDICTION])
+def test_learns_something(settings):
+    module = ClassConditionalDiT(**TINY, **settings, lr=1e-2, warmup_steps=5, decay="cosine")
+    data = DigitsDataModule(batch_size=128)
+    before = trainer(1).validate(module, data, verbose=False)[0]["val/loss"]
+    fitting = trainer(40, precision="bf16-mixed")
+    fitting.fit(module, data)
+    after = trainer(1).validate(module, data, verbose=False)[0]["val/loss"]
+    assert after < 0.8 * before
+    assert fitting.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-6)
+    # the loss of an image is taken at noise of its own, so it does not depend on batches
+    again = trainer(1).validate(module, DigitsDataModule(eval_batch_size=7), verbose=False)[0]["val/loss"]
+    assert again == pytest.approx(after, rel=1e-5)
+
+
+def test_checkpoints_rebuild_the_module_without_running_code(tmp_path):
+    module = ClassConditionalDiT(**TINY, class_names=[f"digit {i}" for i in range(10)])
+    fitting = trainer(1)
+    fitting.fit(module, DigitsDataModule())
+    fitting.save_checkpoint(tmp_path / "x.ckpt")
+    assert "state_dict" in torch.load(tmp_path / "x.ckpt", weights_only=True)
+    loaded = ClassConditionalDiT.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert loaded.candidates.names[3] == "digit 3"
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 9])
+    assert torch.equal(loaded.eval().predict(x, t, y), module.eval().predict(x, t, y))
+
+
+@pytest.mark.parametrize("settings", [{}, FLOW, V_PREDICTION])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_sampling_is_keyed_and_keeps_the_mode(settings, guidance_scale):
+    module = ClassConditionalDiT(**TINY, **settings).train()
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(0))
+    five = module.sample(torch.arange(5), guidance_scale, steps=4)
+    assert module.training
+    assert five.shape == (5, 1, 8, 8)
+    assert five.abs().max() <= 1
+    torch.testing.assert_close(module.sample(torch.arange(2), guidance_scale, steps=4), five[:2])
+    assert not torch.equal(module.sample(torch.arange(2), guidance_scale, steps=4, seed=1), five[:2])
+
+
+def test_sampling_recovers_the_data_of_an_exact_network():
+    """A network that knows the one image there is must lead every sampler to it."""
+    target = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    for settings in ({"schedule": "linear"}, {"schedule": "rectified_flow"}, {"prediction": "v_prediction"}):
+        module = ClassConditionalDiT(**TINY, **settings, learn_sigma=False)
+        scale = getattr(module.schedule, "time_scale", None)
+
+        def exact(x_t, t, y, module=module, scale=scale):
+            time = t / scale if scale else t.long()
+            x0 = target.expand_as(x_t)
+            alpha, sigma = (v.view(-1, 1, 1, 1) for v in (module.schedule.alpha(time), module.schedule.sigma(time)))
+            return module.schedule.target(x0, (x_t - alpha * x0) / sigma, time)
+
+        module.predict = exact
+        images = module.sample(torch.zeros(3, dtype=torch.int64), steps=20)
+        torch.testing.assert_close(images, target.expand(3, 1, 8, 8), rtol=0, atol=0.02)
+
+
+def test_published_sizes_by_name():
+    module = ClassConditionalDiT(model="DiT-S/8", input_size=[16, 32])
+    assert isinstance(module.net, DiT)
+    assert module.net(torch.zeros(1, 4, 16, 32), torch.tensor([0]), torch.tensor([0])).shape == (1, 8, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "rectified_flow"}, "learn_sigma: .* found 'velocity'"),
+        ({"schedule": "parabolic"}, "schedule: 'parabolic', expected one of"),
+        ({"prediction": "velocity", "learn_sigma": False}, "prediction is 'velocity'"),
+        ({"class_names": ["a"]}, "class_names: 1 names for num_classes = 10"),
+        ({"lr": 0.0}, "lr: 0.0"),
+        ({"model": "DiT-H/2"}, "DiT-H/2"),
+        ({"num_heads": 3}, "hidden_size: 16"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ClassConditionalDiT(**TINY | settings)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8), r"shape \(2, 3, 8, 8\), expected \(B, 1, 8, 8\)"),
+        (torch.full((2, 1, 8, 8), 255.0), r"values in \[255, 255\], expected pixels in \[-1, 1\]"),
+        (torch.full((2, 1, 8, 8), torch.nan), "values in"),
+    ],
+)
+def test_images_that_do_not_fit(images, message):
+    with pytest.raises(ValueError, match=message):
+        ClassConditionalDiT(**TINY).encode(images)
+
+
+def test_batches_that_do_not_fit():
+    module = ClassConditionalDiT(**TINY)
+    for batch, message in (
+        ((torch.zeros(2, 1, 8, 8), torch.tensor([0, 10])), "labels: 0 … 10, expected 0 … 9"),
+        (torch.zeros(2, 1, 8, 8), "no labels"),
+        ((torch.ones(2, 1, 8, 8) * 16, torch.tensor([0, 1])), "expected pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(1).fit(module, DataLoader([batch], batch_size=None))
+    with pytest.raises(ValueError, match="decay: 'cosine' needs an end"):
+        trainer(-1, max_epochs=-1).fit(ClassConditionalDiT(**TINY, decay="cosine"), DigitsDataModule())
+    with pytest.raises(ValueError, match="without label dropout"):
+        ClassConditionalDiT(**TINY, class_dropout_prob=0.0).sample(torch.tensor([1]), guidance_scale=2.0)
+    with pytest.raises(ValueError, match="steps: 0"):
+        module.sample(torch.tensor([1]), steps=0)
+
+
+def test_generators_are_keyed():
+    def draw(*key: int) -> float:
+        return torch.rand((), generator=keyed_generator(torch.device("cpu"), *key)).item()
+
+    assert draw(0, 1, 2, 3) == draw(0, 1, 2, 3)
+    assert len({draw(a, b, c, d) for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)}) == 16
+    assert draw(1, 11) != draw(11, 1)

@@ -1,0 +1,38 @@
+"""Fit a tiny DiT on N processes and print what each rank drew: fit_dit.py DEVICES."""
+
+import json
+import sys
+
+import lightning as L
+import torch
+
+from lightning_diffclf import EMA, ClassConditionalDiT
+from lightning_diffclf.data.digits import DigitsDataModule
+
+
+class Recording(ClassConditionalDiT):
+    drawn: list
+
+    def losses(self, x0, labels, t, noise, drop):
+        if self.training:
+            self.drawn.append([t[:4].tolist(), noise[0, 0, 0, :3].tolist(), drop[:20].tolist()])
+        return super().losses(x0, labels, t, noise, drop)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model = Recording(input_size=8, in_channels=1, num_classes=10, hidden_size=16, depth=1, num_heads=2, latents=False)
+    model.drawn = []
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=int(sys.argv[1]),
+        strategy="ddp",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[EMA(0.9)],
+    )
+    trainer.fit(model, DigitsDataModule(batch_size=32))
+    weight = model.net.final_layer.linear.weight.double().abs().sum().item()
+    print(f"RANK {trainer.global_rank} " + json.dumps({"drawn": model.drawn, "weight": weight}), flush=True)

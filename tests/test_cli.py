@@ -1,0 +1,189 @@
+"""The command line as users type it. Every test works in a folder of its own, not in the repository."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from lightning_diffclf import ClassConditionalDiT
+from lightning_diffclf.cli import CONFIGS, DiffClfCLI, evaluate, main, read_checkpoint, train
+
+ROOT = Path(__file__).parents[1]
+
+QUICK = [
+    "--config=dit_digits.yaml",
+    "--trainer.max_steps=4",
+    "--trainer.val_check_interval=4",
+    "--trainer.enable_progress_bar=false",
+    "--checkpoint.every_n_train_steps=2",
+    "--model.hidden_size=16",
+    "--model.depth=1",
+    "--model.num_heads=2",
+    "--model.warmup_steps=1",
+    "--data.batch_size=32",
+    "--classifier.draws=3",
+    "--classifier.fit_images=4",
+    "--samples.columns=2",
+    "--samples.steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    train([*QUICK, f"--run_dir={folder}"])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def last(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "last.ckpt"
+
+
+def fails(capsys, command, args) -> str:
+    """The one error message of a command that must fail."""
+    with pytest.raises(SystemExit) as exit_info:
+        command(args)
+    return f"{exit_info.value.code if isinstance(exit_info.value.code, str) else ''}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_every_config_parses(config, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        train([f"--config={config}", "--print_config"])
+    assert exit_info.value.code == 0
+    shown, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load((CONFIGS / config).read_text())
+    for key in ("model", "data"):
+        assert shown[key]["class_path"] == written[key]["class_path"]
+        assert shown[key]["init_args"].items() >= written[key]["init_args"].items()
+
+
+def test_training_leaves_everything_behind(run_dir):
+    assert (run_dir / "samples.png").stat().st_size > 1000
+    logged = (run_dir / "logs" / "version_0" / "metrics.csv").read_text()
+    assert "diffclf/accuracy" in logged
+    assert "val/loss" in logged
+    config = yaml.safe_load((run_dir / "logs" / "version_0" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["hidden_size"] == 16
+    checkpoint = read_checkpoint(last(run_dir))
+    assert checkpoint["global_step"] == 4
+    assert checkpoint["current_model_state"].keys() == checkpoint["state_dict"].keys()
+    assert ClassConditionalDiT.load_from_checkpoint(last(run_dir)).net.blocks[0].attn.num_heads == 2
+
+
+def test_evaluate_needs_the_checkpoint_alone_and_flags_override(run_dir, capsys, tmp_path):
+    evaluate([f"--ckpt={last(run_dir)}", "--trainer.enable_progress_bar=false"])
+    first = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    assert first["metrics"]["images"] == 360
+    assert first["metrics"]["nfe_per_image"] == 30
+    assert first["settings"]["draws"] == 3
+    assert "accuracy" in capsys.readouterr().out
+    for name in ("predictions.parquet", "confusion.png", "timesteps.png"):
+        assert (run_dir / "evaluation" / name).is_file()
+    evaluate(
+        [
+            f"--ckpt={last(run_dir)}",
+            f"--out={tmp_path / 'out'}",
+            "--trainer.enable_progress_bar=false",
+            "--classifier.draws=10",
+            "--classifier.elimination=Stages",
+            "--classifier.elimination.samples=[2,10]",
+            "--classifier.elimination.keep=[3,1]",
+        ]
+    )
+    second = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert second["settings"]["elimination"] == "Stages(samples=[2, 10], keep=[3, 1])"
+    assert second["metrics"]["nfe_per_image"] == 2 * 10 + 10 * 3 - 2 * 3 + 6  # grids of 2 and of 10: not nested
+    rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pydict()
+    assert sorted(set(rows["draws_K"][0])) == [2, 12]
+
+
+def test_the_same_command_again_goes_on(run_dir, tmp_path, capsys):
+    folder = tmp_path / "again"
+    train([*QUICK, f"--run_dir={folder}", "--trainer.max_steps=2", "--samples.columns=0"])
+    train([*QUICK, f"--run_dir={folder}", "--samples.columns=0"])
+    assert f"going on from {folder}" in capsys.readouterr().out
+    again, straight = (read_checkpoint(last(d)) for d in (folder, run_dir))
+    assert again["global_step"] == 4
+    assert sorted(p.name for p in (folder / "logs").iterdir()) == ["version_0", "version_1"]
+    assert again["state_dict"].keys() == straight["state_dict"].keys()
+
+
+@pytest.mark.ddp
+def test_bare_names_work_from_anywhere_and_argv_is_left_alone(tmp_path):
+    """A real process, in another folder, on two ranks that Lightning starts by running the same command again."""
+    command = [sys.executable, str(ROOT / "train.py"), *QUICK, "--run_dir=here", "--trainer.devices=2"]
+    command += ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--samples.columns=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_checkpoint(tmp_path / "here" / "checkpoints" / "last.ckpt")["global_step"] == 4
+
+
+def test_subcommands(run_dir, capsys):
+    config = f"--config={run_dir / 'logs' / 'version_0' / 'config.yaml'}"
+    for subcommand in ("validate", "predict"):
+        out = Path(f"out-{subcommand}")
+        main([subcommand, config, f"--ckpt_path={last(run_dir)}", f"--classifier.output_dir={out}"])
+        assert pq.read_table(out / "predictions.parquet").num_rows == 360
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config=nothing.yaml"], "no file 'nothing.yaml', neither here nor in"),
+        ([*QUICK, "--model.hiden_size=3"], "'hiden_size' is not accepted"),
+        ([*QUICK, "--model.hidden_size=wide"], "hidden_size"),
+        ([*QUICK, "--classifier.lss=l2"], "classifier.lss"),
+        ([*QUICK, "--classifier.draws=2000"], "2000 draws: the schedule allows 1 … 1000"),
+        ([*QUICK, "--model.schedule=linear", "--classifier.draws=2000"], "2000 draws"),
+        ([*QUICK, "--classifier.loss=kl"], "'kl' needs a discrete schedule"),
+        ([*QUICK, "--model.learn_sigma=true"], "learn_sigma"),
+        ([*QUICK, "--model.input_size=16"], r"images: shape (32, 1, 8, 8), expected (B, 1, 16, 16)"),
+    ],
+)
+def test_bad_settings_give_one_clear_error(args, message, capsys):
+    if message.startswith("2000 draws: the schedule allows"):
+        args = [*args, "--model.schedule=linear"]
+    told = fails(capsys, train, [*args, "--run_dir=x"])
+    assert message in told
+    assert "usage:" not in told
+    assert not Path("x/checkpoints").exists()
+
+
+def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
+    assert "no file 'none.ckpt'" in fails(capsys, evaluate, ["--ckpt=none.ckpt"])
+    Path("text.ckpt").write_text("hello")
+    assert "'text.ckpt' cannot be read" in fails(capsys, evaluate, ["--ckpt=text.ckpt"])
+    torch.save({"weights": torch.zeros(1)}, "foreign.ckpt")
+    assert "'foreign.ckpt' has no 'state_dict'" in fails(capsys, evaluate, ["--ckpt=foreign.ckpt"])
+    torch.save({"state_dict": {"layer.weight": torch.zeros(1)}}, "other.ckpt")
+    assert "'other.ckpt' does not say how it was made" in fails(capsys, evaluate, ["--ckpt=other.ckpt"])
+    told = fails(capsys, evaluate, ["--ckpt=other.ckpt", "--config=dit_digits.yaml", "--out=o"])
+    assert "does not fit ClassConditionalDiT as configured" in told
+    assert "1 tensors are unknown here, such as layer.weight" in told
+    told = fails(capsys, evaluate, [f"--ckpt={last(run_dir)}", "--model.hidden_size=32", "--out=o"])
+    assert "is (16,) there and (32,) here" in told
+    told = fails(capsys, train, [*QUICK, f"--run_dir={run_dir}", "--model.depth=2"])
+    assert "give another --run_dir" in told
+    assert not Path("o").exists()
+    assert "give --ckpt PATH, or --config FILE" in fails(capsys, evaluate, [])
+
+
+def test_the_public_option_list_is_that_of_the_signatures(capsys):
+    with pytest.raises(SystemExit):
+        DiffClfCLI(["fit", "--help"])
+    shown = capsys.readouterr().out
+    for flag in ("--run_dir", "--classifier.draws", "--ema.decay", "--checkpoint.save_last", "--samples.columns"):
+        assert flag in shown
+    assert "Rule that drops candidates early" in shown  # help texts come from the docstrings

@@ -1,0 +1,63 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from lightning_diffclf.data.digits import DigitsDataModule
+
+
+def module(world_size: int = 1, rank: int = 0, **settings) -> DigitsDataModule:
+    data = DigitsDataModule(**settings)
+    data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
+    data.setup()
+    return data
+
+
+def ids(loader, epoch: int = 0) -> list[int]:
+    loader.sampler.set_epoch(epoch)
+    return [i for batch in loader for i in batch["id"].tolist()]
+
+
+def test_the_split_is_fixed_disjoint_and_stratified():
+    pixels, digits = load_digits(return_X_y=True)
+    data = module()
+    train, test = data.train.parts, data.test.parts
+    assert (len(data.train), len(data.test)) == (1437, 360)
+    assert set(train["id"].tolist()) | set(test["id"].tolist()) == set(range(1797))
+    for part in (train, test):
+        assert (part["image"].min(), part["image"].max()) == (-1, 1)
+        rows = part["id"].numpy()
+        np.testing.assert_array_equal(part["image"].reshape(-1, 64).numpy(), (pixels[rows] / 8 - 1).astype(np.float32))
+        np.testing.assert_array_equal(part["label"].numpy(), digits[rows])
+    assert max(abs(torch.bincount(test["label"]) / 360 - torch.bincount(train["label"]) / 1437)) < 0.003
+    assert test["id"][:3].tolist() == module().test.parts["id"][:3].tolist()
+
+
+def test_training_order_depends_on_seed_and_epoch_only():
+    torch.manual_seed(0)
+    first = ids(module().train_dataloader())
+    torch.manual_seed(1)
+    assert ids(module().train_dataloader()) == first
+    assert ids(module().train_dataloader(), epoch=1) != first
+    assert ids(module(seed=1).train_dataloader()) != first
+    assert sorted(first) == sorted(module().train.parts["id"].tolist())
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_share_without_repeats(world_size):
+    loaders = [module(world_size, rank) for rank in range(world_size)]
+    evaluated = [i for data in loaders for i in ids(data.test_dataloader())]
+    assert sorted(evaluated) == sorted(loaders[0].test.parts["id"].tolist())
+    trained = {i for data in loaders for i in ids(data.train_dataloader())}
+    assert trained == set(loaders[0].train.parts["id"].tolist())
+
+
+def test_batches():
+    batch = next(iter(module(batch_size=5).train_dataloader()))
+    assert batch["image"].shape == (5, 1, 8, 8)
+    assert batch["image"].dtype == torch.float32
+    assert {batch["label"].dtype, batch["id"].dtype} == {torch.int64}
+    with pytest.raises(ValueError, match="eval_batch_size: 0"):
+        DigitsDataModule(eval_batch_size=0)

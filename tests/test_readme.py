@@ -1,0 +1,60 @@
+"""What the README shows is run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_diffclf import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line.partition(" # ")[0].strip()
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.replace("\\\n", " ").splitlines()
+]
+SMALLER = {
+    "train.py": "--trainer.max_steps=3 --trainer.val_check_interval=3 --checkpoint.every_n_train_steps=3 "
+    "--model.hidden_size=16 --model.depth=1 --model.num_heads=2 --model.warmup_steps=1 --classifier.fit_images=2 "
+    "--samples.steps=2 --samples.columns=2 --trainer.enable_progress_bar=false",
+    "evaluate.py": "--trainer.limit_test_batches=1 --data.eval_batch_size=3 --trainer.enable_progress_bar=false",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+def test_commands_and_api_run_as_written(folder, monkeypatch, capsys):
+    """In the order of the README, made smaller by further flags; then the Python example on what they left."""
+    monkeypatch.chdir(folder)
+    seen = set()
+    for command in COMMANDS:
+        program, *args = shlex.split(command)
+        if program == "make":
+            assert re.search(rf"^{args[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+        else:
+            script, *flags = args
+            assert program == "python"
+            {"train.py": cli.train, "evaluate.py": cli.evaluate}[script]([*flags, *SMALLER[script].split()])
+            seen.add(script)
+    assert seen == {"train.py", "evaluate.py"}
+    assert len(list(Path("runs/dit_digits").glob("evaluation*"))) == 3
+    code = PYTHON[0].replace("Draws(100)", "Draws(10)").replace("draws=100", "draws=2").replace("(10, 100)", "(2, 10)")
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(re.findall(r"^\d+ \d tensor\(", capsys.readouterr().out, re.MULTILINE)) == 4
+
+
+def test_own_denoiser_classifies(capsys):
+    torch.manual_seed(0)
+    assert len(PYTHON[1].splitlines()) <= 30
+    exec(compile(PYTHON[1], "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == "['dark', 'bright', 'bright']"
