@@ -14,14 +14,16 @@ help: ## Show this help
 
 env: $(STAMP) ## Make or update the environment in .venv
 
-# Rebuilt when the project's requirements change, or when its Python is gone.
+# Updated when the project's requirements change; made anew (--clear) when its Python is gone or does not run,
+# because venv keeps links that lead nowhere.
 ifneq ($(shell $(BIN)/python -c 'print(1)' 2>/dev/null),1)
 .PHONY: $(STAMP)
+VENV_FLAGS := --clear
 endif
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 		{ echo "error: $(PYTHON) is not Python >= 3.10 with venv; install it, or name one: make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
@@ -44,8 +46,39 @@ format: env ## Put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-constraints: env ## Print the installed versions, to refresh constraints.txt
-	@$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia|cuda|triton)' | sed 's/+cu[0-9]*//'
+constraints: env ## Write the installed versions to constraints.txt
+	@{ grep '^#' constraints.txt; $(BIN)/python -c "$$PINS"; } >$(VENV)/constraints.txt
+	@mv $(VENV)/constraints.txt constraints.txt
+	@touch $(STAMP)
+
+# Everything that the dev extra brings, but not what torch pins itself. A version that cannot run on all of our Pythons
+# is marked with the first one that it supports; older ones then take what suits them.
+define PINS
+import re, sys
+from importlib.metadata import distribution
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+found, todo = {}, [("lightning-diffclf", "dev")]
+while todo:
+    name, extra = todo.pop()
+    name = re.sub("[-_.]+", "-", name).lower()
+    if (name, extra) in found or re.match("nvidia-|cuda-|triton$$", name):
+        continue
+    found[name, extra] = dist = distribution(name)
+    for line in dist.requires or []:
+        need = Requirement(line)
+        if need.marker is None or need.marker.evaluate({"extra": extra}):
+            todo += [(need.name, e) for e in ("", *need.extras)]
+
+for name, dist in sorted({name: dist for (name, _), dist in found.items()}.items()):
+    if name != "lightning-diffclf":
+        runs_on = SpecifierSet(dist.metadata["Requires-Python"] or "")
+        first = next(m for m in range(10, sys.version_info[1] + 1) if runs_on.contains(f"3.{m}.99"))
+        version = dist.version.split("+")[0]
+        print(f"{name}=={version}" + (f' ; python_version >= "3.{first}"' if first > 10 else ""))
+endef
+export PINS
 
 clean: ## Remove the environment and caches (runs/ stays)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -273,15 +273,21 @@ def _run(command: Any) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
     try:
         command()
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        if _is_ours(error):
-            raise SystemExit(f"error: {error}") from error
-        raise
+    except Exception as error:
+        ours = _raised_by_us(error)
+        if ours is None:
+            raise
+        raise SystemExit(f"error: {ours}") from error
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised by this package on purpose, rather than by a defect somewhere below."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("lightning_diffclf")
+def _raised_by_us(error: BaseException | None) -> BaseException | None:
+    """The error, or the one behind it, that this package raised on purpose rather than met as a defect below."""
+    while error is not None:
+        traceback = error.__traceback__
+        while traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+        module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+        if isinstance(error, (ValueError, TypeError, FileNotFoundError)) and module.startswith("lightning_diffclf"):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

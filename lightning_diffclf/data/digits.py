@@ -86,11 +86,11 @@ class DigitsDataModule(L.LightningDataModule):
         sampler: DistributedSampler[dict[str, Tensor]] = DistributedSampler(
             self.train, shuffle=True, seed=self.seed, **self._ranks()
         )
-        return DataLoader(self.train, self.batch_size, sampler=sampler, collate_fn=_as_it_is)
+        return DataLoader(self.train, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_it_is)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         sampler = UnrepeatedDistributedSampler(self.test, shuffle=False, **self._ranks())
-        return DataLoader(self.test, self.eval_batch_size, sampler=sampler, collate_fn=_as_it_is)
+        return DataLoader(self.test, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=_as_it_is)
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return self.val_dataloader()
