@@ -40,7 +40,7 @@ class Posterior:
         >>> [round(p, 3) for p in Posterior("mean")(scores_BK, dims=4096)[0].tolist()]
         [0.334, 0.333, 0.333]
         >>> [round(p, 3) for p in Posterior("sum", temperature=4.0)(scores_BK, dims=4096)[0].tolist()]
-        [0.872, 0.113, 0.015]
+        [0.873, 0.113, 0.015]
     """
 
     reduction: Literal["mean", "sum"] = "sum"

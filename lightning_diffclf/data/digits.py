@@ -46,8 +46,8 @@ class DigitsDataModule(L.LightningDataModule):
 
     The split is fixed and stratified. The 360 test images also serve ``validate`` and ``predict``; nothing is selected
     on them as long as the last checkpoint is used, as the demo does. Batches are mappings with ``image`` (B, 1, 8, 8),
-    float32 in [-1, 1], ``label`` (B,) and ``id`` (B,), the row in scikit-learn's data set, both int64. Under DDP, ranks
-    get disjoint shares; evaluation is not padded.
+    float32 in [-1, 1], ``label`` (B,) and ``id`` (B,), the row in scikit-learn's data set, both int64. Under DDP,
+    evaluation shares are disjoint and complete; training shares are made equal by repeating at most one image per rank.
 
     Args:
         batch_size: Training images in a batch of one process.

@@ -68,7 +68,7 @@ def save_timestep_accuracy(timesteps: Tensor, accuracy: Tensor, chance: float, o
     ax.plot(timesteps[order].cpu(), accuracy[order].cpu(), marker=".", linewidth=1, label="one draw at this timestep")
     ax.axhline(overall, color="tab:green", linestyle="--", label=f"all {len(timesteps)} draws: {overall:.1%}")
     ax.axhline(chance, color="tab:gray", linestyle=":", label=f"chance: {chance:.1%}")
-    ax.set(xlabel="timestep (more noise to the right)", ylabel="accuracy", ylim=(0, 1.03))
+    ax.set(xlabel="timestep", ylabel="accuracy", ylim=(0, 1.03))
     ax.legend(loc="lower center")
     ax.grid(alpha=0.3)
     _save(figure, path)

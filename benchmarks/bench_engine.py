@@ -1,0 +1,126 @@
+"""Engine overhead and memory: python benchmarks/bench_engine.py [--device cuda].
+
+Overhead: seconds of a classification over seconds of bare network calls on the very same micro-batches, in alternating
+repetitions of one process: the median of the ratios, and the ratio of the fastest repetitions.
+Memory: peak of what the engine allocates (tracemalloc for numpy, the allocator's peak on a GPU) as draws and
+candidates grow.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+import tracemalloc
+from datetime import date
+
+import torch
+
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, Exhaustive, Stages
+
+
+def network(num_classes: int, device: str, hidden_size: int = 64, depth: int = 4) -> ClassConditionalDiT:
+    """The demo's DiT, with random weights (zero weights would compute faster than trained ones)."""
+    torch.manual_seed(0)
+    module = ClassConditionalDiT(
+        input_size=8,
+        in_channels=1,
+        num_classes=num_classes,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=4,
+        latents=False,
+        learn_sigma=False,
+    )
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return module.eval().to(device)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def record(module: ClassConditionalDiT, classify) -> list[tuple[torch.Tensor, ...]]:
+    """The rows of every network call of a classification."""
+    calls, predict = [], module.predict
+    module.predict = lambda *rows: calls.append(rows) or predict(*rows)
+    classify()
+    module.predict = predict
+    return calls
+
+
+@torch.no_grad()
+def bare_seconds(module: ClassConditionalDiT, calls: list[tuple[torch.Tensor, ...]], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for rows in calls:
+        module.predict(*rows)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def overhead(rule, draws: int, microbatch: int, images: int, device: str, repetitions: int) -> dict[str, float]:
+    module = network(10, device)
+    pixels = torch.rand(images, 1, 8, 8, device=device) * 2 - 1
+    classifier = DiffusionClassifier(module, Draws(draws), elimination=rule, microbatch=microbatch)
+    calls = record(module, lambda: list(classifier(pixels)))
+    engine, bare = [], []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        rows = sum(result.nfe for result in classifier(pixels))
+        engine.append(time.perf_counter() - start)
+        bare.append(bare_seconds(module, calls, device))
+    ratios = [e / b for e, b in zip(engine, bare, strict=True)]
+    return {
+        "rows": rows,
+        "seconds": statistics.median(engine),
+        "ratio": statistics.median(ratios),
+        "best": min(engine) / min(bare),
+    }
+
+
+def peak_bytes(draws: int, candidates: int, device: str) -> int:
+    module = network(candidates, device, hidden_size=16, depth=1)
+    classifier = DiffusionClassifier(module, Draws(draws), microbatch=256)
+    pixels = torch.rand(4, 1, 8, 8, device=device) * 2 - 1
+    list(classifier(pixels[:1], candidates=[0]))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        list(classifier(pixels))
+        return torch.cuda.max_memory_allocated() - before
+    tracemalloc.start()
+    list(classifier(pixels))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--images", type=int, default=30)
+    parser.add_argument("--repetitions", type=int, default=9)
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
+    print(f"{date.today()}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
+          f"{platform.python_version()}\n")  # fmt: skip
+    print("| rule | draws | micro-batch | rows | seconds | engine / bare (median) | fastest / fastest |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for rule, draws, microbatch in (
+        (Exhaustive(), 100, 256),
+        (Exhaustive(), 100, 64),
+        (Stages((10, 100), (5, 1)), 100, 256),
+        (Stages((2, 4, 8, 16), (8, 4, 2, 1)), 16, 256),
+    ):
+        r = overhead(rule, draws, microbatch, args.images, args.device, args.repetitions)
+        numbers = f"{r['rows']} | {r['seconds']:.2f} | {r['ratio']:.3f} | {r['best']:.3f}"
+        print(f"| {rule} | {draws} | {microbatch} | {numbers} |", flush=True)
+    print("\n| draws | candidates | peak of the engine, MB |\n| --- | --- | --- |")
+    for draws, candidates in ((10, 10), (100, 10), (1000, 10), (10, 1000), (100, 1000)):
+        print(f"| {draws} | {candidates} | {peak_bytes(draws, candidates, args.device) / 1e6:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
