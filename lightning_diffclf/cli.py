@@ -171,7 +171,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Raise ValueError unless the weights in ``checkpoint`` are those of a module like this one."""
+    """Raise ValueError unless ``checkpoint`` has the weights of a module like this one, trained on its schedule."""
+    for name in ("schedule", "prediction"):
+        trained, configured = (h.get(name) for h in (checkpoint.get("hyper_parameters", {}), module.hparams))
+        if "hyper_parameters" in checkpoint and trained != configured:
+            raise ValueError(
+                f"checkpoint: {str(path)!r} was trained with {name} {trained!r}, "
+                f"but {name} is configured as {configured!r}"
+            )
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     if ours == theirs:

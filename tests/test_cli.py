@@ -174,6 +174,8 @@ def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
     assert "1 tensors are unknown here, such as layer.weight" in told
     told = fails(capsys, evaluate, [f"--ckpt={last(run_dir)}", "--model.hidden_size=32", "--out=o"])
     assert "is (16,) there and (32,) here" in told
+    told = fails(capsys, evaluate, [f"--ckpt={last(run_dir)}", "--model.schedule=linear", "--out=o"])
+    assert "was trained with schedule 'rectified_flow', but schedule is configured as 'linear'" in told
     told = fails(capsys, train, [*QUICK, f"--run_dir={run_dir}", "--model.depth=2"])
     assert "give another --run_dir" in told
     assert not Path("o").exists()

@@ -97,6 +97,13 @@ def test_processes_do_not_change_results(tmp_path):
         assert not list((tmp_path / str(devices)).glob("*rank*"))
 
 
+@pytest.mark.ddp
+def test_ranks_without_images_take_part(tmp_path):
+    rows, report = run_processes(3, 2, tmp_path / "out")
+    assert rows["id"] == ["100", "101"]
+    assert report["metrics"]["images"] == 2
+
+
 @given(st.integers(1, 50), st.integers(1, 6), st.none() | st.integers(1, 60), st.booleans())
 def test_ranks_share_every_image_once(images, world_size, cap, shuffle):
     dataset = TensorDataset(torch.arange(images))

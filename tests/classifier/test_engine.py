@@ -310,6 +310,19 @@ def test_errors_are_float32_under_autocast():
         assert not torch.equal(a.scores_K, b.scores_K)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rule", [Exhaustive(), DropOneEachDraw("predictions")])
+def test_a_gpu_gives_the_same_decisions(rule):
+    images = some_images(9)
+    settings = {"draws": Draws(16), "elimination": rule, "microbatch": 37}
+    on_cpu = list(DiffusionClassifier(Toy(), **settings)(images))
+    on_gpu = list(DiffusionClassifier(Toy().cuda(), **settings)(images.cuda()))
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert (a.label, a.nfe) == (b.label, b.nfe)
+        torch.testing.assert_close(a.scores_K, b.scores_K, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("classes", "keep", "samples", "nfe"),
     [
