@@ -1,7 +1,8 @@
 """Engine overhead and memory: python benchmarks/bench_engine.py [--device cuda].
 
 Overhead: seconds of a classification over seconds of bare network calls on the very same micro-batches, in alternating
-repetitions of one process: the median of the ratios, and the ratio of the fastest repetitions.
+repetitions of one process: the median of the ratios, and the ratio of the fastest repetitions. "Engine alone" is the
+time of a micro-batch with a network that returns zeros.
 Memory: peak of what the engine allocates (tracemalloc for numpy, the allocator's peak on a GPU) as draws and
 candidates grow.
 """
@@ -80,6 +81,20 @@ def overhead(rule, draws: int, microbatch: int, images: int, device: str, repeti
     }
 
 
+def own_milliseconds(rule, draws: int, microbatch: int, images: int, device: str, repetitions: int) -> float:
+    """What the engine itself takes for a full micro-batch: with a network that returns zeros at once."""
+    module = network(10, device)
+    module.predict = lambda x_t, t, candidate: torch.zeros_like(x_t)
+    pixels = torch.rand(images, 1, 8, 8, device=device) * 2 - 1
+    classifier = DiffusionClassifier(module, Draws(draws), elimination=rule, microbatch=microbatch)
+    took = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        rows = sum(result.nfe for result in classifier(pixels))
+        took.append((time.perf_counter() - start) / rows * microbatch * 1000)
+    return statistics.median(took)
+
+
 def peak_bytes(draws: int, candidates: int, device: str) -> int:
     module = network(candidates, device, hidden_size=16, depth=1)
     classifier = DiffusionClassifier(module, Draws(draws), microbatch=256)
@@ -106,16 +121,17 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     print(f"{date.today()}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
           f"{platform.python_version()}\n")  # fmt: skip
-    print("| rule | draws | micro-batch | rows | seconds | engine / bare (median) | fastest / fastest |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| rule | draws | micro-batch | rows | seconds | engine / bare | fastest / fastest | engine alone, ms |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for rule, draws, microbatch in (
         (Exhaustive(), 100, 256),
         (Exhaustive(), 100, 64),
         (Stages((10, 100), (5, 1)), 100, 256),
         (Stages((2, 4, 8, 16), (8, 4, 2, 1)), 16, 256),
     ):
-        r = overhead(rule, draws, microbatch, args.images, args.device, args.repetitions)
-        numbers = f"{r['rows']} | {r['seconds']:.2f} | {r['ratio']:.3f} | {r['best']:.3f}"
+        settings = rule, draws, microbatch, args.images, args.device, args.repetitions
+        r, own = overhead(*settings), own_milliseconds(*settings)
+        numbers = f"{r['rows']} | {r['seconds']:.2f} | {r['ratio']:.3f} | {r['best']:.3f} | {own:.2f}"
         print(f"| {rule} | {draws} | {microbatch} | {numbers} |", flush=True)
     print("\n| draws | candidates | peak of the engine, MB |\n| --- | --- | --- |")
     for draws, candidates in ((10, 10), (100, 10), (1000, 10), (10, 1000), (100, 1000)):

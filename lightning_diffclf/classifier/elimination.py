@@ -17,6 +17,8 @@ Needs = Literal["scores", "errors", "predictions"]
 class Round:
     """What a rule is shown at each of its stops: the draws since the stop before (R) and the candidates in play (A).
 
+    Rules run under the caller's autocast; one that multiplies predictions has to switch it off to stay in float32.
+
     Attributes:
         done: Draws finished, those of this round included.
         active_A: Positions of the candidates in play among the image's own candidates (A,), int64.

@@ -230,7 +230,7 @@ class DiffusionClassifier:
         for out_D, draw in zip(out_MD, range(piece.draw[0], piece.draw[-1] + 1), strict=True):
             number = flight.done + draw
             if self.draws.noise is not None:
-                out_D[:] = self.draws.noise[number].reshape(-1)
+                out_D[:] = self.draws.noise[number].reshape(-1).cpu()
             elif flight.last_noise is not None and flight.last_noise[0] == number:
                 out_D[:] = flight.last_noise[1]
             else:

@@ -261,8 +261,8 @@ class ClassConditionalDiT(L.LightningModule):
         x_t = torch.from_numpy(noise).to(self.device)
         scheduler = self._diffusers_scheduler(steps)
         training, _ = self.training, self.eval()
-        for time in scheduler.timesteps.to(self.device):
-            times = time.expand(len(labels))
+        for time in scheduler.timesteps:
+            times = time.to(self.device).expand(len(labels))
             if guidance_scale == 1:
                 output = self.predict(x_t, times, labels)
             else:
