@@ -140,6 +140,8 @@ class NoiseSchedule(ABC):
             return EDMSchedule(config["sigma_min"], config["sigma_max"], config["rho"], config["sigma_data"], "edm")
         if name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
             return FlowSchedule(1, float(config["num_train_timesteps"]), "velocity")
+        if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+            raise ValueError(f"{name}: timestep_type 'continuous' gives the network ln(sigma) / 4, expected 'discrete'")
         if hasattr(scheduler, "alphas_cumprod"):
             return DiscreteSchedule(scheduler.alphas_cumprod.double(), config.get("prediction_type", "epsilon"))
         raise ValueError(

@@ -39,15 +39,19 @@ def resolve_candidates(candidates: Sequence[Any] | None, num_images: int, known:
     """
     if candidates is None:
         return [np.arange(known)] * num_images
+    if isinstance(candidates, Tensor):
+        candidates = candidates.tolist()
     nested = len(candidates) > 0 and not isinstance(candidates[0], (int, np.integer))
     if nested and len(candidates) != num_images:
         raise ValueError(f"candidates: {len(candidates)} lists for {num_images} images")
-    lists = [np.asarray(c, dtype=np.int64) for c in (candidates if nested else [candidates])]
+    lists = [np.asarray(c) for c in (candidates if nested else [candidates])]
     for one in lists:
         if one.ndim != 1 or len(one) == 0:
             raise ValueError("candidates: none given for an image, expected at least one")
-        if one.min() < 0 or one.max() >= known or len(np.unique(one)) < len(one):
+        known_only = np.issubdtype(one.dtype, np.integer) and one.min() >= 0 and one.max() < known  # a mask is refused
+        if not known_only or len(np.unique(one)) < len(one):
             raise ValueError(f"candidates: {one.tolist()}, expected distinct indices in 0 … {known - 1}")
+    lists = [one.astype(np.int64) for one in lists]
     return lists if nested else lists * num_images
 
 

@@ -39,5 +39,7 @@ class Classification:
 
     @property
     def ranking(self) -> list[int]:
-        """Positions 0 … K-1, best first: those that stayed longer, and among them those with the lower score."""
-        return np.lexsort((self.scores_K.numpy(), -self.draws_K.numpy())).tolist()
+        """Positions 0 … K-1: the winner, those that stayed longer, and among them those with the lower score."""
+        return np.lexsort(
+            (self.scores_K.numpy(), -self.draws_K.numpy(), self.candidates_K.numpy() != self.candidate)
+        ).tolist()

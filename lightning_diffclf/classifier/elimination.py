@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,7 +129,8 @@ class Stages(Elimination):
         return next(stop for stop in self._plan[1] if stop > done)
 
     def survivors(self, state: Any, current: Round) -> np.ndarray:
-        keep = self.keep[self._plan[1].index(current.done)]
+        # Stages that add no timestep share a stop: the last of them decides.
+        keep = self.keep[bisect_right(self._plan[1], current.done) - 1]
         survives = np.zeros(len(current.active_A), dtype=bool)
         survives[np.argsort(current.scores_A, kind="stable")[:keep]] = True
         return survives

@@ -366,11 +366,14 @@ class _Slots:
 @contextmanager
 def evaluating(denoiser: Any) -> Iterator[None]:
     """Evaluation mode (no dropout, no label dropout) inside, the mode before outside."""
-    training = isinstance(denoiser, nn.Module) and denoiser.training
-    if training:
+    modules = list(denoiser.modules()) if isinstance(denoiser, nn.Module) else []
+    training = [module.training for module in modules]  # each its own: a frozen encoder stays as it was
+    if any(training):
         denoiser.eval()
     try:
         yield
     finally:
-        if training:
-            denoiser.train()
+        if training and training[0]:
+            denoiser.train()  # which the class may have given more to do
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode

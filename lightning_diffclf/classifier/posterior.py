@@ -87,11 +87,17 @@ class Posterior:
             )
         if int(target_B.min()) < 0 or int(target_B.max()) >= num_candidates:
             raise ValueError(f"fit: targets {target_B.min()} … {target_B.max()}, expected 0 … {num_candidates - 1}")
-        # Start where the logits have unit spread. In log temperature the problem is smooth and has one minimum.
-        logits_BK = -scores_BK.double().nan_to_num(nan=torch.inf)
+        logits_BK = -scores_BK.double()
         finite = logits_BK.isfinite()
-        logits_BK = logits_BK.where(finite, logits_BK[finite].min() - 1e3 * logits_BK[finite].std())
-        spread = logits_BK[finite].std().clamp_min(1e-12)
+        # A broken right candidate has probability zero at any temperature: such images say nothing.
+        usable_B = finite.gather(1, target_B.to(finite.device)[:, None])[:, 0]
+        logits_BK, finite, target_B = logits_BK[usable_B], finite[usable_B], target_B.to(finite.device)[usable_B]
+        # Only differences within an image matter, and errors of images differ far more than those of its candidates.
+        logits_BK = (logits_BK - logits_BK.gather(1, target_B[:, None])).where(finite, 0)
+        spread = logits_BK[logits_BK != 0].square().mean().sqrt()
+        if not bool(spread > 0):  # no two candidates differ: all temperatures are equally likely
+            return self
+        # Start where the logits have unit spread. In log temperature the problem is smooth and has one minimum.
         log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([log_temperature], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -99,7 +105,7 @@ class Posterior:
             optimizer.zero_grad()
             # Bounded, because the best temperature of a flawless classifier is zero.
             logits = logits_BK / spread * torch.exp(-log_temperature.clamp(-10, 10))
-            loss = torch.nn.functional.cross_entropy(logits, target_B.to(logits.device))
+            loss = torch.nn.functional.cross_entropy(logits.where(finite, -torch.inf), target_B)
             loss.backward()
             return loss
 

@@ -1,7 +1,9 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
@@ -10,6 +12,7 @@ from lightning_diffclf.classifier.draws import KeyedNoise, nested_order
 
 
 @given(st.integers(1, 400), st.data())
+@settings(deadline=None)
 def test_every_prefix_covers_the_grid_evenly(count, data):
     order = nested_order(count).tolist()
     assert sorted(order) == list(range(count))
@@ -18,6 +21,15 @@ def test_every_prefix_covers_the_grid_evenly(count, data):
     gaps = np.diff([*visited, visited[0] + count])
     # golden-ratio points leave no gap above (1 + golden ratio)² / n of the circle; 2 for rounding to ranks
     assert gaps.max() <= 2.62 * count / n + 2
+
+
+def test_every_prefix_of_the_default_draws_covers_the_grid_evenly():
+    visited = nested_order(250).numpy()
+    for n in range(1, 251):
+        points = np.sort(visited[:n])
+        assert np.diff([*points, points[0] + 250]).max() <= 2.62 * 250 / n + 2
+    ascending = np.arange(250)[:125]  # the bound is one: half of the ascending grid is far from it
+    assert np.diff([*ascending, 250]).max() > 2.62 * 2 + 2
 
 
 def noise(keyed: KeyedNoise, image_id, draw: int, size: int = 64) -> np.ndarray:
@@ -35,11 +47,23 @@ def test_noise_is_a_fresh_philox_stream_for_each_draw():
         assert np.array_equal(noise(keyed, "image", draw), expected)
 
 
+def test_the_key_is_a_hash_of_seed_and_image():
+    """Stored results stay comparable as long as this holds."""
+    digest = hashlib.blake2b(b"3/cat.png", digest_size=16).digest()
+    expected = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]
+    assert KeyedNoise(3).key("cat.png").tolist() == expected
+    assert KeyedNoise(0).key(7).tolist() == KeyedNoise(0).key("7").tolist()
+    keys = [tuple(KeyedNoise(s).key(i).tolist()) for s in (0, 1, 12, -1) for i in (0, 2, "2/0", "", "a")]
+    assert len(set(keys)) == len(keys)
+
+
 def test_noise_depends_on_seed_image_and_draw_only():
     reference = noise(KeyedNoise(0), 7, 1)
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     assert np.array_equal(noise(KeyedNoise(0), "7", 1), reference)
+    torch.manual_seed(2)
+    assert np.array_equal(noise(KeyedNoise(0), np.int64(7), 1), reference)
     others = [noise(KeyedNoise(1), 7, 1), noise(KeyedNoise(0), 8, 1), noise(KeyedNoise(0), 7, 2)]
     for other in others:
         assert abs(np.corrcoef(reference, other)[0, 1]) < 0.5
@@ -50,6 +74,14 @@ def test_noise_is_standard_normal():
     keyed = KeyedNoise(0)
     values = np.concatenate([noise(keyed, i, d, 50) for i in range(40) for d in range(50)])
     assert kstest(values, "norm").pvalue > 1e-3
+    assert values.dtype == np.float32
+
+
+def test_draws_and_images_are_independent():
+    keyed = KeyedNoise(0)
+    values = np.stack([noise(keyed, i, d, 4000) for i in range(5) for d in range(5)])
+    correlations = np.corrcoef(values)[np.triu_indices(25, 1)]
+    assert np.abs(correlations).max() < 4.5 / 4000**0.5  # 300 pairs: chance of 0.2 % if independent
 
 
 def test_default_draws_are_the_papers_timesteps_in_nested_order():

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_diffclf import Stages
@@ -8,6 +8,8 @@ from lightning_diffclf.classifier import Round
 
 
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=4, unique=True))
+@example([2, 3, 4, 5])  # 2 and 3 together are 4
+@settings(deadline=None)
 def test_stages_visit_the_grids_of_the_reference(samples):
     samples = sorted(samples)
     rule = Stages(samples, [1] * len(samples))
@@ -22,6 +24,49 @@ def test_stages_visit_the_grids_of_the_reference(samples):
         done = rule.next_stop(done, len(evaluated))
         seen.append(done)
     assert seen == sorted(set(stops))
+
+
+def adaptive_evaluation(samples, keep, errors_KT):
+    """The paper's Algorithm 2 as its code runs it. Timesteps that each candidate saw, in order, and the winner."""
+    t_to_eval = list(range(samples[-1]))
+    evaluated = {k: [] for k in range(len(errors_KT))}
+    remaining = list(evaluated)
+    for n, n_keep in zip(samples, keep, strict=True):
+        stage = t_to_eval[len(t_to_eval) // n // 2 :: len(t_to_eval) // n][:n]
+        for k in remaining:
+            evaluated[k] = evaluated[k] + [t for t in stage if t not in evaluated[k]]
+        remaining = sorted(remaining, key=lambda k: np.mean(errors_KT[k, evaluated[k]]))[:n_keep]
+    return evaluated, remaining[0]
+
+
+def spend(rule, errors_KT):
+    """The same by asking the rule, one round after another."""
+    order, active = rule.order(errors_KT.shape[1]), np.arange(len(errors_KT))
+    evaluated, done = {k: [] for k in range(len(errors_KT))}, 0
+    state = rule.start(len(errors_KT))
+    while done < len(order):
+        stop = rule.next_stop(done, len(order))
+        for k in active:
+            evaluated[k] = order[:stop]
+        done, scores = stop, errors_KT[active][:, order[:stop]].mean(1)
+        active = active[rule.survivors(state, Round(done, active, scores))]
+    return evaluated, active[0]
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True).map(sorted),
+    st.lists(st.integers(2, 9), min_size=3, max_size=3),
+    st.integers(1, 12),
+    st.integers(0, 2**32),
+)
+@example([2, 3, 4, 5], [3, 3, 2], 4, 0)  # 2 and 3 cover what 4 would add: its keep counts all the same
+@example([1, 2, 3, 4], [9, 8, 2], 9, 1)
+@settings(deadline=None)
+def test_stages_spend_what_the_reference_spends(samples, keep, num_candidates, seed):
+    keep = [*sorted(keep, reverse=True)[: len(samples) - 1], 1][: len(samples)]
+    errors_KT = np.random.default_rng(seed).random((num_candidates, samples[-1]))
+    expected, winner = adaptive_evaluation(samples, keep, errors_KT)
+    assert spend(Stages(samples, keep), errors_KT) == (expected, winner)
 
 
 def test_stages_keep_the_lowest_scores():

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
@@ -21,6 +23,22 @@ def test_broken_candidates_have_probability_zero():
     p = Posterior()(torch.tensor([[0.1, torch.inf, 0.2, torch.nan]]), dims=10)
     assert p[0, [1, 3]].tolist() == [0, 0]
     assert p.sum() == pytest.approx(1)
+    np.testing.assert_allclose(p[0, [0, 2]], softmax([-0.1 * 10, -0.2 * 10]), rtol=1e-6)
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1e3), min_size=3, max_size=3), min_size=1, max_size=4),
+    st.sampled_from(["mean", "sum"]),
+    st.floats(1e-3, 1e3),
+)
+@settings(deadline=None)
+def test_rows_are_distributions_that_prefer_low_scores(scores, reduction, temperature):
+    scores = torch.tensor(scores, dtype=torch.float64)
+    posterior = Posterior(reduction, temperature)
+    p = posterior(scores, dims=768)
+    torch.testing.assert_close(p.sum(1), torch.ones(len(p), dtype=torch.float64))
+    assert bool((p.gather(1, scores.argsort(1)).diff() <= 1e-12).all())
+    torch.testing.assert_close(posterior.log_probabilities(scores, 768).exp(), p)
 
 
 @pytest.mark.parametrize("true_temperature", [0.05, 1.0, 40.0])
@@ -40,11 +58,56 @@ def test_fit_finds_the_temperature(true_temperature):
     torch.testing.assert_close(same(scores, 64), fitted(scores, 64), rtol=1e-4, atol=1e-6)
 
 
+def simulated(temperature: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.rand(400, 5, generator=generator, dtype=torch.float64)
+    return scores, torch.multinomial((-scores / temperature).softmax(1), 1, generator=generator)[:, 0]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e5])
+def test_fit_does_not_care_how_hard_an_image_is(size):
+    """A constant added to all scores of an image changes no probability; real errors differ far more by image."""
+    scores, targets = simulated()
+    hardness = size * torch.randn(400, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = Posterior("mean").fit(scores, targets, dims=1).temperature
+    assert Posterior("mean").fit(scores + hardness, targets, dims=1).temperature == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
+def test_fit_with_broken_candidates(broken):
+    scores, targets = simulated()
+    rows = torch.arange(0, 400, 3)
+    scores[rows, (targets[rows] + 1) % 5] = broken  # a wrong candidate: out of play
+    scores[1, targets[1]] = broken  # the right one: no temperature can help
+
+    def nll(temperature):
+        logits = np.where(np.isfinite(scores), -scores.numpy() / temperature, -np.inf)
+        return -np.delete(log_softmax(logits, axis=1)[range(400), targets], 1).mean()
+
+    best = minimize_scalar(nll, bounds=(0.02, 2), method="bounded")
+    fitted = Posterior("mean").fit(scores, targets, dims=1)
+    assert nll(fitted.temperature) == pytest.approx(best.fun, abs=1e-6)
+    assert fitted.temperature == pytest.approx(best.x, rel=0.01)
+
+
+@pytest.mark.parametrize("scores", [torch.full((3, 2), 0.1), torch.full((3, 2), torch.inf), torch.tensor([[0.1]] * 3)])
+def test_fit_leaves_the_temperature_alone_where_it_does_not_matter(scores):
+    assert Posterior(temperature=2.5).fit(scores, torch.zeros(3).long(), dims=5).temperature == 2.5
+
+
+def test_fit_works_without_gradients():
+    scores, targets = simulated()
+    expected = Posterior().fit(scores, targets, dims=5)
+    with torch.no_grad():
+        assert Posterior().fit(scores, targets, dims=5) == expected
+
+
 def test_fit_of_a_flawless_classifier_stays_finite():
     scores = torch.eye(4).neg() * 0.01
     fitted = Posterior().fit(scores, torch.arange(4), dims=10)
     assert 0 < fitted.temperature < 1
-    assert Posterior().fit(torch.tensor([[0.1, torch.inf], [0.3, 0.2]]), torch.tensor([0, 1]), 5).temperature > 0
+    half_broken = torch.tensor([[0.1, torch.inf], [0.3, 0.2]])
+    assert 0 < Posterior().fit(half_broken, torch.tensor([0, 1]), 5).temperature < 1
 
 
 @pytest.mark.parametrize(
@@ -52,6 +115,10 @@ def test_fit_of_a_flawless_classifier_stays_finite():
     [
         (lambda: Posterior("max"), "reduction 'max'"),
         (lambda: Posterior(temperature=-1), "temperature -1"),
+        (lambda: Posterior(temperature=0), "temperature 0, expected a positive"),
+        (lambda: Posterior(temperature=float("nan")), "temperature nan"),
+        (lambda: Posterior().fit(torch.zeros(2, 3), torch.tensor([0]), 1), "2 rows of scores and 1 targets"),
+        (lambda: Posterior().fit(torch.zeros(2, 3), torch.tensor([-1, 0]), 1), "targets -1 … 0, expected 0 … 2"),
         (lambda: Posterior().fit(torch.zeros(0, 3), torch.zeros(0).long(), 1), "0 rows of scores"),
         (lambda: Posterior().fit(torch.zeros(2, 3), torch.tensor([0, 3]), 1), "targets 0 … 3, expected 0 … 2"),
     ],

@@ -1,3 +1,6 @@
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,13 @@ def test_sums_of_terms():
     torch.testing.assert_close(Loss("l1 + l2")(given), Loss("l1")(given) + Loss("l2")(given))
 
 
+def test_a_predicted_variance_does_not_count_for_distances():
+    given = rows()
+    with_variance = replace(given, output=torch.cat([given.output, given.output * 3], 1))
+    for name in ("l2", "l1", "huber"):
+        assert torch.equal(Loss(name)(with_variance), Loss(name)(given))
+
+
 def test_kl_is_that_of_two_gaussians():
     schedule = NoiseSchedule.linear()
     generator = torch.Generator().manual_seed(0)
@@ -57,6 +67,23 @@ def test_kl_is_that_of_two_gaussians():
         true = Normal(posterior_mean(x0[i].double()), beta_tilde.sqrt())
         expected = kl_divergence(true, Normal(posterior_mean(guess), variance.sqrt())).mean() / torch.tensor(2.0).log()
         torch.testing.assert_close(kl[i].double(), expected.double(), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl", "nll", "l2+kl"])
+@pytest.mark.parametrize(
+    ("schedule", "found"),
+    [
+        (NoiseSchedule.rectified_flow(), "FlowSchedule with velocity"),
+        (NoiseSchedule.rectified_flow(prediction="epsilon"), "FlowSchedule with epsilon"),
+        (NoiseSchedule.edm(), "EDMSchedule with edm"),
+        (NoiseSchedule.linear(prediction="v_prediction"), "DiscreteSchedule with v_prediction"),
+    ],
+)
+def test_bound_terms_need_their_schedule(name, schedule, found):
+    with pytest.raises(ValueError, match=rf"loss: '{re.escape(name)}' needs a discrete schedule.*found {found}"):
+        Loss(name).check(schedule)
+    Loss("l2+l1+huber").check(schedule)
+    Loss(name).check(NoiseSchedule.cosine())
 
 
 @pytest.mark.parametrize("name", ["", "l3", "l2+", "l2+l2"])
