@@ -93,7 +93,8 @@ SCHEDULES = {
         ("flow", NoiseSchedule.rectified_flow, ("velocity", "epsilon", "sample")),
         ("flow of SiT", lambda prediction: NoiseSchedule.rectified_flow(0, 1.0, prediction), ("velocity", "epsilon")),
         ("flow of SD3", lambda prediction: NoiseSchedule.rectified_flow(1, 1000.0, prediction), ("velocity",)),
-        ("edm", NoiseSchedule.edm, ("edm", "sample")),
+        # sigma_data is not SPREAD, or the perfect F would not depend on its input
+        ("edm", lambda prediction: NoiseSchedule.edm(sigma_data=0.8, prediction=prediction), ("edm", "sample")),
     )
     for prediction in predictions
 }
@@ -111,7 +112,7 @@ class ExactGaussians(Toy):
         t, x_t = time / getattr(self.schedule, "time_scale", 1), x_in
         if self.schedule.prediction == "edm":  # Karras et al. 2022, table 1: c_noise = ln(sigma) / 4, c_in
             t = (4 * time).exp()
-            x_t = x_in * (t**2 + 0.5**2).sqrt().view(-1, 1, 1, 1)
+            x_t = x_in * (t**2 + 0.8**2).sqrt().view(-1, 1, 1, 1)
         if self.schedule.num_timesteps:
             t = t.long()
         alpha, sigma = (v.view(-1, 1, 1, 1) for v in (self.schedule.alpha(t), self.schedule.sigma(t)))
@@ -259,6 +260,8 @@ def test_ids_and_seed_key_the_noise():
     reference = scores()
     for ids in ([0, 1, 2], ["0", "1", "2"], torch.arange(3), np.arange(3), (str(i) for i in range(3))):
         assert torch.equal(scores(ids=ids), reference)
+    classifier = DiffusionClassifier(denoiser, Draws(1))
+    assert [repr(r.image_id) for r in classifier(images, ids=torch.arange(3))] == ["0", "1", "2"]  # no tensors
     assert not torch.isclose(scores(ids=[1, 2, 3]), reference).any()
     assert not torch.isclose(scores(seed=1), reference).any()
 
@@ -306,22 +309,45 @@ def test_results_come_as_soon_as_they_are_decided():
         assert torch.is_grad_enabled()  # the consumer's loop may train
 
 
+def test_oldest_images_come_first():
+    denoiser = Toy(2)
+    results = DiffusionClassifier(denoiser, Draws(5), microbatch=4)(some_images(3))
+    next(results)
+    assert len(denoiser.calls) == 3  # the third has the last two rows of its ten
+
+
+def test_results_are_in_the_order_given_even_if_decided_earlier():
+    denoiser, rule = Toy(), DropOneEachDraw()
+    classifier = DiffusionClassifier(denoiser, Draws(16), elimination=rule, microbatch=100)
+    results = classifier(some_images(4), ids="abcd", candidates=[[0, 1, 2, 3, 4], [0, 1], [1, 2], [3]])
+    first = next(results)
+    assert len(rule.rounds_of_images[1]) == 1  # decided after one draw, long before the first image
+    assert first.draws_K.max() > 1
+    rest = list(results)
+    assert [first.image_id, *(r.image_id for r in rest)] == list("abcd")
+    assert [r.nfe for r in rest] == [2, 2, 16]  # a single candidate is scored all the same
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-@pytest.mark.parametrize(("microbatch", "in_flight"), [(1, None), (13, None), (50, None), (50, 2), (5000, None)])
+@pytest.mark.parametrize(
+    ("microbatch", "in_flight"), [(1, None), (3, None), (13, None), (50, None), (50, 2), (5000, None)]
+)
 def test_cost_is_what_the_network_saw_and_micro_batches_are_full(rule, microbatch, in_flight):
-    denoiser, images = Toy(), some_images(6)
+    denoiser, images = Toy(), some_images(8)
     classifier = DiffusionClassifier(denoiser, Draws(16), elimination=rule, microbatch=microbatch, in_flight=in_flight)
     results = list(classifier(images))
     sizes = [len(x_t) for x_t, _, _ in denoiser.calls]
     assert all(len(t) == len(candidate) == len(x_t) for x_t, t, candidate in denoiser.calls)
     assert sum(sizes) == sum(r.nfe for r in results) == sum(int(r.draws_K.sum()) for r in results)
     assert max(sizes) <= microbatch
+    assert denoiser.encoded == 8
+    if in_flight is None:  # not full only when no image is left to fill it
+        assert all(size == microbatch or n == 8 for size, n in zip(sizes, denoiser.encoded_before_call, strict=True))
     if isinstance(rule, Exhaustive):
         assert all(r.nfe == 5 * 16 for r in results)
+        spent = np.cumsum(sizes)
         assert in_flight or set(sizes[:-1]) <= {microbatch}
-    if in_flight is None:  # not full only when no image is left to fill it
-        assert all(size == microbatch or n == 6 for size, n in zip(sizes, denoiser.encoded_before_call, strict=True))
-    assert denoiser.encoded == 6
+        assert denoiser.encoded_before_call == np.ceil(spent / 80).tolist()  # no image before it is needed
     # Paired: there are as many distinct noisy inputs as (image, draw) pairs, each seen once by each candidate.
     x_t, _, candidate = (torch.cat(parts) for parts in zip(*denoiser.calls, strict=True))
     distinct, pair = torch.unique(x_t.flatten(1), dim=0, return_inverse=True)
@@ -341,7 +367,7 @@ def test_memory_does_not_grow_with_draws(rule):
 
         def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
             self.encoded += 1
-            if self.encoded % 10 == 0:
+            if self.encoded % 50 == 15:
                 found = {id(o): o.numel() for o in gc.get_objects() if type(o) is Tensor}
                 self.tensors = max(self.tensors, sum(found.values()))
             return super().predict(x_t, t, candidate)
@@ -406,6 +432,26 @@ def test_training_mode_is_left_and_restored(root_trains, how):
     assert denoiser.modes_seen == {False}
     assert modes(denoiser) == before
     assert all(not x_t.requires_grad for x_t, _, _ in denoiser.calls)
+
+
+def test_a_class_with_its_own_train_is_told():
+    """Some merge adapters into the weights in evaluation mode, and have to undo it."""
+
+    class Merging(Toy):
+        merged = False
+
+        def train(self, mode: bool = True) -> "Merging":
+            self.merged = not mode
+            return super().train(mode)
+
+        def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
+            assert self.merged
+            return super().predict(x_t, t, candidate)
+
+    denoiser = Merging()
+    assert len(list(DiffusionClassifier(denoiser, Draws(2))(some_images(2)))) == 2
+    assert not denoiser.merged
+    assert denoiser.training
 
 
 def test_errors_are_float32_under_autocast():
