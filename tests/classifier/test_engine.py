@@ -109,6 +109,8 @@ class ExactGaussians(Toy):
         self.means = means
 
     def predict(self, x_in: Tensor, time: Tensor, candidate: Tensor) -> Tensor:
+        assert (x_in.dtype, candidate.dtype) == (torch.float32, torch.int64)
+        assert time.dtype == (torch.int64 if self.schedule.num_timesteps else torch.float32)
         t, x_t = time / getattr(self.schedule, "time_scale", 1), x_in
         if self.schedule.prediction == "edm":  # Karras et al. 2022, table 1: c_noise = ln(sigma) / 4, c_in
             t = (4 * time).exp()
@@ -493,6 +495,10 @@ def test_half_precision_outputs_are_converted_in_float32(prediction):
     runs = [list(DiffusionClassifier(kind(5, schedule), Draws(9))(images)) for kind in (Half, Rounded)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a.scores_K, b.scores_K)
+    rule = DropOneEachDraw("predictions")
+    list(DiffusionClassifier(Half(5, schedule), Draws(9), elimination=rule)(images))
+    first = rule.rounds_of_images[0][0]
+    assert first.predictions_RAD.dtype == first.noise_RD.dtype == torch.float32
 
 
 def test_the_winner_ranks_first_whatever_the_rule_says():
