@@ -8,6 +8,8 @@ from lightning_diffclf.classifier import (
     Draws,
     Elimination,
     Exhaustive,
+    LikelihoodRatio,
+    PairedTest,
     Posterior,
     Stages,
 )
@@ -30,7 +32,9 @@ __all__ = [
     "Draws",
     "Elimination",
     "Exhaustive",
+    "LikelihoodRatio",
     "NoiseSchedule",
+    "PairedTest",
     "Posterior",
     "Stages",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,12 @@ class DiffusionClassifierCallback(L.Callback):
         candidates: Indices of the candidates in play; all if omitted.
         reduction: ``mean`` or ``sum``: how the posterior reads scores.
         temperature: Temperature of the posterior.
+        weights: What the draws weigh in the score: ``uniform``, ``sample``, ``velocity``, ``clark_jaini``, or a number
+            for each draw from the cleanest to the noisiest.
+        budget: Network calls for one image at most; then the draws so far decide.
+        abstain: Margin in nats below which an answer counts as not given. Then ``coverage``, the share of images with
+            an answer, and ``answered_accuracy`` among them are logged as well.
+        compile: Compile the network for micro-batches of one size; pays in long evaluations.
         fit_images: Images that validation during ``fit`` classifies, over all ranks; None for all, 0 for none.
         every_n_validations: Classify in every n-th validation of ``fit``.
         output_dir: Folder for ``predictions.parquet``, ``metrics.json`` and pictures, outside ``fit``; nothing is
@@ -75,6 +82,10 @@ class DiffusionClassifierCallback(L.Callback):
         candidates: list[int] | None = None,
         reduction: Literal["mean", "sum"] = "sum",
         temperature: float = 1.0,
+        weights: str | list[float] = "uniform",
+        budget: int | None = None,
+        abstain: float = 0.0,
+        compile: bool = False,
         fit_images: int | None = 128,
         every_n_validations: int = 1,
         output_dir: str | None = None,
@@ -93,6 +104,7 @@ class DiffusionClassifierCallback(L.Callback):
         self.draws, self.seed, self.loss, self.elimination, self.microbatch = draws, seed, loss, elimination, microbatch
         self.candidates = candidates
         self.posterior = Posterior(reduction, temperature)
+        self.weights, self.budget, self.abstain, self.compile = weights, budget, abstain, compile
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.output_dir = output_dir
         self.name = name
@@ -126,6 +138,10 @@ class DiffusionClassifierCallback(L.Callback):
             elimination=self.elimination,
             microbatch=self.microbatch,
             keep_errors=True,
+            weights=self.weights,
+            budget=self.budget,
+            abstain=self.abstain,
+            compile=self.compile,
         )
         known = len(pl_module.candidates)
         if self.candidates is not None and not all(0 <= c < known for c in self.candidates):
@@ -138,6 +154,7 @@ class DiffusionClassifierCallback(L.Callback):
                 pl_module.candidates.num_classes,
                 len(self.classifier.timesteps_S),
                 self.posterior,
+                abstains=self.abstain > 0,
             ),
         )
 
@@ -175,6 +192,7 @@ class DiffusionClassifierCallback(L.Callback):
         self._remaining = images_on_this_rank(loaders[0], trainer.global_rank, trainer.world_size, cap)
         self._metrics(pl_module).reset()
         self.results, self._labels, self.metrics, self._correct, self._nfe = [], [], {}, 0, 0
+        self._run = self.classifier.run()
         self._folder = None
         if self.output_dir is not None and trainer.state.fn != "fit":
             self._folder = Path(trainer.strategy.broadcast(str(free_folder(Path(self.output_dir)))))
@@ -189,45 +207,52 @@ class DiffusionClassifierCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if self._active:
-            self._classify(trainer, pl_module, batch, labels_needed=True)
+            self._classify(trainer, pl_module, batch, last=batch_idx + 1 == trainer.num_val_batches[0])
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        self._classify(trainer, pl_module, batch, labels_needed=True)
+        self._classify(trainer, pl_module, batch, last=batch_idx + 1 == trainer.num_test_batches[0])
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        self._classify(trainer, pl_module, batch, labels_needed=False)
+        self._classify(trainer, pl_module, batch, last=batch_idx + 1 == trainer.num_predict_batches[0])
 
-    def _classify(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, labels_needed: bool) -> None:
+    def _classify(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, last: bool) -> None:
         images, labels, ids = unpack(batch)
         count = len(images) if self._remaining is None else min(len(images), self._remaining)
-        if count == 0:
-            return
-        images, ids = images[:count], list(content_ids(images) if ids is None else ids)[:count]
-        known: list[Any] = [None] * count if labels is None else labels[:count].tolist()
-        if labels_needed:
-            self._check_labels(known, ids)
-        bar = trainer.progress_bar_callback
+        if count > 0:
+            images, ids = images[:count], list(content_ids(images) if ids is None else ids)[:count]
+            known: list[Any] = [None] * count if labels is None else labels[:count].tolist()
+            if trainer.state.fn != "predict":
+                self._check_labels(known, ids)
+            self._run.add(images, ids, self.candidates)
+            self._labels += known
+            self._decide(trainer, pl_module, self._run.work())
+            if self._remaining is not None:
+                self._remaining -= count
+        # What does not fill a micro-batch waits for the next batch, but not for the end of the epoch: hooks of other
+        # callbacks may change the weights there.
+        if last or self._remaining == 0:
+            self._decide(trainer, pl_module, self._run.finish())
+
+    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, decisions: Iterator[Classification]) -> None:
+        bar, begun = trainer.progress_bar_callback, len(self.results)
         start = time.perf_counter()
-        results: list[Classification] = []
+        new: list[Classification] = []
         with trainer.precision_plugin.forward_context():  # hooks run outside autocast
-            for result in self.classifier(images, ids, candidates=self.candidates):
-                label = known[len(results)]
-                results.append(result)
+            for result in decisions:
+                label = self._labels[begun + len(new)]
+                new.append(result)
                 self._nfe += result.nfe
                 self._correct += label == result.label
                 if isinstance(bar, ClassifierProgressBar):
-                    done = len(self.results) + len(results)
-                    bar.update_images(done, None if label is None else self._correct, self._nfe)
-        if labels_needed:
-            self._metrics(pl_module).update(results, known, time.perf_counter() - start)
-        self.results += [replace(result, errors_KS=None) for result in results]
-        self._labels += known
-        if self._remaining is not None:
-            self._remaining -= count
+                    bar.update_images(begun + len(new), None if label is None else self._correct, self._nfe)
+        if trainer.state.fn != "predict":
+            labels = [label for label in self._labels[begun : begun + len(new)] if label is not None]
+            self._metrics(pl_module).update(new, labels, time.perf_counter() - start)
+        self.results += [replace(result, errors_KS=None) for result in new]
 
     def _check_labels(self, labels: list[int | None], ids: list[int | str]) -> None:
         classes = self.classifier.denoiser.candidates.classes
@@ -254,6 +279,7 @@ class DiffusionClassifierCallback(L.Callback):
         self._end(trainer, pl_module)
 
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._decide(trainer, pl_module, self._run.finish())  # nothing, unless the last batch was not known to be it
         self._active = False
         if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
             trainer.progress_bar_callback.stop_images()
@@ -307,7 +333,8 @@ class DiffusionClassifierCallback(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # What was decided before the error is not lost.
         if self._active and self._folder is not None and self.results:
-            write_table(to_table(self.results, self._labels), self._part(self._folder, trainer.global_rank))
+            labels = self._labels[: len(self.results)]
+            write_table(to_table(self.results, labels), self._part(self._folder, trainer.global_rank))
 
     def settings(self, trainer: L.Trainer) -> dict[str, Any]:
         """What the numbers depend on, as plain values."""
@@ -316,6 +343,9 @@ class DiffusionClassifierCallback(L.Callback):
             "seed": self.classifier.draws.seed,
             "loss": self.loss,
             "elimination": repr(self.classifier.rule),
+            "weights": self.weights,
+            "budget": self.budget,
+            "abstain": self.abstain,
             "candidates": self.candidates,
             "posterior": asdict(self.posterior),
             "microbatch": self.microbatch,

@@ -2,7 +2,7 @@
 
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.draws import Draws
-from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, Round, Stages
+from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, LikelihoodRatio, PairedTest, Round, Stages
 from lightning_diffclf.classifier.engine import DiffusionClassifier
 from lightning_diffclf.classifier.posterior import Posterior
 from lightning_diffclf.classifier.score import Loss
@@ -13,7 +13,9 @@ __all__ = [
     "Draws",
     "Elimination",
     "Exhaustive",
+    "LikelihoodRatio",
     "Loss",
+    "PairedTest",
     "Posterior",
     "Round",
     "Stages",

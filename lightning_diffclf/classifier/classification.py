@@ -14,8 +14,14 @@ class Classification:
 
     Attributes:
         image_id: Id under which the image was given.
-        label: Class index of the winning candidate.
-        candidate: Index of the winning candidate.
+        label: Class index of the winning candidate; None if the network returned NaN or infinity for all of them.
+        candidate: Index of the winning candidate, or None.
+        margin: Evidence for the winner against its closest rival in nats, at least 0:
+            n · D · (rival's score - winner's) / (2 · winner's), after n draws. For ``l2`` this is the log likelihood
+            ratio of two Gaussian residuals, optimistic where neighbouring values are correlated; for other errors it
+            is a scale only. Of rivals that were dropped, it counts what there was when they were dropped. Infinite
+            if there was no rival.
+        abstained: Whether the margin was smaller than asked for (``abstain``), or there was no winner.
         candidates_K: Indices of the K candidates that were in play for this image (K,), int64.
         scores_K: Mean error of each over the draws that it saw (K,), float64. Lower is better, but only candidates
             that saw equally many draws can be compared; infinite where the network returned NaN or infinity.
@@ -24,11 +30,15 @@ class Classification:
         dims: Number of values of x0, D; what a posterior needs besides the scores.
         timesteps_S: Timestep of each draw, in the order spent (S,).
         errors_KS: Every single error (K, S), float32, NaN where not evaluated; None unless ``keep_errors``.
+        distances_SKK: Mean squared differences between the noise that two candidates predict (S, K, K), float16, NaN
+            where not evaluated; None unless ``keep_distances``.
     """
 
     image_id: int | str
-    label: int
-    candidate: int
+    label: int | None
+    candidate: int | None
+    margin: float
+    abstained: bool
     candidates_K: Tensor
     scores_K: Tensor
     draws_K: Tensor
@@ -36,6 +46,7 @@ class Classification:
     dims: int
     timesteps_S: Tensor
     errors_KS: Tensor | None = None
+    distances_SKK: Tensor | None = None
 
     @property
     def ranking(self) -> list[int]:

@@ -6,47 +6,57 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from torch import Tensor
+from scipy.special import ndtr, stdtr
 
-Needs = Literal["scores", "errors", "predictions"]
+Needs = Literal["scores", "errors", "distances"]
 
 
 @dataclass(frozen=True)
 class Round:
     """What a rule is shown at each of its stops: the draws since the stop before (R) and the candidates in play (A).
 
-    Rules run under the caller's autocast; one that multiplies predictions has to switch it off to stay in float32.
-
     Attributes:
+        loss: Name of the error, as :class:`~.score.Loss` has it.
         done: Draws finished, those of this round included.
-        active_A: Positions of the candidates in play among the image's own candidates (A,), int64.
-        scores_A: Mean error over all ``done`` draws (A,), float64. All candidates in play have seen the same draws.
-        errors_RA: Error of each draw of this round (R, A), float32; None unless the rule needs errors.
-        predictions_RAD: Predicted noise of each draw of this round (R, A, D), float32, on the network's device, D the
-            number of values of x0; None unless the rule needs predictions.
-        noise_RD: True noise of those draws (R, D), likewise.
+        total: Draws that an image may spend.
+        dims: Number of values of x0, D.
+        active_A: Positions of the candidates in play among the image's own candidates (A,), int64. A candidate whose
+            error was NaN or infinite is in play no more.
+        scores_A: Mean weighted error over all ``done`` draws (A,), float64. All candidates in play have seen the same
+            draws.
+        weights_R: Weight of each draw of this round (R,), float64, mean 1 over all draws of an image.
+        errors_RA: Error of each draw of this round without its weight (R, A), float32; None unless the rule needs
+            errors or distances.
+        distances_RAA: Mean squared difference between the noise that two candidates predict, over the D values of x0
+            (R, A, A), float32; None unless the rule needs distances.
     """
 
+    loss: str
     done: int
+    total: int
+    dims: int
     active_A: np.ndarray
     scores_A: np.ndarray
+    weights_R: np.ndarray
     errors_RA: np.ndarray | None = None
-    predictions_RAD: Tensor | None = None
-    noise_RD: Tensor | None = None
+    distances_RAA: np.ndarray | None = None
 
 
 class Elimination:
     """A rule that drops candidates before all draws are spent. This one drops none; others override what they need.
 
     Attributes:
-        needs: What :class:`Round` must hold. ``scores`` costs no memory, ``errors`` R × A numbers and ``predictions``
-            R × A × D numbers for each image in flight.
+        needs: What :class:`Round` must hold. ``scores`` costs no memory, ``errors`` R × A numbers for each image in
+            flight, ``distances`` R × A × A, and R × A × D on the network's device until a round is complete.
     """
 
-    needs: Needs = "scores"
+    needs: ClassVar[Needs] = "scores"
+
+    def check(self, loss: str) -> None:
+        """Raise ValueError if the rule makes no sense for errors of this :class:`~.score.Loss`."""
 
     def order(self, count: int) -> Sequence[int] | None:
         """Order in which the ascending grid of timesteps is visited: positions, as many as the rule spends at most.
@@ -134,3 +144,195 @@ class Stages(Elimination):
         survives = np.zeros(len(current.active_A), dtype=bool)
         survives[np.argsort(current.scores_A, kind="stable")[:keep]] = True
         return survives
+
+
+class _Paired:
+    """What a sequential test remembers about one image: something of each candidate, or of each pair."""
+
+    def __init__(self) -> None:
+        self.spent = 0.0  # of alpha
+        self._active_A = np.empty(0, dtype=np.int64)
+        self.errors_NA = np.empty((0, 0))  # PairedTest: weighted, of the draws so far
+        self.sums_XAA = np.zeros((0, 0, 0))  # LikelihoodRatio: sums over draws for each pair
+
+    def narrow(self, active_A: np.ndarray, num_sums: int = 0) -> None:
+        """Forget what went out of play since the stop before."""
+        if len(self._active_A) == 0:
+            self.errors_NA = np.empty((0, len(active_A)))
+            self.sums_XAA = np.zeros((num_sums, len(active_A), len(active_A)))
+        elif len(active_A) < len(self._active_A):
+            stays = np.searchsorted(self._active_A, active_A)
+            self.errors_NA = self.errors_NA[:, stays]
+            self.sums_XAA = self.sums_XAA[:, stays[:, None], stays]
+        self._active_A = active_A
+
+
+@dataclass(frozen=True)
+class SequentialTest(Elimination):
+    """What :class:`PairedTest` and :class:`LikelihoodRatio` share: how the accepted error is spent.
+
+    At each stop, every rival of the best candidate has a probability that the draws to come would turn their order
+    round. The rivals least likely to come back are dropped: as many as have together at most half of what is left of
+    ``alpha``. So the probabilities of all that are ever dropped add up to less than ``alpha``, however many candidates
+    and stops there are.
+
+    Args:
+        alpha: Accepted probability that the decision differs from that of all draws, in (0, 0.5).
+        growth: The rule is asked again when the draws have grown by this factor, or by one; 1 is after each draw.
+            Larger rounds fill micro-batches better when few images are left, and spend a few draws more.
+
+    Raises:
+        ValueError: if ``alpha`` or ``growth`` is out of range.
+    """
+
+    alpha: float = 0.01
+    growth: float = 1.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 0.5:
+            raise ValueError(f"{type(self).__name__}: alpha {self.alpha}, expected a probability in (0, 0.5)")
+        if not 1 <= self.growth < np.inf:
+            raise ValueError(f"{type(self).__name__}: growth {self.growth}, expected a number from 1 on")
+
+    def start(self, num_candidates: int) -> Any:
+        return _Paired()
+
+    def next_stop(self, done: int, total: int) -> int:
+        return min(total, max(done + 1, int(done * self.growth)))
+
+    def reversal(self, state: Any, current: Round, best: int) -> np.ndarray:
+        """Probability that each candidate ends with a lower score than ``best`` (A,); that of ``best`` is not read."""
+        raise NotImplementedError
+
+    def survivors(self, state: Any, current: Round) -> np.ndarray:
+        survives = np.ones(len(current.active_A), dtype=bool)
+        if len(survives) > 1:
+            best = int(np.argmin(current.scores_A))
+            reversal_A = self.reversal(state, current, best)
+            reversal_A[best] = np.inf
+            order = np.argsort(reversal_A, kind="stable")
+            spent_A = np.cumsum(reversal_A[order])
+            num_dropped = int(np.searchsorted(spent_A, (self.alpha - state.spent) / 2, side="right"))
+            if num_dropped:
+                survives[order[:num_dropped]] = False
+                state.spent += spent_A[num_dropped - 1]
+        return survives
+
+
+@dataclass(frozen=True)
+class PairedTest(SequentialTest):
+    """Sequential t-tests on paired differences (after Clark & Jaini 2023).
+
+    All candidates see the same draws, so the difference of two errors varies far less than the errors themselves. Each
+    rival k of the best candidate b has a mean difference m = mean(e_k - e_b) over n of the S draws. If these are a
+    sample of all, the mean over all S draws has the other sign with the probability that a variable with Student's
+    t distribution is below
+
+        -m · sqrt(n) / s · sqrt(S / (S - n)).
+
+    s² is the variance of the differences, pooled over the rivals so that two draws already serve; the last factor says
+    that the final mean contains these n draws (finite population correction).
+
+    Args:
+        alpha: Accepted probability that the decision differs from that of all draws, in (0, 0.5).
+        growth: The rule is asked again when the draws have grown by this factor, or by one; 1 is after each draw.
+
+    Raises:
+        ValueError: if ``alpha`` or ``growth`` is out of range.
+    """
+
+    needs: ClassVar[Needs] = "errors"
+
+    def reversal(self, state: _Paired, current: Round, best: int) -> np.ndarray:
+        assert current.errors_RA is not None
+        state.narrow(current.active_A)
+        state.errors_NA = np.concatenate([state.errors_NA, current.weights_R[:, None] * current.errors_RA])
+        n, num_rivals = len(state.errors_NA), len(current.active_A) - 1
+        if n < 2:
+            return np.ones(len(current.active_A))
+        differences_NA = state.errors_NA - state.errors_NA[:, [best]]
+        pooled = differences_NA.var(0, ddof=1).sum() / num_rivals
+        t_A = differences_NA.mean(0) / np.sqrt(pooled / n * _unseen(current) + TINY)
+        return stdtr((n - 1) * num_rivals, -t_A)
+
+
+def _unseen(current: Round) -> float:
+    """Share of the draws that are still to come: shrinks the variance of what they can change."""
+    return 1 - current.done / current.total
+
+
+TINY = 1e-300  # instead of a division by zero where two candidates predict the same
+PRIOR_DRAWS = 10  # so many draws with residuals as assumed are believed beforehand: one image says little
+
+
+@dataclass(frozen=True)
+class LikelihoodRatio(SequentialTest):
+    """Sequential tests that know the noise of a difference from a single draw; docs/elimination.md derives them.
+
+    With r = noise - (what the best candidate b predicts) and Δ = (b's prediction) - (k's), the squared errors of one
+    draw differ by ‖r + Δ‖² - ‖r‖² = ‖Δ‖² + 2 Δ·r. The noise in it is 2 Δ·r, whose variance is 4 s² ‖Δ‖² if r is
+    noise of variance s² = mean(r²), unrelated to Δ. Both are known from the network's outputs, so no repetition is
+    needed: candidates that predict something else fall after one draw, and only real rivals go on. After n of S
+    draws, the order of b and k is turned round by the rest with probability
+
+        Φ(-D / sqrt(c · Σ 4 s² ‖Δ‖² · (S - n) / S)),      D = Σ ‖noise - k's‖² - ‖noise - b's‖².
+
+    ``c`` is 1 for residuals as assumed. It is measured on every image, from how much the differences vary about
+    their fit by ‖Δ‖², and taken if it is larger than ``inflation``. For l1 and huber, 4 s² is replaced by the mean
+    square of the loss's derivative. How ``alpha`` is spent: :class:`SequentialTest`.
+
+    Args:
+        alpha: Accepted probability that the decision differs from that of all draws, in (0, 0.5).
+        growth: The rule is asked again when the draws have grown by this factor, or by one; 1 is after each draw.
+            Larger rounds fill micro-batches better when few images are left, and spend a few draws more.
+        inflation: Least c, at least 0; see :func:`~.calibration.measure_inflation`.
+
+    Raises:
+        ValueError: if ``alpha``, ``growth`` or ``inflation`` is out of range.
+    """
+
+    inflation: float = 1.0
+    needs: ClassVar[Needs] = "distances"
+    losses: ClassVar[tuple[str, ...]] = ("l2", "l1", "huber")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.inflation < np.inf:
+            raise ValueError(f"{type(self).__name__}: inflation {self.inflation}, expected a number from 0 on")
+
+    def check(self, loss: str) -> None:
+        if loss not in self.losses:
+            raise ValueError(
+                f"{type(self).__name__}: loss {loss!r} is no distance between noises, expected one of {self.losses}; "
+                "PairedTest takes any"
+            )
+
+    def reversal(self, state: _Paired, current: Round, best: int) -> np.ndarray:
+        state.narrow(current.active_A, num_sums=4)
+        state.sums_XAA += _pair_sums(current)
+        variance_A, dd_A, dg_A, gg_A = state.sums_XAA[:, best]
+        misfit_A = dd_A - dg_A**2 / (gg_A + TINY)  # what a fit of d by a multiple of g leaves: n - 1 if c is 1
+        n, num_rivals = current.done, len(current.active_A) - 1
+        c = max(self.inflation, (PRIOR_DRAWS + misfit_A.sum() / num_rivals) / (PRIOR_DRAWS + n - 1))
+        difference_A = n * (current.scores_A - current.scores_A[best])
+        return ndtr(-difference_A / np.sqrt(c * variance_A * _unseen(current) + TINY))
+
+
+def _pair_sums(current: Round) -> np.ndarray:
+    """Sums over the draws of a round for each pair (b, k): (4, A, A) float64.
+
+    The first is the variance of the weighted difference of errors if b is right. The others are the sums of d²/v,
+    dg/v and g²/v, with the difference d = e_k - e_b of a draw, its variance v, and the squared distance g of the
+    predictions.
+    """
+    assert current.errors_RA is not None
+    assert current.distances_RAA is not None
+    e_RA = current.errors_RA.astype(np.float64)
+    # Mean square of the loss's derivative at the residual; huber's is at most twice the loss, and at most one.
+    slope_RA = {"l2": 4 * e_RA, "l1": np.ones_like(e_RA), "huber": np.minimum(2 * e_RA, 1)}[current.loss]
+    unit_RA1 = (np.maximum(slope_RA, 1e-12) / current.dims)[:, :, None]  # v / g
+    d_RAA = e_RA[:, None, :] - e_RA[:, :, None]
+    v_RAA = unit_RA1 * current.distances_RAA
+    v_AA = np.einsum("r,rbk->bk", current.weights_R**2, v_RAA)
+    terms = d_RAA**2 / (v_RAA + TINY), d_RAA / unit_RA1, current.distances_RAA / unit_RA1
+    return np.stack([v_AA, *(term.sum(0) for term in terms)])

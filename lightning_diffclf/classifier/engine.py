@@ -20,54 +20,12 @@ from torch import Tensor, nn
 
 from lightning_diffclf.classifier.checks import check_images, check_output, resolve_candidates
 from lightning_diffclf.classifier.classification import Classification
+from lightning_diffclf.classifier.device import CompiledPredict, download, upload
 from lightning_diffclf.classifier.draws import Draws, KeyedNoise
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, Round
-from lightning_diffclf.classifier.score import Loss, Rows
+from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut
+from lightning_diffclf.classifier.score import Loss, Rows, timestep_weights
 from lightning_diffclf.denoiser import ConditionalDenoiser
-
-
-class _Flight:
-    """An image between its encoding and its decision."""
-
-    def __init__(self, position: int, image_id: int | str, slot: int, candidates_K: np.ndarray, state: Any) -> None:
-        self.position = position  # among the images of this call
-        self.image_id = image_id
-        self.slot = slot  # where its x0 lies
-        self.candidates_K = candidates_K
-        self.state = state  # of the elimination rule
-        self.key = np.empty(0)  # of its noise
-        self.last_noise: tuple[int, np.ndarray] | None = None  # a draw with many candidates spans micro-batches
-        self.active_A = np.arange(len(candidates_K))
-        self.sums_K = np.zeros(len(candidates_K))
-        self.draws_K = np.zeros(len(candidates_K), dtype=np.int64)
-        self.nfe = 0
-        self.done = 0  # draws before this round
-        self.stop = 0  # draws after this round
-        self.cut = 0  # rows of this round handed to micro-batches; row r is draw r // A, candidate r % A
-        self.errors_KS: np.ndarray | None = None
-        self.errors_RA: np.ndarray | None = None
-        self.predictions_RAD: Tensor | None = None
-        self.noise_RD: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        """Rows in this round."""
-        return (self.stop - self.done) * len(self.active_A)
-
-
-@dataclass
-class _Piece:
-    """Rows ``first`` … ``last``-1 of a flight's round: its part of a micro-batch."""
-
-    flight: _Flight
-    first: int
-    last: int
-
-    def __post_init__(self) -> None:
-        in_play = len(self.flight.active_A)
-        row = np.arange(self.first, self.last)
-        self.column = row % in_play  # position among the candidates in play
-        self.draw = row // in_play  # draw within the round
 
 
 class DiffusionClassifier:
@@ -87,10 +45,17 @@ class DiffusionClassifier:
         microbatch: Rows (image, candidate, draw) in one network call. Bounds the memory together with ``in_flight``.
         in_flight: Images between encoding and decision at most; ``microbatch`` by default.
         keep_errors: Keep every single error in the result (K × S numbers an image).
+        keep_distances: Keep the distances between the candidates' predictions as well (S × K × K numbers an image).
+        weights: What the draws weigh in the score; see :func:`~.score.timestep_weights`.
+        budget: Network calls for one image at most. An image that has spent them is decided by the draws so far,
+            which all of its remaining candidates have seen.
+        abstain: Results whose :attr:`Classification.margin` is below this many nats are marked as abstained.
+        compile: Compile the network (``torch.compile``, with CUDA graphs on a GPU). Every call then has exactly
+            ``microbatch`` rows, the last ones padded, so that it is compiled once. Pays after many calls.
 
     Raises:
         ValueError: if a setting is out of range, there are more draws than timesteps, fewer draws than the rule spends,
-            or the loss does not fit the schedule.
+            or the loss does not fit the schedule or the rule.
         TypeError: if ``denoiser`` lacks one of the four members.
 
     Example:
@@ -108,24 +73,34 @@ class DiffusionClassifier:
         microbatch: int = 256,
         in_flight: int | None = None,
         keep_errors: bool = False,
+        keep_distances: bool = False,
+        weights: str | Sequence[float] = "uniform",
+        budget: int | None = None,
+        abstain: float = 0.0,
+        compile: bool = False,
     ) -> None:
         missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(denoiser, m)]
         if missing:
             raise TypeError(f"denoiser: {type(denoiser).__name__} lacks {missing}; see ConditionalDenoiser")
-        for name, value in (("microbatch", microbatch), ("in_flight", in_flight)):
+        for name, value in (("microbatch", microbatch), ("in_flight", in_flight), ("budget", budget)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value}, expected at least 1")
+        if not abstain >= 0:
+            raise ValueError(f"abstain: {abstain}, expected a margin in nats, 0 or more")
         self.denoiser = denoiser
         self.rule = elimination or Exhaustive()
         self.loss = Loss(loss)
         self.loss.check(denoiser.schedule)
+        self.rule.check(self.loss.name)
         order = self.rule.order(draws.count if draws else Draws.count)
         self.draws = draws or Draws(len(order) if order is not None else Draws.count)
         self.timesteps_S = self.draws.visit(denoiser.schedule, order)
+        self.weights_S = timestep_weights(weights, denoiser.schedule.log_snr(self.timesteps_S)).numpy()
         self.microbatch = microbatch
         self.in_flight = in_flight or microbatch
-        self.keep_errors = keep_errors
-        self._noise = KeyedNoise(self.draws.seed)
+        self.keep_errors, self.keep_distances = keep_errors, keep_distances
+        self.budget, self.abstain = budget, abstain
+        self._compiled = CompiledPredict(denoiser, microbatch) if compile else None
 
     def __call__(
         self,
@@ -146,91 +121,157 @@ class DiffusionClassifier:
 
         Raises:
             TypeError: if ``images`` is not a floating point tensor.
-            ValueError: if images, ids or candidates have the wrong shape or values (NaN, out of range), before the
-                first network call; or if the network's output has the wrong shape, at the first.
-            FloatingPointError: if the network returns NaN or infinity for all candidates of an image.
+            ValueError: if images, ids or candidates have the wrong shape or values (NaN, out of range, more candidates
+                than ``budget`` pays for), before the first network call; or if the network's output has the wrong
+                shape, at the first.
         """
-        id_list: list[int | str] = list(range(len(images)) if ids is None else ids)
+        run = self.run()
+        run.add(images, ids, candidates)
+        return run.finish()
+
+    def run(self) -> Run:
+        """For images that arrive in parts: micro-batches are then filled across the parts."""
+        return Run(self)
+
+    def predict(self, x_in: Tensor, time: Tensor, candidate: Tensor) -> Tensor:
+        """The denoiser's prediction for a micro-batch, by the compiled network if there is one."""
+        return (self._compiled or self.denoiser.predict)(x_in, time, candidate)
+
+
+@dataclass
+class _Launch:
+    """A micro-batch on its way through the network."""
+
+    pieces: list[Piece]
+    errors_N: Tensor  # in the CPU's memory once ``arrived``
+    arrived: torch.cuda.Event | None
+
+
+class Run:
+    """Classifies images that arrive in parts; see :meth:`DiffusionClassifier.run`.
+
+    Results come in the order in which images were added, at any later time: :meth:`work` calls the network as long as
+    full micro-batches can be made, :meth:`finish` until everything is decided.
+
+    Example:
+        >>> run = classifier.run()  # doctest: +SKIP
+        >>> for images in loader:  # doctest: +SKIP
+        ...     run.add(images)
+        ...     results += run.work()
+        >>> results += run.finish()  # doctest: +SKIP
+    """
+
+    def __init__(self, classifier: DiffusionClassifier) -> None:
+        self._classifier = c = classifier
+        self._noise = KeyedNoise(c.draws.seed)
+        self._slots = Slots(c.in_flight)
+        self._waiting: deque[Flight] = deque()
+        self._flights: list[Flight] = []
+        self._launched: deque[_Launch] = deque()
+        self._decided: dict[int, Classification] = {}
+        self._added = self._yielded = 0
+        self._ahead = 0  # micro-batches on their way while the CPU prepares the next: where a device works by itself
+
+    def add(
+        self,
+        images: Tensor,
+        ids: Iterable[int | str] | None = None,
+        candidates: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Check images and let them wait; arguments and errors as in :meth:`DiffusionClassifier.__call__`."""
+        c = self._classifier
+        numbers = range(self._added, self._added + len(images))
+        id_list: list[int | str] = list(numbers if ids is None else ids)
         if isinstance(ids, Tensor):
             id_list = ids.tolist()
         check_images(images, id_list)
-        return self._run(images, id_list, resolve_candidates(candidates, len(images), len(self.denoiser.candidates)))
+        lists = resolve_candidates(candidates, len(images), len(c.denoiser.candidates))
+        for image_id, one in zip(id_list, lists, strict=True):
+            if c.budget is not None and c.budget < len(one):
+                raise ValueError(
+                    f"budget: {c.budget} network calls for the {len(one)} candidates of image {image_id!r}, "
+                    "expected at least one call for each"
+                )
+        for number, image, image_id, one in zip(numbers, images, id_list, lists, strict=True):
+            state, key = c.rule.start(len(one)), self._noise.key(image_id)
+            self._waiting.append(Flight(number, image, image_id, one, state, key))
+        self._added += len(images)
 
-    def _run(self, images: Tensor, ids: list[int | str], candidates: list[np.ndarray]) -> Iterator[Classification]:
-        waiting = deque(range(len(images)))
-        flights: list[_Flight] = []
-        slots = _Slots(self.in_flight)
-        decided: dict[int, Classification] = {}
-        next_out = 0
-        with evaluating(self.denoiser):
-            while waiting or flights:
-                rows = sum(f.rows - f.cut for f in flights)
-                arrivals: list[_Flight] = []
-                while waiting and rows < self.microbatch and len(flights) + len(arrivals) < self.in_flight:
-                    arrivals.append(self._depart(waiting.popleft(), slots, ids, candidates))
-                    rows += arrivals[-1].rows
-                if arrivals:
-                    slots.put(self._encode(images[[f.position for f in arrivals]]), [f.slot for f in arrivals])
-                    flights += arrivals
-                pieces = self._cut(flights)
-                self._land(pieces, *self._evaluate(pieces, slots.x0))
-                for flight in [f for f in flights if f.cut == f.rows]:
-                    if self._advance(flight):
-                        decided[flight.position] = self._decide(flight, slots.x0[0].numel())
-                        slots.free.append(flight.slot)
-                        flights.remove(flight)
-                while next_out in decided:
-                    yield decided.pop(next_out)
-                    next_out += 1
+    def work(self) -> Iterator[Classification]:
+        """Call the network while all added images can fill micro-batches; yields what is decided."""
+        return self._work(to_the_end=False)
+
+    def finish(self) -> Iterator[Classification]:
+        """Call the network until all added images are decided; yields the rest."""
+        return self._work(to_the_end=True)
+
+    def _work(self, to_the_end: bool) -> Iterator[Classification]:
+        c = self._classifier
+        with evaluating(c.denoiser):
+            while True:
+                rows = self._board()
+                # Images that wait for a place in flight say that micro-batches cannot get fuller.
+                launches = rows > 0 and (rows >= c.microbatch or bool(self._waiting) or to_the_end)
+                if launches:
+                    self._launch()
+                if self._launched and not (launches and len(self._launched) <= self._ahead):
+                    self._land()
+                elif not launches:
+                    break
+                while self._yielded in self._decided:
+                    yield self._decided.pop(self._yielded)
+                    self._yielded += 1
+
+    def _board(self) -> int:
+        """Encode waiting images until a micro-batch is full. Returns the rows at hand."""
+        c = self._classifier
+        rows = sum(f.rows - f.cut for f in self._flights)
+        arrivals: list[Flight] = []
+        while self._waiting and rows < c.microbatch and self._slots.free:
+            flight = self._waiting.popleft()
+            flight.slot = self._slots.free.pop()
+            num_candidates = len(flight.candidates_K)
+            if c.keep_errors:
+                flight.errors_KS = np.full((num_candidates, len(c.timesteps_S)), np.nan, dtype=np.float32)
+            if c.keep_distances:
+                shape = len(c.timesteps_S), num_candidates, num_candidates
+                flight.distances_SKK = np.full(shape, np.nan, dtype=np.float16)
+            flight.begin_round(self._next_stop(flight), c.rule.needs)
+            arrivals.append(flight)
+            rows += flight.rows
+        if arrivals:
+            images = torch.stack([f.image for f in arrivals if f.image is not None])
+            self._slots.put(self._encode(images), [f.slot for f in arrivals])
+            for flight in arrivals:
+                flight.image = None
+            self._flights += arrivals
+        return rows
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
-        x0 = self.denoiser.encode(images).float()
+        x0 = self._classifier.denoiser.encode(images).float()
         if len(x0) != len(images) or x0.ndim < 2:
             raise ValueError(f"denoiser.encode: {tuple(images.shape)} became {tuple(x0.shape)}, expected (B, C, h, w)")
-        if self.draws.noise is not None and self.draws.noise.shape[1:] != x0.shape[1:]:
-            raise ValueError(
-                f"draws: noise of shape {tuple(self.draws.noise.shape[1:])} for x0 of shape {tuple(x0.shape[1:])}"
-            )
+        given = self._classifier.draws.noise
+        if given is not None and given.shape[1:] != x0.shape[1:]:
+            raise ValueError(f"draws: noise of shape {tuple(given.shape[1:])} for x0 of shape {tuple(x0.shape[1:])}")
         return x0
 
-    def _depart(self, position: int, slots: _Slots, ids: list[int | str], candidates: list[np.ndarray]) -> _Flight:
-        candidates_K = candidates[position]
-        flight = _Flight(position, ids[position], slots.free.pop(), candidates_K, self.rule.start(len(candidates_K)))
-        flight.key = self._noise.key(flight.image_id)
-        if self.keep_errors:
-            flight.errors_KS = np.full((len(candidates_K), len(self.timesteps_S)), np.nan, dtype=np.float32)
-        self._begin_round(flight)
-        return flight
+    def _next_stop(self, flight: Flight) -> int:
+        """Draws after the next round; those of this round if the budget pays for no more."""
+        c = self._classifier
+        stop = c.rule.next_stop(flight.stop, len(c.timesteps_S))
+        if c.budget is None:
+            return stop
+        return min(stop, flight.stop + (c.budget - flight.nfe) // len(flight.active_A))
 
-    def _begin_round(self, flight: _Flight) -> None:
-        flight.stop = self.rule.next_stop(flight.done, len(self.timesteps_S))
-        flight.cut = 0
-        flight.errors_RA = None
-        flight.predictions_RAD = flight.noise_RD = None
-        if self.rule.needs != "scores":
-            flight.errors_RA = np.empty((flight.stop - flight.done, len(flight.active_A)), dtype=np.float32)
-
-    def _cut(self, flights: list[_Flight]) -> list[_Piece]:
-        """The next micro-batch: what is left of the flights' rounds, oldest first."""
-        pieces, room = [], self.microbatch
-        for flight in flights:
-            last = min(flight.rows, flight.cut + room)
-            if last > flight.cut:
-                pieces.append(_Piece(flight, flight.cut, last))
-                room -= last - flight.cut
-                flight.cut = last
-            if room == 0:
-                break
-        return pieces
-
-    def _noise_of(self, piece: _Piece, out_MD: np.ndarray) -> None:
+    def _noise_of(self, piece: Piece, out_MD: np.ndarray) -> None:
         """Noise of the piece's draws, in order, into the rows of ``out_MD``."""
-        flight = piece.flight
+        flight, given = piece.flight, self._classifier.draws.noise
         for out_D, draw in zip(out_MD, range(piece.draw[0], piece.draw[-1] + 1), strict=True):
             number = flight.done + draw
-            if self.draws.noise is not None:
-                out_D[:] = self.draws.noise[number].reshape(-1).cpu()
+            if given is not None:
+                out_D[:] = given[number].reshape(-1).cpu()
             elif flight.last_noise is not None and flight.last_noise[0] == number:
                 out_D[:] = flight.last_noise[1]
             else:
@@ -239,9 +280,11 @@ class DiffusionClassifier:
         flight.last_noise = (number, out_D.copy()) if unfinished else None
 
     @torch.no_grad()
-    def _evaluate(self, pieces: list[_Piece], x0_slots: Tensor) -> tuple[np.ndarray, Rows]:
-        """Errors (N,) of a micro-batch, and what they were computed from. The only place that calls the network."""
-        schedule, device = self.denoiser.schedule, x0_slots.device
+    def _launch(self) -> None:
+        """Hand the next micro-batch to the network. The only place that calls it."""
+        c, x0_slots = self._classifier, self._slots.x0
+        schedule, device = c.denoiser.schedule, x0_slots.device
+        pieces = cut(self._flights, c.microbatch)
         # The M distinct (image, draw) pairs of the micro-batch: one x_t each, shared by all candidates.
         draws_per_piece = [piece.draw[-1] - piece.draw[0] + 1 for piece in pieces]
         ends = np.cumsum(draws_per_piece)
@@ -255,112 +298,107 @@ class DiffusionClassifier:
         )
         candidate_N = np.concatenate([p.flight.candidates_K[p.flight.active_A][p.column] for p in pieces])
 
-        pair = torch.from_numpy(pair_N).to(device)
-        t_M = self.timesteps_S[torch.from_numpy(number_M)].to(device)
-        x0_M = x0_slots[torch.from_numpy(slot_M).to(device)]
-        noise_M = torch.from_numpy(noise_MD).to(device).view_as(x0_M)
+        pair = upload(pair_N, device)
+        t_M = c.timesteps_S[torch.from_numpy(number_M)].to(device, non_blocking=True)
+        x0_M = x0_slots[upload(slot_M, device)]
+        noise_M = upload(noise_MD, device).view_as(x0_M)
         x_t, t, noise = schedule.add_noise(x0_M, noise_M, t_M)[pair], t_M[pair], noise_M[pair]
         time = schedule.network_time(t)
-        output = self.denoiser.predict(
+        output = c.predict(
             schedule.network_input(x_t, t),
             time.float() if time.is_floating_point() else time,
-            torch.from_numpy(candidate_N).to(device),
+            upload(candidate_N, device),
         )
         check_output(output, x_t)
         with torch.autocast(device.type, enabled=False):
             rows = Rows(schedule, output, x0_M[pair], x_t, t, noise)
-            return self.loss(rows).cpu().numpy(), rows
+            errors_N = download(c.loss(rows))
+            if c.rule.needs == "distances" or c.keep_distances:
+                for piece, epsilon in zip(pieces, rows.epsilon.flatten(1).split([p.size for p in pieces]), strict=True):
+                    piece.flight.measure_distances(epsilon)
+        arrived = None
+        if device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._launched.append(_Launch(pieces, errors_N, arrived))
 
-    def _land(self, pieces: list[_Piece], errors_N: np.ndarray, rows_N: Rows) -> None:
-        """Give the results of a micro-batch back to their images."""
-        start = 0
-        for piece in pieces:
-            flight, rows = piece.flight, slice(start, start + piece.last - piece.first)
-            start, errors = rows.stop, errors_N[rows]
-            in_play = len(flight.active_A)
-            flight.nfe += len(errors)
-            flight.sums_K[flight.active_A] += np.bincount(piece.column, weights=errors, minlength=in_play)
-            if flight.errors_KS is not None:
-                flight.errors_KS[flight.active_A[piece.column], flight.done + piece.draw] = errors
-            if flight.errors_RA is not None:
-                flight.errors_RA.reshape(-1)[piece.first : piece.last] = errors
-            if self.rule.needs == "predictions":
-                self._keep_predictions(piece, rows_N.epsilon[rows].flatten(1), rows_N.noise[rows].flatten(1))
+    def _land(self) -> None:
+        """Wait for the oldest micro-batch and give its results back to the images."""
+        c, launch, start = self._classifier, self._launched.popleft(), 0
+        if launch.arrived is not None:
+            launch.arrived.synchronize()
+        errors_N = launch.errors_N.numpy()
+        for piece in launch.pieces:
+            flight = piece.flight
+            flight.land(piece, errors_N[start : start + piece.size], c.weights_S)
+            start += piece.size
+            if flight.landed == flight.rows and self._advance(flight):
+                self._decided[flight.position] = self._decide(flight)
+                self._slots.free.append(flight.slot)
+                self._flights.remove(flight)
 
-    def _keep_predictions(self, piece: _Piece, epsilon_ND: Tensor, noise_ND: Tensor) -> None:
-        flight, num_draws = piece.flight, piece.flight.stop - piece.flight.done
-        if flight.predictions_RAD is None or flight.noise_RD is None:
-            dims = epsilon_ND.shape[1]
-            flight.predictions_RAD = epsilon_ND.new_empty(num_draws, len(flight.active_A), dims)
-            flight.noise_RD = noise_ND.new_empty(num_draws, dims)
-        flight.predictions_RAD.flatten(0, 1)[piece.first : piece.last] = epsilon_ND
-        flight.noise_RD[torch.from_numpy(piece.draw).to(noise_ND.device)] = noise_ND
-
-    def _advance(self, flight: _Flight) -> bool:
+    def _advance(self, flight: Flight) -> bool:
         """End the flight's round: ask the rule, begin the next round. True if the image is decided."""
-        flight.draws_K[flight.active_A] = flight.done = flight.stop
-        scores_A = flight.sums_K[flight.active_A] / flight.done
-        if not np.isfinite(scores_A).all():
-            scores_A = self._exclude_broken(flight, scores_A)
-        survives = self.rule.survivors(
-            flight.state,
-            Round(flight.done, flight.active_A, scores_A, flight.errors_RA, flight.predictions_RAD, flight.noise_RD),
-        )
-        flight.active_A = flight.active_A[survives]
-        if flight.done == len(self.timesteps_S) or len(flight.active_A) == 1 < len(flight.candidates_K):
+        c = self._classifier
+        flight.end_round()
+        if not np.isfinite(flight.sums_K[flight.active_A]).all():
+            self._drop_broken(flight)
+            if len(flight.active_A) == 0:
+                return True
+        scores_A = flight.sums_K[flight.active_A] / flight.stop
+        weights_R = c.weights_S[flight.done : flight.stop]
+        seen = flight.active_A, scores_A, weights_R, flight.errors_RA, flight.distances_RAA
+        current = Round(c.loss.name, flight.stop, len(c.timesteps_S), self._dims, *seen)
+        flight.keep(c.rule.survivors(flight.state, current), scores_A, self._dims)
+        if flight.stop == len(c.timesteps_S) or len(flight.active_A) == 1 < len(flight.candidates_K):
             return True
-        self._begin_round(flight)
+        stop = self._next_stop(flight)
+        if stop == flight.stop:  # out of budget
+            return True
+        flight.begin_round(stop, c.rule.needs)
         return False
 
-    def _exclude_broken(self, flight: _Flight, scores_A: np.ndarray) -> np.ndarray:
-        broken = flight.active_A[~np.isfinite(scores_A)]
-        names = [self.denoiser.candidates.names[i] for i in flight.candidates_K[broken][:3]]
-        if len(broken) == len(scores_A):
-            raise FloatingPointError(
-                f"image {flight.image_id!r}: the network returned NaN or infinity for all candidates"
-            )
+    def _drop_broken(self, flight: Flight) -> None:
+        """Take candidates with NaN or infinite errors out of play."""
+        finite_A = np.isfinite(flight.sums_K[flight.active_A])
+        broken = flight.active_A[~finite_A]
+        names = [self._classifier.denoiser.candidates.names[i] for i in flight.candidates_K[broken][:3]]
         warnings.warn(
-            f"image {flight.image_id!r}: the network returned NaN or infinity for {len(broken)} candidates "
-            f"({', '.join(names)}, …); they cannot win",
+            f"image {flight.image_id!r}: the network returned NaN or infinity for {len(broken)} of "
+            f"{len(finite_A)} candidates ({', '.join(names)}{', …' if len(broken) > 3 else ''}); they cannot win",
             RuntimeWarning,
             stacklevel=2,
         )
         flight.sums_K[broken] = np.inf
-        return np.where(np.isfinite(scores_A), scores_A, np.inf)
+        flight.forget(~finite_A)
 
-    def _decide(self, flight: _Flight, dims: int) -> Classification:
-        with np.errstate(invalid="ignore"):
-            scores_K = flight.sums_K / flight.draws_K
-        best = flight.active_A[np.argmin(scores_K[flight.active_A])]
-        candidate = int(flight.candidates_K[best])
+    def _decide(self, flight: Flight) -> Classification:
+        c = self._classifier
+        scores_K = flight.sums_K / flight.draws_K
+        candidate = None
+        if len(flight.active_A):
+            candidate = int(flight.candidates_K[flight.active_A[np.argmin(scores_K[flight.active_A])]])
+            flight.keep(np.zeros(len(flight.active_A), dtype=bool), scores_K[flight.active_A], self._dims)
         return Classification(
             image_id=flight.image_id,
-            label=self.denoiser.candidates.classes[candidate],
+            label=None if candidate is None else c.denoiser.candidates.classes[candidate],
             candidate=candidate,
+            margin=flight.margin,
+            abstained=candidate is None or flight.margin < c.abstain,
             candidates_K=torch.from_numpy(flight.candidates_K.copy()),
             scores_K=torch.from_numpy(scores_K),
             draws_K=torch.from_numpy(flight.draws_K),
             nfe=flight.nfe,
-            dims=dims,
-            timesteps_S=self.timesteps_S,
+            dims=self._dims,
+            timesteps_S=c.timesteps_S,
             errors_KS=None if flight.errors_KS is None else torch.from_numpy(flight.errors_KS),
+            distances_SKK=None if flight.distances_SKK is None else torch.from_numpy(flight.distances_SKK),
         )
 
-
-class _Slots:
-    """One tensor that holds the x0 of all images in flight, so that a micro-batch gathers them in one operation."""
-
-    def __init__(self, size: int) -> None:
-        self.free = list(range(size))[::-1]
-        self.x0 = torch.empty(0)
-
-    def put(self, x0: Tensor, slots: list[int]) -> None:
-        needed = max(slots) + 1
-        if len(self.x0) < needed:  # grows with the images really in flight
-            grown = x0.new_empty(needed, *x0.shape[1:])
-            grown[: len(self.x0)] = self.x0.to(x0.device).view(-1, *x0.shape[1:])
-            self.x0 = grown
-        self.x0[slots] = x0
+    @property
+    def _dims(self) -> int:
+        """Number of values of x0."""
+        return self._slots.x0[0].numel()
 
 
 @contextmanager

@@ -26,7 +26,8 @@ class Posterior:
       matter any more: the temperature absorbs the factor D.
 
     Scores of candidates that were dropped early are means over fewer draws; they enter as they are, so the
-    probability of a dropped candidate is an approximation. Candidates with infinite or NaN scores get probability 0.
+    probability of a dropped candidate is an approximation. Candidates with infinite or NaN scores get probability 0;
+    where no candidate has a finite score, all are equally likely.
 
     Args:
         reduction: ``mean`` or ``sum``.
@@ -55,7 +56,8 @@ class Posterior:
     def log_probabilities(self, scores_BK: Tensor, dims: int) -> Tensor:
         """Logarithm of :meth:`__call__`, (B, K) float64."""
         logits_BK = -scores_BK.double() * (dims if self.reduction == "sum" else 1) / self.temperature
-        return logits_BK.nan_to_num(nan=-torch.inf, neginf=-torch.inf).log_softmax(1)
+        logits_BK = logits_BK.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        return logits_BK.where(logits_BK.isfinite().any(1, keepdim=True), 0).log_softmax(1)
 
     def __call__(self, scores_BK: Tensor, dims: int) -> Tensor:
         """Probability of each candidate.

@@ -1,8 +1,8 @@
-"""How wrong a prediction is: the error of one (image, candidate, draw)."""
+"""How wrong a prediction is: the error of one (image, candidate, draw), and what it weighs in the score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -93,3 +93,52 @@ class Loss:
     def __call__(self, rows: Rows) -> Tensor:
         """Error of each row (N,), float32."""
         return torch.stack([TERMS[term](rows) for term in self.terms]).sum(0)
+
+
+WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "uniform": lambda log_snr, time: torch.ones_like(time),
+    "sample": lambda log_snr, time: torch.exp(-log_snr),
+    "velocity": lambda log_snr, time: 1 + torch.exp(-log_snr),
+    "clark_jaini": lambda log_snr, time: torch.exp(-7 * time - log_snr),
+}
+
+
+def timestep_weights(weights: str | Sequence[float], log_snr_S: Tensor) -> Tensor:
+    """What the errors of each draw weigh in the score, mean 1.
+
+    Errors are distances between noises; some weights make them distances in another space (``l2``):
+
+    * ``uniform``: all draws weigh the same, as in the paper. Hard to beat.
+    * ``sample``: exp(-λ), with the log signal-to-noise ratio λ: the squared error of the predicted clean image.
+    * ``velocity``: 1 + exp(-λ): that of the predicted velocity v of a variance preserving schedule.
+    * ``clark_jaini``: exp(-7 t - λ), with time t from 0 (clean) to 1 (Clark & Jaini 2023, whose weights are meant for
+      the predicted clean image).
+
+    Args:
+        weights: One of these names, or a number for each draw from the cleanest to the noisiest.
+        log_snr_S: λ of each draw (S,), in any order.
+
+    Returns:
+        (S,) float64, in the order of ``log_snr_S``.
+
+    Raises:
+        ValueError: if the name is unknown, or the numbers are not S, not finite, negative or all zero.
+
+    Example:
+        >>> timestep_weights([1, 2, 3], torch.tensor([0.0, 5.0, -5.0])).tolist()
+        [1.0, 0.5, 1.5]
+    """
+    count = len(log_snr_S)
+    noisiness = log_snr_S.argsort(descending=True, stable=True).argsort()
+    if isinstance(weights, str):
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights: {weights!r}, expected one of {list(WEIGHTS)}, or a number for each draw")
+        values = WEIGHTS[weights](log_snr_S.double(), (noisiness + 0.5).double() / count)
+    else:
+        values = torch.as_tensor(weights, dtype=torch.float64)
+        if len(values) != count:
+            raise ValueError(f"weights: {len(values)} numbers for {count} draws")
+        values = values[noisiness]
+    if not bool(values.isfinite().all()) or float(values.min()) < 0 or float(values.sum()) == 0:
+        raise ValueError("weights: expected finite numbers from 0 on, not all of them 0")
+    return values / values.mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class Tally(Metric):
     full_state_update = False
     images: Tensor
     nfe: Tensor
+    answered: Tensor
+    answered_right: Tensor
     nll: Tensor
     seconds: Tensor
     correct_S: Tensor
@@ -30,21 +33,18 @@ class Tally(Metric):
 
     def __init__(self, num_draws: int) -> None:
         super().__init__()
-        for name in ("images", "nfe"):
+        for name in ("images", "nfe", "answered", "answered_right"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("seconds", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")  # ranks run side by side
         for name in ("correct_S", "judged_S"):
             self.add_state(name, torch.zeros(num_draws, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, images: int, nfe: int, nll: float, seconds: float, correct_S: Tensor, judged_S: Tensor) -> None:
-        """Add sums over some images; ``correct_S`` of ``judged_S`` images were right by draw s alone."""
-        self.images += images
-        self.nfe += nfe
-        self.nll += nll
-        self.seconds += seconds
-        self.correct_S += correct_S.to(self.correct_S.device)
-        self.judged_S += judged_S.to(self.judged_S.device)
+    def update(self, **sums: Any) -> None:
+        """Add sums over some images, by their names; ``correct_S`` of ``judged_S`` were right by draw s alone."""
+        for name, value in sums.items():
+            state = getattr(self, name)
+            state += value.to(state.device) if isinstance(value, Tensor) else value
 
     def compute(self) -> dict[str, Tensor]:
         """The sums over all ranks (of the seconds, the maximum)."""
@@ -59,10 +59,14 @@ class ClassifierMetrics(nn.Module):
         num_classes: Number of classes.
         num_draws: Number of draws S that an image may spend.
         posterior: Turns scores into probabilities.
+        abstains: Whether images may be left without an answer: reports the share that is not.
     """
 
-    def __init__(self, classes: Sequence[int], num_classes: int, num_draws: int, posterior: Posterior) -> None:
+    def __init__(
+        self, classes: Sequence[int], num_classes: int, num_draws: int, posterior: Posterior, abstains: bool = False
+    ) -> None:
         super().__init__()
+        self.abstains = abstains
         self.classes, self.num_classes, self.posterior = tuple(classes), num_classes, posterior
         self.tally = Tally(num_draws)
         self.confusion = MulticlassConfusionMatrix(num_classes)
@@ -85,10 +89,24 @@ class ClassifierMetrics(nn.Module):
         order_BC = torch.stack([self._order(r) for r in results])
         chosen_B = probabilities_BC.gather(1, target_B[:, None])[:, 0].clamp_min(torch.finfo(torch.float64).tiny)
         correct_S, judged_S = self._by_draw(results, target_B)
-        nfe = sum(r.nfe for r in results)
-        self.tally.update(len(results), nfe, float(-chosen_B.log().sum()), seconds, correct_S, judged_S)
+        right = [r.label == label and not r.abstained for r, label in zip(results, labels, strict=True)]
+        self.tally.update(
+            images=len(results),
+            nfe=sum(r.nfe for r in results),
+            answered=sum(not r.abstained for r in results),
+            answered_right=sum(right),
+            nll=float(-chosen_B.log().sum()),
+            seconds=seconds,
+            correct_S=correct_S,
+            judged_S=judged_S,
+        )
         target_B = target_B.to(device)
-        self.confusion.update(torch.tensor([r.label for r in results], device=device), target_B)
+        # Without a finite error there is no answer: it counts as the class after the right one, which is wrong.
+        chosen = [
+            r.label if r.label is not None else (label + 1) % self.num_classes
+            for r, label in zip(results, labels, strict=True)
+        ]
+        self.confusion.update(torch.tensor(chosen, device=device), target_B)
         self.calibration.update(probabilities_BC.float().to(device), target_B)
         if self.top5 is not None:
             self.top5.update(order_BC.to(device), target_B)
@@ -137,6 +155,10 @@ class ClassifierMetrics(nn.Module):
         }
         if self.top5 is not None:
             values["top5"] = float(self.top5.compute())
+        if self.abstains:
+            answered = int(tally["answered"])
+            values["coverage"] = answered / images
+            values["answered_accuracy"] = int(tally["answered_right"]) / answered if answered else float("nan")
         return values
 
     def reset(self) -> None:

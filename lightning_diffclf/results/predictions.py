@@ -15,7 +15,9 @@ SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("label", pa.int64()),  # null where unknown
-        ("prediction", pa.int64()),
+        ("prediction", pa.int64()),  # null where the network returned nothing finite
+        ("margin", pa.float64()),
+        ("abstained", pa.bool_()),
         ("candidates_K", pa.list_(pa.int32())),
         ("scores_K", pa.list_(pa.float64())),
         ("draws_K", pa.list_(pa.int32())),
@@ -31,6 +33,8 @@ def to_table(results: Sequence[Classification], labels: Sequence[int | None]) ->
             "id": [str(r.image_id) for r in results],
             "label": list(labels),
             "prediction": [r.label for r in results],
+            "margin": [r.margin for r in results],
+            "abstained": [r.abstained for r in results],
             "candidates_K": [r.candidates_K.tolist() for r in results],
             "scores_K": [r.scores_K.tolist() for r in results],
             "draws_K": [r.draws_K.tolist() for r in results],

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_diffclf import DiffusionClassifier, Draws, Elimination, NoiseSchedule, Stages
+from lightning_diffclf import (
+    DiffusionClassifier,
+    Draws,
+    Elimination,
+    LikelihoodRatio,
+    NoiseSchedule,
+    PairedTest,
+    Stages,
+)
 from tests.classifier.toys import SHAPE, DropOneEachDraw, Toy, some_images
 
 ONE_BAD = some_images(4)
@@ -116,20 +124,24 @@ class Broken(Toy):
         return torch.where(hit.view(-1, 1, 1, 1), self.value, super().predict(x_t, t, candidate))
 
 
-@pytest.mark.parametrize("rule", [None, Stages((2, 8), (3, 1)), DropOneEachDraw()], ids=["all", "stages", "ragged"])
+@pytest.mark.parametrize(
+    "rule",
+    [None, Stages((2, 8), (3, 1)), DropOneEachDraw(), PairedTest(0.1), LikelihoodRatio(0.1)],
+    ids=["all", "stages", "ragged", "pairs", "likelihood"],
+)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("since", [0, 600])
+@pytest.mark.parametrize("since", [0, 500])
 def test_a_broken_candidate_cannot_win(rule: Elimination | None, value: float, since: int):
     denoiser, images, draws = Broken(3), some_images(6), Draws(8)
     denoiser.bad = ()
     winner = next(DiffusionClassifier(denoiser, draws)(images)).candidate  # of the first image, while all is well
     denoiser.bad, denoiser.value, denoiser.since = (winner,), value, since
-    with pytest.warns(RuntimeWarning, match="NaN or infinity for 1 candidates") as caught:
+    with pytest.warns(RuntimeWarning, match="NaN or infinity for 1 of ") as caught:
         results = list(DiffusionClassifier(denoiser, draws, elimination=rule)(images))
     broken = [r for r in results if r.scores_K[winner] == torch.inf]
     assert broken
-    assert {str(w.message).split(";")[0] for w in caught} == {
-        f"image {r.image_id}: the network returned NaN or infinity for 1 candidates (c{winner}, …)" for r in broken
+    assert {(str(w.message).split(": ")[0], str(w.message).split(" (")[1]) for w in caught} == {
+        (f"image {r.image_id}", f"c{winner}); they cannot win") for r in broken
     }
     assert all(r.candidate != winner and r.ranking[0] != winner for r in broken)
     assert not any(r.scores_K.isnan().any() for r in results)
@@ -154,8 +166,12 @@ def test_other_images_do_not_suffer_from_a_broken_one():
     assert results[2].scores_K.isinf().tolist() == [False, True, False, False, False]
 
 
-def test_an_image_without_any_result_is_an_error():
+@pytest.mark.parametrize("rule", [None, PairedTest(), LikelihoodRatio()], ids=["all", "pairs", "likelihood"])
+def test_an_image_without_any_finite_error_has_no_winner(rule):
     denoiser = Broken(3)
     denoiser.bad = (0, 1, 2)
-    with pytest.raises(FloatingPointError, match="image 'x': the network returned NaN or infinity for all"):
-        list(DiffusionClassifier(denoiser, Draws(4))(some_images(1), ids=["x"]))
+    with pytest.warns(RuntimeWarning, match="image 'x': .* 3 of 3 candidates"):
+        (result,) = DiffusionClassifier(denoiser, Draws(4), elimination=rule)(some_images(1), ids=["x"])
+    assert (result.label, result.candidate, result.abstained) == (None, None, True)
+    assert result.scores_K.isinf().all()
+    assert sorted(result.ranking) == [0, 1, 2]

@@ -7,6 +7,10 @@ from lightning_diffclf import Stages
 from lightning_diffclf.classifier import Round
 
 
+def shown(done, active, scores, **more):
+    return Round("l2", done, 100, 64, active, scores, **({"weights_R": np.ones(1)} | more))
+
+
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=4, unique=True))
 @example([2, 3, 4, 5])  # 2 and 3 together are 4
 @settings(deadline=None)
@@ -49,7 +53,7 @@ def spend(rule, errors_KT):
         for k in active:
             evaluated[k] = order[:stop]
         done, scores = stop, errors_KT[active][:, order[:stop]].mean(1)
-        active = active[rule.survivors(state, Round(done, active, scores))]
+        active = active[rule.survivors(state, shown(done, active, scores))]
     return evaluated, active[0]
 
 
@@ -72,8 +76,8 @@ def test_stages_spend_what_the_reference_spends(samples, keep, num_candidates, s
 def test_stages_keep_the_lowest_scores():
     rule = Stages((2, 8), (2, 1))
     scores = np.array([0.4, 0.1, 0.3, 0.2])
-    assert rule.survivors(None, Round(2, np.arange(4), scores)).tolist() == [False, True, False, True]
-    assert rule.survivors(None, Round(8, np.array([1, 3]), np.array([0.3, 0.2]))).tolist() == [False, True]
+    assert rule.survivors(None, shown(2, np.arange(4), scores)).tolist() == [False, True, False, True]
+    assert rule.survivors(None, shown(8, np.array([1, 3]), np.array([0.3, 0.2]))).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_diffclf import Candidates, DiffusionClassifier, Draws, Elimination, Exhaustive, NoiseSchedule, Stages
+from lightning_diffclf import (
+    Candidates,
+    DiffusionClassifier,
+    Draws,
+    Elimination,
+    Exhaustive,
+    LikelihoodRatio,
+    NoiseSchedule,
+    PairedTest,
+    Stages,
+)
 from tests.classifier.toys import SHAPE, DropOneEachDraw, Toy, Zeros, classify_plainly, some_images
 from tests.conftest import GOLDEN
 
@@ -155,7 +165,7 @@ def test_the_error_of_the_right_class_is_the_known_one(schedule):
 # --- against a plain loop, and against itself ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("needs", ["scores", "errors", "predictions"])
+@pytest.mark.parametrize("needs", ["scores", "errors", "distances"])
 @pytest.mark.parametrize(("microbatch", "in_flight"), [(1, 1), (7, None), (7, 3), (64, 1), (64, None), (256, None)])
 def test_rounds_hold_what_a_plain_loop_computes(needs, microbatch, in_flight):
     denoiser, images, rule = Toy(), some_images(4), DropOneEachDraw(needs)
@@ -176,13 +186,14 @@ def test_rounds_hold_what_a_plain_loop_computes(needs, microbatch, in_flight):
             assert current.active_A.tolist() == shown["active_A"].tolist()
             np.testing.assert_allclose(current.scores_A, shown["scores_A"], rtol=2e-6)
             assert (current.errors_RA is None) == (needs == "scores")
-            assert (current.predictions_RAD is None) == (current.noise_RD is None) == (needs != "predictions")
+            assert (current.distances_RAA is None) == (needs != "distances")
+            assert (current.loss, current.total, current.dims) == ("l2", 8, int(np.prod(SHAPE)))
+            assert current.weights_R.tolist() == [1.0] * (len(current.weights_R))
             if needs != "scores":
                 assert current.errors_RA.dtype == np.float32
                 np.testing.assert_allclose(current.errors_RA, shown["errors_RA"], rtol=1e-5)
-            if needs == "predictions":
-                torch.testing.assert_close(current.predictions_RAD, shown["predictions_RAD"], rtol=1e-5, atol=1e-6)
-                assert torch.equal(current.noise_RD, shown["noise_RD"])
+            if needs == "distances":
+                np.testing.assert_allclose(current.distances_RAA, shown["distances_RAA"], rtol=1e-5, atol=1e-7)
             rounds_seen.add((current.done, len(current.active_A)))
     assert len(rounds_seen) > 4  # images did advance differently
 
@@ -191,7 +202,9 @@ RULES = {
     "exhaustive": Exhaustive(),
     "stages": Stages((4, 16), (3, 1)),
     "ragged": DropOneEachDraw(),
-    "ragged with predictions": DropOneEachDraw("predictions"),
+    "ragged with distances": DropOneEachDraw("distances"),
+    "paired test": PairedTest(0.2),
+    "likelihood ratio": LikelihoodRatio(0.2),
 }
 NAMES = [f"image {i}" for i in range(8)]
 
@@ -427,9 +440,9 @@ def test_training_mode_is_left_and_restored(root_trains, how):
         assert modes(denoiser) == [False] * 3
         results.close()
     else:
-        with torch.no_grad():
-            denoiser.weight.fill_(torch.nan)
-        with pytest.raises(FloatingPointError):
+        whole = denoiser.predict
+        denoiser.predict = lambda *rows: whole(*rows)[:1]
+        with pytest.raises(ValueError, match="output of shape"):
             list(results)
     assert denoiser.modes_seen == {False}
     assert modes(denoiser) == before
@@ -495,10 +508,10 @@ def test_half_precision_outputs_are_converted_in_float32(prediction):
     runs = [list(DiffusionClassifier(kind(5, schedule), Draws(9))(images)) for kind in (Half, Rounded)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a.scores_K, b.scores_K)
-    rule = DropOneEachDraw("predictions")
+    rule = DropOneEachDraw("distances")
     list(DiffusionClassifier(Half(5, schedule), Draws(9), elimination=rule)(images))
     first = rule.rounds_of_images[0][0]
-    assert first.predictions_RAD.dtype == first.noise_RD.dtype == torch.float32
+    assert first.distances_RAA.dtype == first.errors_RA.dtype == np.float32
 
 
 def test_the_winner_ranks_first_whatever_the_rule_says():
@@ -526,7 +539,7 @@ def test_ranking_is_by_endurance_then_score(rule):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rule", [Exhaustive(), DropOneEachDraw("predictions")], ids=["exhaustive", "ragged"])
+@pytest.mark.parametrize("rule", [Exhaustive(), DropOneEachDraw("distances")], ids=["exhaustive", "ragged"])
 def test_a_gpu_gives_the_same_decisions(rule):
     images = some_images(9)
     settings = {"draws": Draws(16), "elimination": rule, "microbatch": 37}

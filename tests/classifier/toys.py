@@ -101,13 +101,17 @@ def classify_plainly(
                 output = denoiser.predict(x_t[None], t, torch.tensor([k]))[0]
                 predictions.append(output.flatten())
                 errors_of[k].append(float((output - noises[-1]).square().mean()))
+        p_RAD = torch.stack(predictions).view(stop - done, len(active), -1)
         shown = {
+            "loss": "l2",
             "done": stop,
+            "total": len(timesteps_S),
+            "dims": image.numel(),
+            "weights_R": np.ones(stop - done),
             "active_A": np.array(active),
             "scores_A": np.array([np.mean(errors_of[k]) for k in active]),
             "errors_RA": np.array([errors_of[k][done:stop] for k in active], dtype=np.float32).T,
-            "predictions_RAD": torch.stack(predictions).view(stop - done, len(active), -1),
-            "noise_RD": torch.stack(noises).flatten(1),
+            "distances_RAA": (p_RAD[:, :, None] - p_RAD[:, None]).square().mean(-1).numpy(),
         }
         rounds.append(shown)
         done = stop

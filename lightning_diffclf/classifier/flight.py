@@ -1,0 +1,177 @@
+"""What the engine keeps of each image between its encoding and its decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_diffclf.classifier.device import download
+from lightning_diffclf.classifier.elimination import Needs
+
+
+class Flight:
+    """An image on its way.
+
+    It advances in rounds: the draws ``done`` … ``stop``-1 times the candidates in play. Rows of a round are numbered
+    draw-major: row r is draw ``done + r // A`` of candidate ``active_A[r % A]``.
+
+    Args:
+        position: Where the image stands among those of its run.
+        image: The image (C, H, W), until it is encoded.
+        image_id: Its id.
+        candidates_K: Indices of its candidates (K,), int64.
+        state: What the elimination rule remembers about it.
+        key: Key of its noise.
+    """
+
+    def __init__(
+        self,
+        position: int,
+        image: Tensor,
+        image_id: int | str,
+        candidates_K: np.ndarray,
+        state: Any,
+        key: np.ndarray,
+    ) -> None:
+        self.position = position
+        self.image: Tensor | None = image
+        self.image_id = image_id
+        self.candidates_K = candidates_K
+        self.state = state
+        self.key = key
+        self.slot = -1  # where its x0 lies
+        self.last_noise: tuple[int, np.ndarray] | None = None  # a draw with many candidates spans micro-batches
+        self.active_A = np.arange(len(candidates_K))
+        self.sums_K = np.zeros(len(candidates_K))
+        self.draws_K = np.zeros(len(candidates_K), dtype=np.int64)
+        self.nfe = 0
+        self.done = self.stop = 0  # draws before and after this round
+        self.cut = 0  # rows of this round that were given to micro-batches
+        self.landed = 0  # rows of this round whose errors are back
+        self.errors_KS: np.ndarray | None = None
+        self.distances_SKK: np.ndarray | None = None
+        self.margin = np.inf  # least evidence for the best candidate against one that was dropped, in nats
+        self.errors_RA: np.ndarray | None = None
+        self.distances_RAA: np.ndarray | None = None
+        self._distances: list[Tensor] = []  # of draws of this round
+        self._unfinished: list[Tensor] = []  # predictions of a draw that goes on in the next micro-batch
+
+    @property
+    def rows(self) -> int:
+        """Rows in this round."""
+        return (self.stop - self.done) * len(self.active_A)
+
+    def begin_round(self, stop: int, needs: Needs) -> None:
+        """Go on to draw ``stop``."""
+        self.done, self.stop, self.cut, self.landed = self.stop, stop, 0, 0
+        shape = (self.stop - self.done, len(self.active_A))
+        self.errors_RA = None if needs == "scores" else np.empty(shape, dtype=np.float32)
+        self.distances_RAA = None
+
+    def end_round(self) -> None:
+        """All rows of this round have landed."""
+        self.draws_K[self.active_A] = self.stop
+        if self._distances:
+            self.distances_RAA = torch.cat(self._distances).numpy()
+            self._distances = []
+            if self.distances_SKK is not None:
+                here = np.ix_(np.arange(self.done, self.stop), self.active_A, self.active_A)
+                self.distances_SKK[here] = self.distances_RAA
+
+    def land(self, piece: Piece, errors: np.ndarray, weights_S: np.ndarray) -> None:
+        """Take the errors of a piece of this round; ``weights_S`` are those of all draws."""
+        in_play = len(self.active_A)
+        self.nfe += len(errors)
+        self.landed += len(errors)
+        self.sums_K[self.active_A] += np.bincount(
+            piece.column, weights=errors * weights_S[self.done + piece.draw], minlength=in_play
+        )
+        if self.errors_KS is not None:
+            self.errors_KS[self.active_A[piece.column], self.done + piece.draw] = errors
+        if self.errors_RA is not None:
+            self.errors_RA.reshape(-1)[piece.first : piece.last] = errors
+
+    def measure_distances(self, epsilon_ND: Tensor) -> None:
+        """Take the predicted noise of the next rows of this round; the rows of an unfinished draw wait for the rest."""
+        in_play = len(self.active_A)
+        epsilon_ND = torch.cat([*self._unfinished, epsilon_ND])
+        complete = len(epsilon_ND) // in_play * in_play
+        if complete:
+            p_RAD = epsilon_ND[:complete].unflatten(0, (-1, in_play))
+            # Not by way of an inner product, which would round away the distances of candidates that are close.
+            distances = torch.cdist(p_RAD, p_RAD, compute_mode="donot_use_mm_for_euclid_dist").square_()
+            self._distances += [download(distances.div_(p_RAD.shape[2]))]
+        self._unfinished = [epsilon_ND[complete:].clone()] if complete < len(epsilon_ND) else []
+
+    def keep(self, survives_A: np.ndarray, scores_A: np.ndarray, dims: int) -> None:
+        """Drop the others, and remember the weakest evidence that dropped one."""
+        best = np.argmin(scores_A)
+        gap_A = scores_A - scores_A[best]
+        gap_A[best] = np.inf
+        weakest = np.min(gap_A, initial=np.inf, where=~survives_A)
+        if np.isfinite(weakest):
+            self.margin = min(self.margin, float(self.stop * dims * weakest / (2 * scores_A[best] + 1e-300)))
+        self.forget(~survives_A)
+
+    def forget(self, dropped_A: np.ndarray) -> None:
+        """Take candidates out of play."""
+        if dropped_A.any():
+            self.active_A = self.active_A[~dropped_A]
+            if self.errors_RA is not None:
+                self.errors_RA = self.errors_RA[:, ~dropped_A]
+            if self.distances_RAA is not None:
+                self.distances_RAA = self.distances_RAA[:, ~dropped_A][:, :, ~dropped_A]
+
+
+@dataclass
+class Piece:
+    """Rows ``first`` … ``last``-1 of a flight's round: its part of a micro-batch."""
+
+    flight: Flight
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        in_play = len(self.flight.active_A)
+        row = np.arange(self.first, self.last)
+        self.column = row % in_play  # position among the candidates in play
+        self.draw = row // in_play  # draw within the round
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return self.last - self.first
+
+
+def cut(flights: list[Flight], size: int) -> list[Piece]:
+    """The next micro-batch: what is left of the flights' rounds, oldest first, ``size`` rows at most."""
+    pieces = []
+    for flight in flights:
+        last = min(flight.rows, flight.cut + size)
+        if last > flight.cut:
+            pieces.append(Piece(flight, flight.cut, last))
+            size -= last - flight.cut
+            flight.cut = last
+        if size == 0:
+            break
+    return pieces
+
+
+class Slots:
+    """One tensor that holds the x0 of all images in flight, so that a micro-batch gathers them in one operation."""
+
+    def __init__(self, size: int) -> None:
+        self.free = list(range(size))[::-1]
+        self.x0 = torch.empty(0)
+
+    def put(self, x0: Tensor, slots: list[int]) -> None:
+        needed = max(slots) + 1
+        if len(self.x0) < needed:  # grows with the images really in flight
+            grown = x0.new_empty(needed, *x0.shape[1:])
+            grown[: len(self.x0)] = self.x0.to(x0.device).view(-1, *x0.shape[1:])
+            self.x0 = grown
+        self.x0[slots] = x0
