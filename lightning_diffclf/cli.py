@@ -2,12 +2,13 @@
 
 ``python train.py --config dit_digits.yaml``, ``python evaluate.py --ckpt PATH`` and
 ``diffclf fit|validate|test|predict`` are one parser: one YAML file is one whole experiment, and every value in it is
-also a flag.
+also a flag. ``diffclf replay`` needs no network: it tries elimination rules on stored errors.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import warnings
@@ -22,12 +23,16 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
 
 import lightning_diffclf  # noqa: F401  (checkpoints may only name classes that are imported)
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.callbacks.ema import EMA
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.samples import SampleGrid
+from lightning_diffclf.classifier import Elimination
+from lightning_diffclf.results.errors import StoredErrors
+from lightning_diffclf.results.replay import replay, to_table, usual_rules
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -92,6 +97,7 @@ class DiffClfCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=Parser,
+            parser_kwargs={"epilog": "Without a network: `diffclf replay errors.parquet` tries elimination rules."},
             args=list(args),
         )
 
@@ -220,7 +226,36 @@ def train(args: Sequence[str] | None = None) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """``diffclf``: the command line with its subcommands; ``args`` are those of the process if omitted."""
-    _run(lambda: DiffClfCLI(sys.argv[1:] if args is None else args))
+    args = sys.argv[1:] if args is None else list(args)
+    _run(lambda: _replay(args[1:]) if args[:1] == ["replay"] else DiffClfCLI(args))
+
+
+def _replay(args: Sequence[str]) -> None:
+    """``diffclf replay``: prints a table, and writes it to ``--out``."""
+    parser = Parser(
+        prog="diffclf replay",
+        description="What other elimination rules and timestep weights would have decided, and what they would have "
+        "cost, from the errors that `evaluate.py --keep-errors` wrote. Needs no network.",
+    )
+    parser.add_argument("file", type=str, help="errors.parquet of a run without elimination")
+    parser.add_argument(
+        "--elimination", type=Elimination | None, default=None, help="the rule; if omitted, the usual ones are compared"
+    )
+    parser.add_argument(
+        "--weights", type=str | list[float] | None, default=None, help="timestep weights; those of the run if omitted"
+    )
+    parser.add_argument("--budget", type=int | None, default=None, help="network calls for one image at most")
+    parser.add_argument("--out", type=str | None, default=None, help="write the numbers to this JSON file as well")
+    parsed = parser.parse_args(list(args))
+    given = parser.instantiate_classes(parsed)
+    errors = StoredErrors(given.file)
+    rules = usual_rules(errors) if given.elimination is None else [given.elimination]
+    replays = [replay(errors, rule, given.weights, given.budget) for rule in rules]
+    Console(soft_wrap=True).print(to_table(replays, errors.info))
+    if given.out is not None:
+        numbers = {"file": given.file, "loss": errors.info.loss, "draws": errors.info.draws, "seed": errors.info.seed}
+        text = json.dumps(numbers | {"replays": [one.summary() for one in replays]}, indent=2)
+        Path(given.out).write_text(text + "\n")
 
 
 def evaluate(args: Sequence[str] | None = None) -> None:
@@ -237,6 +272,17 @@ def evaluate(args: Sequence[str] | None = None) -> None:
     own.add_argument("--ckpt", help="checkpoint; a run of ours needs nothing else")
     own.add_argument("-c", "--config", action="append", default=[], help="YAML file, or the name of one in configs/")
     own.add_argument("--out", help="folder for the results (default: `evaluation` in the folder of the run)")
+    own.add_argument(
+        "--keep-errors",
+        nargs="?",
+        const=True,
+        choices=["distances"],
+        help="write every error to errors.parquet, for `diffclf replay`; with `distances`, also those between the "
+        "candidates' predictions, which LikelihoodRatio needs",
+    )
+    own.add_argument(
+        "--plan", action="store_true", help="measure what the evaluation will cost, print that and write nothing"
+    )
     known, flags = own.parse_known_args(args)
     if known.ckpt is None and not known.config:
         own.error("give --ckpt PATH, or --config FILE for a network that needs no training")
@@ -244,6 +290,7 @@ def evaluate(args: Sequence[str] | None = None) -> None:
     def run() -> None:
         configs = [evaluation_config(known.ckpt)] if not known.config else known.config
         out = known.out or str(default_output(known.ckpt))
+        kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[known.keep_errors]
         from_checkpoint = [f"--ckpt_path={known.ckpt}"] if known.ckpt else []
         DiffClfCLI(
             [
@@ -252,6 +299,8 @@ def evaluate(args: Sequence[str] | None = None) -> None:
                 f"--classifier.output_dir={out}",
                 "--verbose=false",
                 f"--run_dir={Path(out).parent}",
+                *[f"--classifier.keep_{what}=true" for what in kept],
+                *(["--classifier.plan=true"] if known.plan else []),
                 *from_checkpoint,
                 *flags,
             ]

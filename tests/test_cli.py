@@ -182,6 +182,126 @@ def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
     assert "give --ckpt PATH, or --config FILE" in fails(capsys, evaluate, [])
 
 
+@pytest.fixture(scope="module")
+def kept(run_dir) -> Path:
+    """Errors and distances of the checkpoint, without elimination."""
+    out = run_dir / "kept"
+    quiet = "--trainer.enable_progress_bar=false"
+    evaluate([f"--ckpt={last(run_dir)}", f"--out={out}", "--keep-errors", "distances", quiet, "--classifier.draws=20"])
+    return out / "errors.parquet"
+
+
+def test_replay_says_what_an_evaluation_finds(kept, run_dir, capsys):
+    settings = {"elimination": "PairedTest", "elimination.alpha": "0.1", "weights": "velocity", "budget": "150"}
+    flags = [f"--classifier.{name}={value}" for name, value in settings.items()]
+    flags += ["--trainer.enable_progress_bar=false", "--classifier.draws=20", "--out=real"]
+    evaluate([f"--ckpt={last(run_dir)}", *flags])
+    real = json.loads(Path("real/metrics.json").read_text())["metrics"]
+    capsys.readouterr()
+    main(["replay", str(kept), *[f"--{name}={value}" for name, value in settings.items()], "--out", "table.json"])
+    assert "360 images, 20 draws, l2" in capsys.readouterr().out
+    table = json.loads(Path("table.json").read_text())
+    (found,) = table["replays"]
+    assert found["elimination"] == "PairedTest(alpha=0.1, growth=1.2)"
+    assert found["images"] == found["labelled"] == real["images"]
+    assert found["accuracy"] == pytest.approx(real["accuracy"])
+    assert found["nfe_per_image"] == pytest.approx(real["nfe_per_image"])
+    assert found["factor"] == pytest.approx(200 / real["nfe_per_image"])
+    assert (table["draws"], table["seed"], found["budget"]) == (20, 0, 150)
+
+
+def test_replay_compares_the_usual_rules(kept, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["replay", str(kept), "--out=all.json"])
+    shown, rows = capsys.readouterr().out, json.loads(Path("all.json").read_text())["replays"]
+    names = [row["elimination"].split("(")[0] for row in rows]
+    assert names == ["Exhaustive", "Stages", *["PairedTest"] * 3, *["LikelihoodRatio"] * 3]
+    assert all(row["elimination"] in shown for row in rows)
+    assert rows[0]["agreement"] == rows[0]["factor"] == 1
+    exhaustive = json.loads((kept.parent / "metrics.json").read_text())["metrics"]["accuracy"]
+    assert rows[0]["accuracy"] == pytest.approx(exhaustive)
+
+
+def test_errors_alone_hold_no_distances(run_dir, capsys):
+    flags = [
+        "--out=alone",
+        "--keep-errors",
+        "--trainer.enable_progress_bar=false",
+        "--classifier.elimination=PairedTest",
+    ]
+    evaluate([f"--ckpt={last(run_dir)}", *flags])
+    stored = pq.read_table("alone/errors.parquet")
+    assert "distances" not in stored.column_names
+    assert stored.num_rows == 360
+    for rule in ("LikelihoodRatio", "Exhaustive"):
+        told = fails(capsys, main, ["replay", "alone/errors.parquet", f"--elimination={rule}"])
+        expected = "`--keep-errors distances`" if rule == "LikelihoodRatio" else "keep errors of an Exhaustive run"
+        assert expected in told
+        assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["none.parquet"], "no file 'none.parquet'"),
+        (["KEPT", "--elimination=Staged"], "Staged"),
+        (["KEPT", "--elimination=Stages", "--elimination.samples=[2,10]"], "spends 10 draws, but 20 are stored"),
+        (["KEPT", "--elimination=PairedTest", "--elimination.alpha=0.7"], "alpha 0.7"),
+        (["KEPT", "--weights=heavy"], "weights: 'heavy'"),
+        (["KEPT", "--weights=[1.0,2.0]"], "weights: 2 numbers for 20 draws"),
+        (["KEPT", "--budget=2"], "budget: 2 network calls for the 10 candidates"),
+        (["KEPT", "--nonsense=2"], "nonsense"),
+        ([], "file"),
+    ],
+)
+def test_bad_replays_give_one_clear_error(flags, message, kept, capsys):
+    told = fails(capsys, main, ["replay", *[str(kept) if flag == "KEPT" else flag for flag in flags]])
+    assert message in told
+    assert "usage:" not in told
+    assert "Traceback" not in told
+
+
+def test_replay_is_in_the_help(capsys):
+    for args, word in ((["--help"], "diffclf replay errors.parquet"), (["replay", "--help"], "--elimination")):
+        with pytest.raises(SystemExit) as exit_info:
+            main(args)
+        assert exit_info.value.code == 0
+        assert word in capsys.readouterr().out
+
+
+def test_a_plan_writes_nothing(run_dir, capsys):
+    before = sorted(run_dir.rglob("*"))
+    flags = ["--plan", "--classifier.elimination=PairedTest", "--trainer.enable_progress_bar=false"]
+    evaluate([f"--ckpt={last(run_dir)}", *flags])
+    shown = capsys.readouterr().out
+    for row in ("images", "360", "candidates", "NFE/image, estimate", "rows per second", "FLOPs per row", "hours"):
+        assert row in shown
+    assert "accuracy" not in shown
+    assert sorted(run_dir.rglob("*")) == before
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_ranks_keep_errors_and_plan_together(run_dir, tmp_path):
+    command = [sys.executable, str(ROOT / "evaluate.py"), f"--ckpt={last(run_dir)}", "--out=out", "--keep-errors"]
+    command += ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    settings = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    planned = subprocess.run([*command, "--plan"], **settings)
+    assert planned.returncode == 0, planned.stderr[-3000:]
+    assert planned.stdout.count("plan of the evaluation") == 1
+    assert "on 2 ranks" in planned.stdout
+    assert " 360 " in planned.stdout
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(command, **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tables = [pq.read_table(tmp_path / "out" / f"{name}.parquet") for name in ("errors", "predictions")]
+    assert tables[0]["id"].to_pylist() == tables[1]["id"].to_pylist()
+    assert tables[0].num_rows == 360
+    assert not list((tmp_path / "out").glob("*rank*"))
+
+
 def test_the_public_option_list_is_that_of_the_signatures(capsys):
     with pytest.raises(SystemExit):
         DiffClfCLI(["fit", "--help"])

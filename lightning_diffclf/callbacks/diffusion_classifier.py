@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -18,14 +19,25 @@ from rich.table import Table
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
-from lightning_diffclf.classifier import Classification, DiffusionClassifier, Draws, Elimination, Posterior
+from lightning_diffclf.classifier import (
+    Classification,
+    DiffusionClassifier,
+    Draws,
+    Elimination,
+    Exhaustive,
+    Posterior,
+)
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.denoiser import ConditionalDenoiser
+from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.figures import save_confusion_matrix, save_timestep_accuracy
 from lightning_diffclf.results.metrics import ClassifierMetrics
+from lightning_diffclf.results.plan import Measurement, Plan, measure
 from lightning_diffclf.results.predictions import merge_parts, to_table, write_table
 
 PREDICTIONS = "predictions.parquet"
+
+BATCH_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
 
 
 class DiffusionClassifierCallback(L.Callback):
@@ -60,11 +72,18 @@ class DiffusionClassifierCallback(L.Callback):
         output_dir: Folder for ``predictions.parquet``, ``metrics.json`` and pictures, outside ``fit``; nothing is
             written if omitted. A folder that already holds results is left alone: the next free ``…-2``, ``…-3`` is
             used.
+        keep_errors: Write the error of every (image, candidate, draw) to ``errors.parquet`` as well, outside ``fit``:
+            4 bytes each before compression. ``diffclf replay`` tries elimination rules and weights on them.
+        keep_distances: Write the distances between the candidates' predictions to ``errors.parquet`` as well, which
+            :class:`~.elimination.LikelihoodRatio` needs to be replayed: K - 1 bytes for each error.
+        plan: Only measure what an evaluation will cost, outside ``fit``: on the first batch, for some twenty seconds.
+            Prints a table and writes nothing.
         name: Prefix of what is logged; give each a name of its own to use two of these callbacks.
 
     Attributes:
         results: Decisions of this rank in the last evaluation.
         metrics: Metrics of the last evaluation over all ranks; empty without labels.
+        planned: What the last evaluation would have cost, after a run with ``plan``; else None.
 
     Raises:
         TypeError: from ``setup``, if the module is no ConditionalDenoiser.
@@ -89,6 +108,9 @@ class DiffusionClassifierCallback(L.Callback):
         fit_images: int | None = 128,
         every_n_validations: int = 1,
         output_dir: str | None = None,
+        keep_errors: bool = False,
+        keep_distances: bool = False,
+        plan: bool = False,
         name: str = "diffclf",
     ) -> None:
         for what, value, least in (
@@ -102,19 +124,28 @@ class DiffusionClassifierCallback(L.Callback):
         if candidates is not None and not candidates:
             raise ValueError("candidates: an empty list, expected at least one index, or null for all")
         self.draws, self.seed, self.loss, self.elimination, self.microbatch = draws, seed, loss, elimination, microbatch
+        if keep_distances and not keep_errors:
+            raise ValueError("keep_distances: distances are written beside errors, expected keep_errors as well")
         self.candidates = candidates
         self.posterior = Posterior(reduction, temperature)
         self.weights, self.budget, self.abstain, self.compile = weights, budget, abstain, compile
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.output_dir = output_dir
+        self.keep_errors, self.keep_distances, self.plan = keep_errors, keep_distances, plan
         self.name = name
         self.results: list[Classification] = []
         self.metrics: dict[str, float] = {}
+        self.planned: Plan | None = None
         self._labels: list[int | None] = []
         self._validations = 0  # seen in this fit
         self._active = False
         self._remaining: int | None = None  # images to classify on this rank; None if unknown
         self._folder: Path | None = None  # where this evaluation's results go
+        self._errors: ErrorsWriter | None = None  # this rank's part of errors.parquet
+        self._planning = False
+        self._measured: Measurement | None = None  # by this rank
+        self._limits: dict[str, int | float] = {}  # on the Trainer's batches, where a plan has set them to one
+        self._batches: int | None = None  # that the evaluation would have on this rank, if the Trainer limits them
         self._correct = self._nfe = 0  # of this evaluation on this rank, for the progress bar
 
     @property
@@ -131,6 +162,9 @@ class DiffusionClassifierCallback(L.Callback):
         if not isinstance(pl_module, ConditionalDenoiser):
             missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(pl_module, m)]
             raise TypeError(f"{type(pl_module).__name__} lacks {missing}, expected a ConditionalDenoiser")
+        self._planning = self.plan and stage != "fit"
+        if self._planning:
+            self._limit_batches(trainer)
         self.classifier = DiffusionClassifier(
             pl_module,
             draws=None if self.draws is None else Draws(self.draws, self.seed),
@@ -138,6 +172,7 @@ class DiffusionClassifierCallback(L.Callback):
             elimination=self.elimination,
             microbatch=self.microbatch,
             keep_errors=True,
+            keep_distances=self.keep_distances and stage != "fit",
             weights=self.weights,
             budget=self.budget,
             abstain=self.abstain,
@@ -190,13 +225,23 @@ class DiffusionClassifierCallback(L.Callback):
         if len(loaders) != 1:
             raise ValueError(f"dataloaders: {len(loaders)}, expected one to classify")
         self._remaining = images_on_this_rank(loaders[0], trainer.global_rank, trainer.world_size, cap)
+        if self._planning:
+            self._restore_limits(trainer)
+            self._batches = batches_within_limit(trainer, loaders[0])
         self._metrics(pl_module).reset()
         self.results, self._labels, self.metrics, self._correct, self._nfe = [], [], {}, 0, 0
         self._run = self.classifier.run()
-        self._folder = None
-        if self.output_dir is not None and trainer.state.fn != "fit":
-            self._folder = Path(trainer.strategy.broadcast(str(free_folder(Path(self.output_dir)))))
-            self._folder.mkdir(parents=True, exist_ok=True)  # before long work: fails here if it cannot be written
+        self._folder, self._errors, self._measured, self.planned = None, None, None, None
+        if trainer.state.fn != "fit" and not self._planning:
+            if self.output_dir is not None:
+                self._folder = Path(trainer.strategy.broadcast(str(free_folder(Path(self.output_dir)))))
+                self._folder.mkdir(parents=True, exist_ok=True)  # before long work: fails here if it cannot be written
+            if self.keep_errors:
+                if self._folder is None:
+                    raise ValueError("keep_errors: no folder to write to, expected output_dir as well")
+                info = ErrorsInfo.of(self.classifier, self.weights)
+                part = self._part(self._folder, ERRORS, trainer.global_rank)
+                self._errors = ErrorsWriter(part, info, self.keep_distances)
         self._active = True
         if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
             trainer.progress_bar_callback.start_images(self._remaining)
@@ -221,12 +266,20 @@ class DiffusionClassifierCallback(L.Callback):
 
     def _classify(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, last: bool) -> None:
         images, labels, ids = unpack(batch)
-        count = len(images) if self._remaining is None else min(len(images), self._remaining)
+        batch_size = len(images)
+        count = batch_size if self._remaining is None else min(batch_size, self._remaining)
         if count > 0:
             images, ids = images[:count], list(content_ids(images) if ids is None else ids)[:count]
             known: list[Any] = [None] * count if labels is None else labels[:count].tolist()
             if trainer.state.fn != "predict":
                 self._check_labels(known, ids)
+            if self._planning:
+                if self._batches is not None:
+                    most = self._batches * batch_size
+                    self._remaining = most if self._remaining is None else min(most, self._remaining)
+                with trainer.precision_plugin.forward_context():  # hooks run outside autocast
+                    self._measured = measure(self.classifier, images, ids, self.candidates)
+                return
             self._run.add(images, ids, self.candidates)
             self._labels += known
             self._decide(trainer, pl_module, self._run.work())
@@ -244,7 +297,12 @@ class DiffusionClassifierCallback(L.Callback):
         with trainer.precision_plugin.forward_context():  # hooks run outside autocast
             for result in decisions:
                 label = self._labels[begun + len(new)]
-                new.append(result)
+                new.append(replace(result, distances_SKK=None))
+                self.results.append(replace(result, errors_KS=None, distances_SKK=None))
+                if self._errors is not None:
+                    paused = time.perf_counter()
+                    self._errors.add(result, label)
+                    start += time.perf_counter() - paused  # not the classifier's time
                 self._nfe += result.nfe
                 self._correct += label == result.label
                 if isinstance(bar, ClassifierProgressBar):
@@ -252,7 +310,6 @@ class DiffusionClassifierCallback(L.Callback):
         if trainer.state.fn != "predict":
             labels = [label for label in self._labels[begun : begun + len(new)] if label is not None]
             self._metrics(pl_module).update(new, labels, time.perf_counter() - start)
-        self.results += [replace(result, errors_KS=None) for result in new]
 
     def _check_labels(self, labels: list[int | None], ids: list[int | str]) -> None:
         classes = self.classifier.denoiser.candidates.classes
@@ -283,6 +340,9 @@ class DiffusionClassifierCallback(L.Callback):
         self._active = False
         if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
             trainer.progress_bar_callback.stop_images()
+        if self._planning:
+            self.planned = self._make_plan(trainer)
+            return
         labelled = trainer.state.fn != "predict"
         if labelled:
             self.metrics = self._metrics(pl_module).compute()
@@ -293,17 +353,22 @@ class DiffusionClassifierCallback(L.Callback):
         if self._folder is not None:
             self._write(trainer, pl_module, self._folder, labelled)
 
-    def _part(self, folder: Path, rank: int) -> Path:
-        return folder / f"predictions.rank{rank}.parquet"
+    def _part(self, folder: Path, name: str, rank: int) -> Path:
+        return (folder / name).with_suffix(f".rank{rank}.parquet")
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path, labelled: bool) -> None:
-        write_table(to_table(self.results, self._labels), self._part(folder, trainer.global_rank))
+        write_table(to_table(self.results, self._labels), self._part(folder, PREDICTIONS, trainer.global_rank))
+        if self._errors is not None:
+            self._errors.close()
         trainer.strategy.barrier("predictions")
         tally = self._metrics(pl_module).tally.compute() if labelled else None  # by all ranks: it syncs
         confusion = self._metrics(pl_module).confusion.compute() if labelled else None
         if not trainer.is_global_zero:
             return
-        table = merge_parts([self._part(folder, rank) for rank in range(trainer.world_size)], folder / PREDICTIONS)
+        ranks = range(trainer.world_size)
+        table = merge_parts([self._part(folder, PREDICTIONS, rank) for rank in ranks], folder / PREDICTIONS)
+        if self._errors is not None:
+            merge_errors([self._part(folder, ERRORS, rank) for rank in ranks], folder / ERRORS)
         report = {
             "metrics": self.metrics or {"images": table.num_rows, "nfe": sum(table["nfe"].to_pylist())},
             "settings": self.settings(trainer),
@@ -318,8 +383,46 @@ class DiffusionClassifierCallback(L.Callback):
                     self.classifier.timesteps_S, accuracy_S, chance, self.metrics["accuracy"], folder / "timesteps.png"
                 )
 
+    # --- plan ------------------------------------------------------------------------------------------------------
+
+    def _limit_batches(self, trainer: L.Trainer) -> None:
+        """Let the Trainer load one batch only; a limit of no batch stays."""
+        for name in BATCH_LIMITS.values():
+            limit = getattr(trainer, name)
+            if limit not in (0, 1) or isinstance(limit, float):
+                self._limits[name] = limit
+                setattr(trainer, name, 1 if limit else 0)
+
+    def _restore_limits(self, trainer: L.Trainer) -> None:
+        for name, limit in self._limits.items():
+            setattr(trainer, name, limit)
+        self._limits = {}
+
+    def _make_plan(self, trainer: L.Trainer) -> Plan:
+        """What all ranks measured; call it on all ranks."""
+        m = self._measured
+        images = float("nan") if self._remaining is None else self._remaining
+        mine = [0.0] * 5 if m is None else [images, m.rows_per_second, m.flops_per_row, m.nfe_sum, m.nfe_images]
+        gathered = [mine]
+        if trainer.world_size > 1:
+            tensor = torch.tensor(mine, dtype=torch.float64, device=trainer.strategy.root_device)
+            gathered = trainer.strategy.all_gather(tensor).tolist()
+        used = [values for values in gathered if values[1] > 0]  # a rank may have no image
+        if not used:
+            raise ValueError("plan: no image to measure on")
+        count = len(self.candidates or self.classifier.denoiser.candidates)
+        shared = count, len(self.classifier.timesteps_S), self.microbatch
+        return Plan(
+            ranks=[Measurement(*shared, rate, flops, int(spent), int(tried)) for _, rate, flops, spent, tried in used],
+            images=[None if math.isnan(images) else int(images) for images, *_ in used],
+            rule=repr(self.classifier.rule),
+            exact=type(self.classifier.rule) is Exhaustive and self.budget is None,
+        )
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero and self._folder is not None and not self._active:
+        if trainer.is_global_zero and self._planning and self.planned is not None:
+            Console(soft_wrap=True).print(self.planned.to_table())
+        elif trainer.is_global_zero and self._folder is not None and not self._active:
             self._print()  # not earlier: the progress bar still owns the terminal
             self._folder = None
 
@@ -331,10 +434,13 @@ class DiffusionClassifierCallback(L.Callback):
         Console(soft_wrap=True).print(table)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore_limits(trainer)
         # What was decided before the error is not lost.
         if self._active and self._folder is not None and self.results:
             labels = self._labels[: len(self.results)]
-            write_table(to_table(self.results, labels), self._part(self._folder, trainer.global_rank))
+            write_table(to_table(self.results, labels), self._part(self._folder, PREDICTIONS, trainer.global_rank))
+            if self._errors is not None and self._errors.images:
+                self._errors.close()
 
     def settings(self, trainer: L.Trainer) -> dict[str, Any]:
         """What the numbers depend on, as plain values."""
@@ -374,6 +480,15 @@ def free_folder(folder: Path) -> Path:
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
+
+
+def batches_within_limit(trainer: L.Trainer, loader: Any) -> int | None:
+    """How many batches of ``loader`` this rank would see under the Trainer's limit; None if there is no limit."""
+    assert trainer.state.fn is not None
+    limit = getattr(trainer, BATCH_LIMITS[trainer.state.fn])
+    if isinstance(limit, int):
+        return limit
+    return None if limit == 1.0 else int(limit * len(loader))
 
 
 def images_on_this_rank(loader: Any, rank: int, world_size: int, cap: int | None) -> int | None:

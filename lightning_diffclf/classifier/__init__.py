@@ -5,6 +5,7 @@ from lightning_diffclf.classifier.draws import Draws
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, LikelihoodRatio, PairedTest, Round, Stages
 from lightning_diffclf.classifier.engine import DiffusionClassifier
 from lightning_diffclf.classifier.posterior import Posterior
+from lightning_diffclf.classifier.proposal import LinearProbe, Proposal
 from lightning_diffclf.classifier.score import Loss
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "Elimination",
     "Exhaustive",
     "LikelihoodRatio",
+    "LinearProbe",
     "Loss",
     "PairedTest",
     "Posterior",
+    "Proposal",
     "Round",
     "Stages",
 ]

@@ -26,13 +26,16 @@ def check_images(images: Tensor, ids: Sequence[int | str]) -> None:
         )
 
 
-def resolve_candidates(candidates: Sequence[Any] | None, num_images: int, known: int) -> list[np.ndarray]:
+def resolve_candidates(
+    candidates: Sequence[Any] | None, num_images: int, known: int, name: str = "candidates"
+) -> list[np.ndarray]:
     """Indices of the candidates in play, one int64 array for each image.
 
     Args:
         candidates: None (all that are known), one list of indices for all images, or one list for each image.
         num_images: Number of images.
         known: Number of candidates that the denoiser knows.
+        name: What errors call them.
 
     Raises:
         ValueError: if a list is empty, has repeated or unknown indices, or there are not as many lists as images.
@@ -43,14 +46,14 @@ def resolve_candidates(candidates: Sequence[Any] | None, num_images: int, known:
         candidates = candidates.tolist()
     nested = len(candidates) > 0 and not isinstance(candidates[0], (int, np.integer))
     if nested and len(candidates) != num_images:
-        raise ValueError(f"candidates: {len(candidates)} lists for {num_images} images")
+        raise ValueError(f"{name}: {len(candidates)} lists for {num_images} images")
     lists = [np.asarray(c) for c in (candidates if nested else [candidates])]
     for one in lists:
         if one.ndim != 1 or len(one) == 0:
-            raise ValueError("candidates: none given for an image, expected at least one")
+            raise ValueError(f"{name}: none given for an image, expected at least one")
         known_only = np.issubdtype(one.dtype, np.integer) and one.min() >= 0 and one.max() < known  # a mask is refused
         if not known_only or len(np.unique(one)) < len(one):
-            raise ValueError(f"candidates: {one.tolist()}, expected distinct indices in 0 … {known - 1}")
+            raise ValueError(f"{name}: {one.tolist()}, expected distinct indices in 0 … {known - 1}")
     lists = [one.astype(np.int64) for one in lists]
     return lists if nested else lists * num_images
 

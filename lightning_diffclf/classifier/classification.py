@@ -30,7 +30,7 @@ class Classification:
         dims: Number of values of x0, D; what a posterior needs besides the scores.
         timesteps_S: Timestep of each draw, in the order spent (S,).
         errors_KS: Every single error (K, S), float32, NaN where not evaluated; None unless ``keep_errors``.
-        distances_SKK: Mean squared differences between the noise that two candidates predict (S, K, K), float16, NaN
+        distances_SKK: Mean squared differences between the noise that two candidates predict (S, K, K), float32, NaN
             where not evaluated; None unless ``keep_distances``.
     """
 

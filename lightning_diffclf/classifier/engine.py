@@ -24,6 +24,7 @@ from lightning_diffclf.classifier.device import CompiledPredict, download, uploa
 from lightning_diffclf.classifier.draws import Draws, KeyedNoise
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, Round
 from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut
+from lightning_diffclf.classifier.proposal import Proposal
 from lightning_diffclf.classifier.score import Loss, Rows, timestep_weights
 from lightning_diffclf.denoiser import ConditionalDenoiser
 
@@ -50,6 +51,7 @@ class DiffusionClassifier:
         budget: Network calls for one image at most. An image that has spent them is decided by the draws so far,
             which all of its remaining candidates have seen.
         abstain: Results whose :attr:`Classification.margin` is below this many nats are marked as abstained.
+        proposal: Names the candidates of each image, where a call does not: any callable; see :mod:`~.proposal`.
         compile: Compile the network (``torch.compile``, with CUDA graphs on a GPU). Every call then has exactly
             ``microbatch`` rows, the last ones padded, so that it is compiled once. Pays after many calls.
 
@@ -77,6 +79,7 @@ class DiffusionClassifier:
         weights: str | Sequence[float] = "uniform",
         budget: int | None = None,
         abstain: float = 0.0,
+        proposal: Proposal | None = None,
         compile: bool = False,
     ) -> None:
         missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(denoiser, m)]
@@ -99,7 +102,7 @@ class DiffusionClassifier:
         self.microbatch = microbatch
         self.in_flight = in_flight or microbatch
         self.keep_errors, self.keep_distances = keep_errors, keep_distances
-        self.budget, self.abstain = budget, abstain
+        self.budget, self.abstain, self.proposal = budget, abstain, proposal
         self._compiled = CompiledPredict(denoiser, microbatch) if compile else None
 
     def __call__(
@@ -185,16 +188,21 @@ class Run:
         if isinstance(ids, Tensor):
             id_list = ids.tolist()
         check_images(images, id_list)
-        lists = resolve_candidates(candidates, len(images), len(c.denoiser.candidates))
+        spent, origin = 0, "candidates"
+        if candidates is None and c.proposal is not None and len(images):
+            with evaluating(c.denoiser), torch.no_grad():
+                candidates = c.proposal(images)
+            spent, origin = int(getattr(c.proposal, "nfe", 0)), "proposal"
+        lists = resolve_candidates(candidates, len(images), len(c.denoiser.candidates), origin)
         for image_id, one in zip(id_list, lists, strict=True):
-            if c.budget is not None and c.budget < len(one):
+            if c.budget is not None and c.budget < spent + len(one):
                 raise ValueError(
                     f"budget: {c.budget} network calls for the {len(one)} candidates of image {image_id!r}, "
-                    "expected at least one call for each"
+                    f"expected at least {spent + len(one)}: one for each{', and those of the proposal' * (spent > 0)}"
                 )
         for number, image, image_id, one in zip(numbers, images, id_list, lists, strict=True):
             state, key = c.rule.start(len(one)), self._noise.key(image_id)
-            self._waiting.append(Flight(number, image, image_id, one, state, key))
+            self._waiting.append(Flight(number, image, image_id, one, state, key, spent))
         self._added += len(images)
 
     def work(self) -> Iterator[Classification]:
@@ -235,7 +243,7 @@ class Run:
                 flight.errors_KS = np.full((num_candidates, len(c.timesteps_S)), np.nan, dtype=np.float32)
             if c.keep_distances:
                 shape = len(c.timesteps_S), num_candidates, num_candidates
-                flight.distances_SKK = np.full(shape, np.nan, dtype=np.float16)
+                flight.distances_SKK = np.full(shape, np.nan, dtype=np.float32)
             flight.begin_round(self._next_stop(flight), c.rule.needs)
             arrivals.append(flight)
             rows += flight.rows

@@ -26,6 +26,7 @@ class Flight:
         candidates_K: Indices of its candidates (K,), int64.
         state: What the elimination rule remembers about it.
         key: Key of its noise.
+        nfe: Network calls spent on it already.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Flight:
         candidates_K: np.ndarray,
         state: Any,
         key: np.ndarray,
+        nfe: int = 0,
     ) -> None:
         self.position = position
         self.image: Tensor | None = image
@@ -48,7 +50,7 @@ class Flight:
         self.active_A = np.arange(len(candidates_K))
         self.sums_K = np.zeros(len(candidates_K))
         self.draws_K = np.zeros(len(candidates_K), dtype=np.int64)
-        self.nfe = 0
+        self.nfe = nfe
         self.done = self.stop = 0  # draws before and after this round
         self.cut = 0  # rows of this round that were given to micro-batches
         self.landed = 0  # rows of this round whose errors are back

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lightning_diffclf import Stages
+from lightning_diffclf import LikelihoodRatio, PairedTest, Stages
 from lightning_diffclf.classifier import Round
 
 
@@ -94,3 +96,168 @@ def test_stages_keep_the_lowest_scores():
 def test_bad_stages(samples, keep, message):
     with pytest.raises(ValueError, match=message):
         Stages(samples, keep)
+
+
+# --- sequential tests ----------------------------------------------------------------------------------------------
+
+
+def random_draws(seed: int, draws: int = 6, candidates: int = 5, dims: int = 12):
+    """Residuals and predictions of a made-up network: errors (S, K) and distances (S, K, K)."""
+    rng = np.random.default_rng(seed)
+    predictions = rng.normal(size=(draws, candidates, dims)) * rng.uniform(0.1, 1, size=(draws, 1, 1))
+    noise = predictions[:, :1] + rng.normal(size=(draws, 1, dims)) * rng.uniform(0.2, 1, size=(draws, 1, 1))
+    errors = np.square(noise - predictions).mean(2).astype(np.float32)
+    distances = np.square(predictions[:, :, None] - predictions[:, None]).mean(3).astype(np.float32)
+    return errors, distances
+
+
+def rounds_of(errors, distances, weights, stops, total, dims=12, active=None):
+    """What a rule is shown at ``stops``, by plain loops."""
+    active = np.arange(errors.shape[1]) if active is None else active
+    for first, last in zip([0, *stops], stops, strict=False):
+        yield Round(
+            "l2",
+            last,
+            total,
+            dims,
+            active,
+            (weights[:last, None] * errors[:last, active]).mean(0),
+            weights[first:last],
+            errors[first:last, active],
+            distances[first:last][:, active][:, :, active],
+        )
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True), st.booleans())
+@settings(deadline=None)
+def test_reversal_of_the_likelihood_ratio_is_the_formula(seed, stops, weighted):
+    errors, distances = random_draws(seed)
+    weights = np.random.default_rng(seed).uniform(0.5, 1.5, 6) if weighted else np.ones(6)
+    rule, n = LikelihoodRatio(inflation=3.0), max(stops)
+    state = rule.start(5)
+    for current in rounds_of(errors, distances, weights, sorted(stops), total=10):
+        best = int(np.argmin(current.scores_A))
+        reversal = rule.reversal(state, current, best)
+    for k in range(5):
+        if k == best:
+            continue
+        difference = variance = misfit_dd = misfit_dg = misfit_gg = 0.0
+        for j in range(n):
+            d, g, s2 = float(errors[j, k]) - float(errors[j, best]), float(distances[j, best, k]), errors[j, best]
+            difference += weights[j] * d
+            variance += weights[j] ** 2 * 4 * s2 * g / 12
+            misfit_dd, misfit_dg, misfit_gg = (
+                misfit_dd + d * d / (4 * s2 * g / 12),
+                misfit_dg + d * 12 / (4 * s2),
+                misfit_gg + g * 12 / (4 * s2),
+            )
+        # c is 3 here unless the differences vary more than that, which is measured over all rivals
+        expected = scipy.stats.norm.cdf(-difference / np.sqrt(3.0 * variance * (1 - n / 10)))
+        at_least_three = scipy.stats.norm.cdf(-difference / np.sqrt(30.0 * variance * (1 - n / 10)))
+        low, high = sorted([expected, at_least_three])
+        assert low * (1 - 1e-5) <= reversal[k] <= high * (1 + 1e-5)
+        if n == 1:
+            assert reversal[k] == pytest.approx(expected, rel=1e-5)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 6))
+@settings(deadline=None)
+def test_reversal_of_the_paired_test_is_students(seed, n):
+    """With two candidates and many draws to come, it is the one-sided paired t-test."""
+    errors, distances = random_draws(seed, candidates=2)
+    rule = PairedTest()
+    (current,) = rounds_of(errors, distances, np.ones(6), [n], total=10**9)
+    best = int(np.argmin(current.scores_A))
+    expected = scipy.stats.ttest_rel(errors[:n, 1 - best], errors[:n, best], alternative="greater").pvalue
+    assert rule.reversal(rule.start(2), current, best)[1 - best] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_paired_test_pools_the_variance_over_rivals():
+    errors = np.array([[1.0, 2.0, 4.0], [1.0, 2.2, 4.6]], dtype=np.float32)
+    (current,) = rounds_of(errors, np.zeros((2, 3, 3), dtype=np.float32), np.ones(2), [2], total=10**9)
+    pooled = (np.var([1.0, 1.2], ddof=1) + np.var([3.0, 3.6], ddof=1)) / 2
+    expected = scipy.stats.t.sf(np.array([1.1, 3.3]) / np.sqrt(pooled / 2), df=2)
+    rule = PairedTest()
+    np.testing.assert_allclose(rule.reversal(rule.start(3), current, 0)[1:], expected, rtol=1e-5)
+
+
+@given(
+    st.sampled_from([PairedTest, LikelihoodRatio]),
+    st.floats(1e-6, 0.49),
+    st.integers(0, 2**32),
+    st.permutations(range(5)),
+)
+@settings(deadline=None)
+def test_sequential_rules_keep_the_best_spend_less_than_alpha_and_ignore_the_order(kind, alpha, seed, order):
+    errors, distances = random_draws(seed, draws=10)
+    rule, order = kind(alpha), np.array(order)
+    survivors = []
+    for e, d in ((errors, distances), (errors[:, order], distances[:, order][:, :, order])):
+        state, active, done, left = rule.start(5), np.arange(5), 0, []
+        while done < 10 and len(active) > 1:
+            stop = rule.next_stop(done, 10)
+            *_, current = rounds_of(e, d, np.ones(10), [done, stop] if done else [stop], 10, active=active)
+            stays = rule.survivors(state, current)
+            assert stays[np.argmin(current.scores_A)]
+            assert state.spent <= alpha
+            active, done = active[stays], stop
+            left.append(active)
+        survivors.append(left)
+    assert len(survivors[0]) == len(survivors[1])
+    for plain, permuted in zip(*survivors, strict=True):
+        assert plain.tolist() == sorted(order[permuted])
+
+
+@pytest.mark.parametrize("rule", [PairedTest(0.2), LikelihoodRatio(0.2)], ids=["pairs", "likelihood"])
+def test_candidates_that_predict_the_same_stay(rule):
+    """Their differences are zero, and so are the variances."""
+    errors, distances = random_draws(0)
+    errors[:, 1], distances[:, 1], distances[:, :, 1] = errors[:, 0], distances[:, 0], distances[:, :, 0]
+    state = rule.start(5)
+    for current in rounds_of(errors, distances, np.ones(6), [2, 4, 5], total=6, active=np.arange(2)):
+        assert rule.survivors(state, current).all()
+
+
+@pytest.mark.parametrize("loss", ["l1", "huber"])
+def test_noise_of_other_losses(loss):
+    """The standard deviation that the rule assumes is that of simulated differences, for predictions that are close."""
+    rng = np.random.default_rng(0)
+    dims, scale = 256, {"l1": 0.7, "huber": 0.3}[loss]
+    value = {"l1": np.abs, "huber": lambda x: np.where(np.abs(x) < 1, x**2 / 2, np.abs(x) - 0.5)}[loss]
+    shift = 0.05 * rng.normal(size=dims)
+    residual = scale * rng.normal(size=(4000, dims))
+    e_best, e_rival = value(residual).mean(1), value(residual + shift).mean(1)
+    assumed = []
+    for pair in zip(e_best, e_rival, strict=True):
+        errors = np.array([pair], dtype=np.float32)
+        distances = np.full((1, 2, 2), np.square(shift).mean(), dtype=np.float32)
+        current = Round(loss, 1, 10**9, dims, np.arange(2), errors[0].astype(float), np.ones(1), errors, distances)
+        rule = LikelihoodRatio()
+        assumed.append((pair[1] - pair[0]) / -scipy.special.ndtri(rule.reversal(rule.start(2), current, 0)[1]))
+    assert np.sqrt(np.mean(np.square(assumed))) == pytest.approx(np.std(e_rival - e_best), rel=0.1)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5, -0.1, 1, float("nan")])
+@pytest.mark.parametrize("kind", [PairedTest, LikelihoodRatio])
+def test_bad_alpha(kind, alpha):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: alpha {alpha}, expected a probability in \(0, 0.5\)"):
+        kind(alpha)
+
+
+def test_other_bad_settings():
+    with pytest.raises(ValueError, match=r"growth 0\.9"):
+        PairedTest(growth=0.9)
+    with pytest.raises(ValueError, match="inflation -1"):
+        LikelihoodRatio(inflation=-1)
+    with pytest.raises(ValueError, match="loss 'kl' is no distance"):
+        LikelihoodRatio().check("kl")
+
+
+@given(st.floats(1, 3), st.integers(1, 500))
+def test_stops_grow(growth, total):
+    rule, done, stops = PairedTest(growth=growth), 0, 0
+    while done < total:
+        after = rule.next_stop(done, total)
+        assert done < after <= max(done + 1, done * growth)
+        done, stops = after, stops + 1
+    assert growth == 1 or stops <= 3 / (growth - 1) + 2 + np.log(total) / np.log(growth)

@@ -1,0 +1,122 @@
+"""Below one call per candidate: something cheap names the few candidates that are worth the denoiser's time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_diffclf.denoiser import ConditionalDenoiser
+
+Proposal = Callable[[Tensor], Any]
+"""Images (B, C, H, W) to the candidates to try: indices (B, m), or a list of them for each image.
+
+May have an attribute ``nfe``, the network calls that it costs for each image, which are then counted as spent.
+"""
+
+
+class LinearProbe:
+    """Ranks classes by a linear map of features inside the denoiser: one network call for each image.
+
+    The features are the output of one layer for the clean image x0, scaled as at a chosen timestep but without noise,
+    so that proposals depend on the image alone. The map is fitted to labelled images by ridge regression onto their
+    classes, in closed form. Recall is what counts: :meth:`recall` measures it, and evaluation reports it.
+
+    Args:
+        denoiser: A :class:`~lightning_diffclf.denoiser.ConditionalDenoiser` that is an ``nn.Module``.
+        layer: Name of a part of it, as ``named_modules()`` has it, whose output has one row for each input row.
+        timestep: Timestep of the schedule at which features are taken.
+        top: Classes to propose, all their candidates each.
+        ridge: Strength of the regularisation, in units of the mean variance of the features.
+
+    Attributes:
+        nfe: Network calls for each image.
+
+    Raises:
+        ValueError: if there is no such layer, or ``top`` is below 1.
+    """
+
+    nfe = 1
+
+    def __init__(
+        self, denoiser: ConditionalDenoiser, layer: str, timestep: float, top: int = 10, ridge: float = 1e-2
+    ) -> None:
+        parts = dict(denoiser.named_modules()) if isinstance(denoiser, nn.Module) else {}
+        if layer not in parts:
+            raise ValueError(f"probe: no layer {layer!r} in {type(denoiser).__name__}, which has {[*parts][1:8]} …")
+        if top < 1:
+            raise ValueError(f"probe: top {top}, expected at least 1")
+        self.denoiser, self.layer, self.timestep, self.top, self.ridge = denoiser, parts[layer], timestep, top, ridge
+        self._weight: Tensor | None = None  # (features + 1, classes)
+        self._candidates_of = [
+            [k for k, its in enumerate(denoiser.candidates.classes) if its == c]
+            for c in range(denoiser.candidates.num_classes)
+        ]
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, F), float32, for images as ``denoiser.encode`` takes them, with a constant one at the end."""
+        schedule = self.denoiser.schedule
+        x0 = self.denoiser.encode(images).float()
+        t = torch.full((len(x0),), self.timestep, device=x0.device)
+        t = t.to(schedule.timesteps(1).dtype)
+        x_t = schedule.add_noise(x0, torch.zeros_like(x0), t)
+        time = schedule.network_time(t)
+        found: list[Tensor] = []
+        hook = self.layer.register_forward_hook(lambda layer, inputs, output: found.append(output))
+        try:
+            first = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)  # one condition for all
+            self.denoiser.predict(
+                schedule.network_input(x_t, t), time.float() if time.is_floating_point() else time, first
+            )
+        finally:
+            hook.remove()
+        output = found[0].flatten(1).float()
+        return torch.cat([output, output.new_ones(len(output), 1)], dim=1)
+
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> LinearProbe:
+        """Fit the map to batches of images (B, C, H, W) and classes (B,); returns itself.
+
+        Raises:
+            ValueError: if there are no batches.
+        """
+        gram: Any = 0
+        moment: Any = 0
+        for images, labels in batches:
+            features = self.features(images).double()
+            targets = nn.functional.one_hot(labels.to(features.device), self.denoiser.candidates.num_classes)
+            gram = gram + features.T @ features
+            moment = moment + features.T @ targets.double()
+        if not isinstance(gram, Tensor):
+            raise ValueError("probe: no batches to fit, expected at least one")
+        penalty = self.ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        self._weight = torch.linalg.solve(gram + penalty, moment).float()
+        return self
+
+    def __call__(self, images: Tensor) -> list[list[int]]:
+        """Candidates of the ``top`` classes of each image.
+
+        Raises:
+            RuntimeError: before :meth:`fit`.
+        """
+        if self._weight is None:
+            raise RuntimeError("probe: not fitted; call fit or load_state_dict first")
+        top = min(self.top, len(self._candidates_of))
+        classes_BM = (self.features(images) @ self._weight).topk(top, dim=1).indices.tolist()
+        return [sorted(k for c in classes for k in self._candidates_of[c]) for classes in classes_BM]
+
+    def recall(self, images: Tensor, labels: Sequence[int]) -> float:
+        """Share of images whose class is among the proposals."""
+        classes = self.denoiser.candidates.classes
+        hits = [label in {classes[k] for k in one} for one, label in zip(self(images), labels, strict=True)]
+        return sum(hits) / len(hits)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The fitted map, for saving."""
+        return {} if self._weight is None else {"weight": self._weight}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Take over a fitted map."""
+        self._weight = state_dict["weight"]

@@ -1,0 +1,277 @@
+"""Other elimination rules and timestep weights on stored errors, without the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from lightning_diffclf.classifier import (
+    Classification,
+    Elimination,
+    Exhaustive,
+    LikelihoodRatio,
+    PairedTest,
+    Round,
+    Stages,
+)
+from lightning_diffclf.classifier.draws import nested_order
+from lightning_diffclf.classifier.flight import Flight, Piece
+from lightning_diffclf.classifier.score import timestep_weights
+from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors, StoredImage
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a rule would have decided, and what it would have cost.
+
+    Attributes:
+        rule: The rule.
+        weights: The timestep weights.
+        budget: Network calls for one image at most; None for no limit.
+        results: The decision on each image, as the classifier would have given it.
+        labels: Class of each image; None where unknown.
+        exhaustive: Class that all draws decide for under the same weights, for each image; None where all errors are
+            NaN or infinite.
+        exhaustive_nfe: Network calls of all images without a rule.
+    """
+
+    rule: Elimination
+    weights: str | Sequence[float]
+    budget: int | None
+    results: list[Classification]
+    labels: list[int | None]
+    exhaustive: list[int | None]
+    exhaustive_nfe: int
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the images with a label that get it; None if there are none."""
+        right = [r.label == label for r, label in zip(self.results, self.labels, strict=True) if label is not None]
+        return sum(right) / len(right) if right else None
+
+    @property
+    def agreement(self) -> float:
+        """Share of the images that get the class that all draws decide for."""
+        return sum(r.label == e for r, e in zip(self.results, self.exhaustive, strict=True)) / len(self.results)
+
+    @property
+    def nfe_per_image(self) -> float:
+        """Network calls for an image, on average."""
+        return sum(r.nfe for r in self.results) / len(self.results)
+
+    @property
+    def factor(self) -> float:
+        """How many times fewer network calls than without a rule."""
+        return self.exhaustive_nfe / sum(r.nfe for r in self.results)
+
+    def summary(self) -> dict[str, str | float | int | list[float] | None]:
+        """The numbers above, by name."""
+        return {
+            "elimination": repr(self.rule),
+            "weights": self.weights if isinstance(self.weights, str) else list(self.weights),
+            "budget": self.budget,
+            "images": len(self.results),
+            "labelled": sum(label is not None for label in self.labels),
+            "accuracy": self.accuracy,
+            "agreement": self.agreement,
+            "nfe_per_image": self.nfe_per_image,
+            "factor": self.factor,
+        }
+
+
+def replay(
+    errors: StoredErrors,
+    rule: Elimination | None = None,
+    weights: str | Sequence[float] | None = None,
+    budget: int | None = None,
+) -> Replay:
+    """Decide on stored errors as the classifier would have under another rule, other weights or another budget.
+
+    The stored (timestep, noise) pairs are visited in the order of the rule. A run of :class:`Stages` with the same seed
+    would pair the noise with other timesteps, since its order is another: its decisions can differ from the replayed
+    ones as those of another seed would. Rules without an order of their own see exactly what they would see in a run,
+    but for distances, of which ten bits are stored.
+
+    Args:
+        errors: Errors of a run that dropped no candidate.
+        rule: The rule; none if omitted.
+        weights: Timestep weights, as in :func:`~lightning_diffclf.classifier.score.timestep_weights`; those of the run
+            if omitted.
+        budget: Network calls for one image at most; no limit if omitted.
+
+    Returns:
+        Decisions in the order of the file, and their cost.
+
+    Raises:
+        ValueError: if the file holds no image, its run dropped candidates, the rule needs another number of draws than
+            are stored or distances that are not, it does not fit the loss, ``weights`` are wrong, or ``budget`` does
+            not pay for one call of each candidate.
+    """
+    rule, info = rule or Exhaustive(), errors.info
+    weights = info.weights if weights is None else weights
+    if len(errors) == 0:
+        raise ValueError(f"errors: {str(errors.path)!r} holds no image")
+    if budget is not None and budget < 1:
+        raise ValueError(f"budget: {budget}, expected at least 1")
+    rule.check(info.loss)
+    if rule.needs == "distances" and not errors.has_distances:
+        raise ValueError(
+            f"{type(rule).__name__}: needs distances between candidates, which {str(errors.path)!r} does not hold; "
+            "evaluate with `--keep-errors distances`"
+        )
+    order_S = visiting_order(info, rule)
+    weights_S = timestep_weights(weights, torch.tensor(info.log_snr_S, dtype=torch.float64)[order_S]).numpy()
+    reference, calls = [], 0
+    results, labels = [], []
+    for image in errors.images(distances=rule.needs == "distances"):
+        _check(image, info)
+        ordered = replace(
+            image,
+            errors_SK=image.errors_SK[order_S],
+            distances_SP=None if image.distances_SP is None else image.distances_SP[order_S],
+        )
+        results.append(_decide(ordered, rule, weights_S, budget, info))
+        labels.append(image.label)
+        reference.append(_decide(ordered, Exhaustive(), weights_S, None, info).label)
+        calls += image.nfe
+    return Replay(rule, weights, budget, results, labels, reference, calls)
+
+
+def visiting_order(info: ErrorsInfo, rule: Elimination) -> np.ndarray:
+    """Positions of the stored draws in the order in which ``rule`` visits them (S,), int64.
+
+    Raises:
+        ValueError: if the rule visits another number of draws than are stored.
+    """
+    # The grid goes from clean to noisy, which for some schedules is from large to small timesteps.
+    grid_S = np.lexsort((np.array(info.timesteps_S), -np.array(info.log_snr_S)))
+    order = rule.order(info.draws)
+    if order is None:
+        return grid_S[nested_order(info.draws).numpy()]
+    if sorted(order) != list(range(info.draws)):
+        raise ValueError(
+            f"{type(rule).__name__}: spends {len(order)} draws, but {info.draws} are stored; their timesteps are those "
+            f"of a grid of {info.draws}"
+        )
+    return grid_S[np.asarray(order)]
+
+
+def _check(image: StoredImage, info: ErrorsInfo) -> None:
+    unseen = int((image.draws_K < info.draws).sum())
+    if unseen:
+        limit = "" if info.budget is None else f", with a budget of {info.budget}"
+        raise ValueError(
+            f"image {image.image_id!r}: {unseen} of {len(image.draws_K)} candidates did not see all {info.draws} "
+            f"draws: the run eliminated candidates ({info.elimination}{limit}); keep errors of an Exhaustive run"
+        )
+
+
+def _decide(
+    image: StoredImage, rule: Elimination, weights_S: np.ndarray, budget: int | None, info: ErrorsInfo
+) -> Classification:
+    """The decision of the engine on one image, whose draws are in the order of the rule."""
+    num_candidates, total, dims = len(image.candidates_K), info.draws, info.dims
+    assert dims is not None  # known since the first image
+    spent = image.nfe - int(image.draws_K.sum())  # before the first draw
+    if budget is not None and budget < spent + num_candidates:
+        raise ValueError(
+            f"budget: {budget} network calls for the {num_candidates} candidates of image {image.image_id!r}, "
+            f"expected at least {spent + num_candidates}"
+        )
+    flight = Flight(
+        0, torch.empty(0), image.image_id, image.candidates_K, rule.start(num_candidates), np.empty(0, dtype=np.uint64)
+    )
+    flight.nfe = spent
+    pair_KK = _pair_of(num_candidates) if rule.needs == "distances" else None
+    while True:
+        stop = rule.next_stop(flight.stop, total)
+        if budget is not None:
+            stop = min(stop, flight.stop + (budget - flight.nfe) // len(flight.active_A))
+        if stop == flight.stop:  # out of budget
+            break
+        flight.begin_round(stop, rule.needs)
+        errors_RA = image.errors_SK[flight.done : stop, flight.active_A]
+        flight.land(Piece(flight, 0, flight.rows), errors_RA.ravel(), weights_S)
+        flight.end_round()
+        if pair_KK is not None and image.distances_SP is not None:
+            flight.distances_RAA = _distances(image.distances_SP[flight.done : stop], pair_KK, flight.active_A)
+        finite_A = np.isfinite(flight.sums_K[flight.active_A])
+        if not finite_A.all():
+            flight.sums_K[flight.active_A[~finite_A]] = np.inf
+            flight.forget(~finite_A)
+            if len(flight.active_A) == 0:
+                break
+        scores_A = flight.sums_K[flight.active_A] / stop
+        seen = flight.active_A, scores_A, weights_S[flight.done : stop], flight.errors_RA, flight.distances_RAA
+        flight.keep(rule.survivors(flight.state, Round(info.loss, stop, total, dims, *seen)), scores_A, dims)
+        if stop == total or len(flight.active_A) == 1 < num_candidates:
+            break
+    scores_K = flight.sums_K / flight.draws_K
+    candidate = None
+    if len(flight.active_A):
+        candidate = int(image.candidates_K[flight.active_A[np.argmin(scores_K[flight.active_A])]])
+        flight.keep(np.zeros(len(flight.active_A), dtype=bool), scores_K[flight.active_A], dims)
+    return Classification(
+        image_id=image.image_id,
+        label=None if candidate is None else info.classes[candidate],
+        candidate=candidate,
+        margin=flight.margin,
+        abstained=candidate is None,
+        candidates_K=torch.from_numpy(image.candidates_K),
+        scores_K=torch.from_numpy(scores_K),
+        draws_K=torch.from_numpy(flight.draws_K),
+        nfe=flight.nfe,
+        dims=dims,
+        timesteps_S=torch.tensor(info.timesteps_S),
+    )
+
+
+def _pair_of(num_candidates: int) -> np.ndarray:
+    """Where the pair (i, j) is stored (K, K), int64; 0 on the diagonal, which is not."""
+    pair_KK = np.zeros((num_candidates, num_candidates), dtype=np.int64)
+    upper = np.triu_indices(num_candidates, 1)
+    pair_KK[upper] = np.arange(len(upper[0]))
+    return pair_KK + pair_KK.T
+
+
+def _distances(stored_RP: np.ndarray, pair_KK: np.ndarray, active_A: np.ndarray) -> np.ndarray:
+    """Distances between the candidates in play (R, A, A), float32."""
+    if stored_RP.shape[1] == 0:
+        return np.zeros((len(stored_RP), 1, 1), dtype=np.float32)
+    distances_RAA = stored_RP[:, pair_KK[np.ix_(active_A, active_A)]]
+    diagonal = np.arange(len(active_A))
+    distances_RAA[:, diagonal, diagonal] = 0
+    return distances_RAA
+
+
+def usual_rules(errors: StoredErrors) -> Iterator[Elimination]:
+    """Rules to compare on ``errors``: those that its draws, candidates, loss and distances allow."""
+    yield Exhaustive()
+    draws, num_candidates = errors.info.draws, len(next(errors.images(distances=False)).candidates_K)
+    if draws > 1:
+        keep = 5 if num_candidates >= 10 else (num_candidates + 1) // 2
+        yield Stages(samples=(max(1, draws // 10), draws), keep=(keep, 1))
+    for alpha in (0.05, 0.01, 0.001):
+        yield PairedTest(alpha)
+    if errors.has_distances and errors.info.loss in LikelihoodRatio.losses:
+        for alpha in (0.05, 0.01, 0.001):
+            yield LikelihoodRatio(alpha)
+
+
+def to_table(replays: Sequence[Replay], info: ErrorsInfo) -> Table:
+    """A table of what rules decide and cost, for the terminal."""
+    table = Table(title=f"{len(replays[0].results)} images, {info.draws} draws, {info.loss}")
+    table.add_column("rule")
+    for name in ("accuracy", "as exhaustive", "NFE/image", "fewer"):
+        table.add_column(name, justify="right")
+    for one in replays:
+        accuracy = "unknown" if one.accuracy is None else f"{one.accuracy:.2%}"
+        cost = f"{one.nfe_per_image:.1f}", f"{one.factor:.2f} x"
+        table.add_row(repr(one.rule), accuracy, f"{one.agreement:.2%}", *cost)
+    if any(0 < sum(label is None for label in one.labels) < len(one.labels) for one in replays):
+        table.caption = "accuracy: of the images with a label"
+    return table
