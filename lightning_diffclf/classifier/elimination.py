@@ -27,6 +27,7 @@ class Round:
             error was NaN or infinite is in play no more.
         scores_A: Mean weighted error over all ``done`` draws (A,), float64. All candidates in play have seen the same
             draws.
+        log_snr_R: Log signal-to-noise ratio of each draw of this round (R,), float64.
         weights_R: Weight of each draw of this round (R,), float64, mean 1 over all draws of an image.
         errors_RA: Error of each draw of this round without its weight (R, A), float32; None unless the rule needs
             errors or distances.
@@ -40,6 +41,7 @@ class Round:
     dims: int
     active_A: np.ndarray
     scores_A: np.ndarray
+    log_snr_R: np.ndarray
     weights_R: np.ndarray
     errors_RA: np.ndarray | None = None
     distances_RAA: np.ndarray | None = None
@@ -76,6 +78,10 @@ class Elimination:
     def survivors(self, state: Any, current: Round) -> np.ndarray:
         """Which candidates stay in play: bool (A,), at least one True."""
         return np.ones(len(current.active_A), dtype=bool)
+
+    def survivors_of(self, states: Sequence[Any], rounds: Sequence[Round]) -> list[np.ndarray]:
+        """:meth:`survivors` of several images; for rules that can think about them together."""
+        return [self.survivors(state, current) for state, current in zip(states, rounds, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,8 @@ class _Paired:
     def __init__(self) -> None:
         self.spent = 0.0  # of alpha
         self._active_A = np.empty(0, dtype=np.int64)
-        self.errors_NA = np.empty((0, 0))  # PairedTest: weighted, of the draws so far
+        self.log_snr_N = np.empty(0)  # PairedTest: of the draws so far
+        self.errors_NA = np.empty((0, 0))  # and their weighted errors
         self.sums_XAA = np.zeros((0, 0, 0))  # LikelihoodRatio: sums over draws for each pair
 
     def narrow(self, active_A: np.ndarray, num_sums: int = 0) -> None:
@@ -200,23 +207,40 @@ class SequentialTest(Elimination):
     def next_stop(self, done: int, total: int) -> int:
         return min(total, max(done + 1, int(done * self.growth)))
 
-    def reversal(self, state: Any, current: Round, best: int) -> np.ndarray:
-        """Probability that each candidate ends with a lower score than ``best`` (A,); that of ``best`` is not read."""
+    def reversal(self, states: Sequence[Any], rounds: Sequence[Round], best_F: np.ndarray) -> np.ndarray:
+        """Probability that a candidate ends with a lower score than the best one (F, A), of F images with R × A errors.
+
+        What it says of the best ones themselves, at ``best_F``, is not read.
+        """
         raise NotImplementedError
 
     def survivors(self, state: Any, current: Round) -> np.ndarray:
-        survives = np.ones(len(current.active_A), dtype=bool)
-        if len(survives) > 1:
-            best = int(np.argmin(current.scores_A))
-            reversal_A = self.reversal(state, current, best)
-            reversal_A[best] = np.inf
-            order = np.argsort(reversal_A, kind="stable")
-            spent_A = np.cumsum(reversal_A[order])
-            num_dropped = int(np.searchsorted(spent_A, (self.alpha - state.spent) / 2, side="right"))
-            if num_dropped:
-                survives[order[:num_dropped]] = False
-                state.spent += spent_A[num_dropped - 1]
-        return survives
+        return self.survivors_of([state], [current])[0]
+
+    def survivors_of(self, states: Sequence[Any], rounds: Sequence[Round]) -> list[np.ndarray]:
+        result = [np.ones(len(current.active_A), dtype=bool) for current in rounds]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, current in enumerate(rounds):
+            if len(current.active_A) > 1:
+                alike.setdefault((len(current.weights_R), len(current.active_A)), []).append(i)
+        for members in alike.values():
+            images = np.arange(len(members))
+            some = [states[i] for i in members]
+            best_F = np.stack([rounds[i].scores_A for i in members]).argmin(1)
+            reversal_FA = self.reversal(some, [rounds[i] for i in members], best_F)
+            reversal_FA[images, best_F] = np.inf
+            order_FA = reversal_FA.argsort(1, kind="stable")
+            sorted_FA = np.take_along_axis(reversal_FA, order_FA, 1)
+            spent_FA = sorted_FA.cumsum(1)
+            allowed_F = (self.alpha - np.array([state.spent for state in some])) / 2
+            drops_FA = spent_FA <= allowed_F[:, None]
+            added_F = np.where(drops_FA, sorted_FA, 0).sum(1)
+            survives_FA = np.empty_like(drops_FA)
+            np.put_along_axis(survives_FA, order_FA, ~drops_FA, 1)
+            for i, state, added, survives_A in zip(members, some, added_F.tolist(), survives_FA, strict=True):
+                state.spent += added
+                result[i] = survives_A
+        return result
 
 
 @dataclass(frozen=True)
@@ -230,8 +254,11 @@ class PairedTest(SequentialTest):
 
         -m · sqrt(n) / s · sqrt(S / (S - n)).
 
-    s² is the variance of the differences, pooled over the rivals so that two draws already serve; the last factor says
-    that the final mean contains these n draws (finite population correction).
+    s² is the variance of the differences, pooled over the rivals so that two draws already serve. Differences change
+    with the timestep, but draws cover the timesteps evenly, so that this does not make their mean uncertain: s² is half
+    the mean squared change from one draw to the next on the time axis (the successive difference estimator for
+    systematic samples, Wolter 2007, chapter 8). The last factor says that the final mean contains these n draws (finite
+    population correction).
 
     Args:
         alpha: Accepted probability that the decision differs from that of all draws, in (0, 0.5).
@@ -243,22 +270,22 @@ class PairedTest(SequentialTest):
 
     needs: ClassVar[Needs] = "errors"
 
-    def reversal(self, state: _Paired, current: Round, best: int) -> np.ndarray:
+    def reversal(self, states: Sequence[_Paired], rounds: Sequence[Round], best_F: np.ndarray) -> np.ndarray:
+        return np.stack([self._reversal(*one) for one in zip(states, rounds, best_F, strict=True)])
+
+    def _reversal(self, state: _Paired, current: Round, best: int) -> np.ndarray:
         assert current.errors_RA is not None
         state.narrow(current.active_A)
+        state.log_snr_N = np.concatenate([state.log_snr_N, current.log_snr_R])
         state.errors_NA = np.concatenate([state.errors_NA, current.weights_R[:, None] * current.errors_RA])
         n, num_rivals = len(state.errors_NA), len(current.active_A) - 1
         if n < 2:
             return np.ones(len(current.active_A))
         differences_NA = state.errors_NA - state.errors_NA[:, [best]]
-        pooled = differences_NA.var(0, ddof=1).sum() / num_rivals
-        t_A = differences_NA.mean(0) / np.sqrt(pooled / n * _unseen(current) + TINY)
-        return stdtr((n - 1) * num_rivals, -t_A)
-
-
-def _unseen(current: Round) -> float:
-    """Share of the draws that are still to come: shrinks the variance of what they can change."""
-    return 1 - current.done / current.total
+        changes_NA = np.diff(differences_NA[np.argsort(state.log_snr_N)], axis=0)
+        pooled = np.square(changes_NA).sum() / (2 * (n - 1) * num_rivals)
+        unseen = 1 - n / current.total
+        return stdtr((n - 1) * num_rivals, -differences_NA.mean(0) / np.sqrt(pooled / n * unseen + TINY))
 
 
 TINY = 1e-300  # instead of a division by zero where two candidates predict the same
@@ -307,32 +334,45 @@ class LikelihoodRatio(SequentialTest):
                 "PairedTest takes any"
             )
 
-    def reversal(self, state: _Paired, current: Round, best: int) -> np.ndarray:
-        state.narrow(current.active_A, num_sums=4)
-        state.sums_XAA += _pair_sums(current)
-        variance_A, dd_A, dg_A, gg_A = state.sums_XAA[:, best]
-        misfit_A = dd_A - dg_A**2 / (gg_A + TINY)  # what a fit of d by a multiple of g leaves: n - 1 if c is 1
-        n, num_rivals = current.done, len(current.active_A) - 1
-        c = max(self.inflation, (PRIOR_DRAWS + misfit_A.sum() / num_rivals) / (PRIOR_DRAWS + n - 1))
-        difference_A = n * (current.scores_A - current.scores_A[best])
-        return ndtr(-difference_A / np.sqrt(c * variance_A * _unseen(current) + TINY))
+    def reversal(self, states: Sequence[_Paired], rounds: Sequence[Round], best_F: np.ndarray) -> np.ndarray:
+        images = np.arange(len(states))
+        for state, current in zip(states, rounds, strict=True):
+            state.narrow(current.active_A, num_sums=4)
+        sums_FXAA = np.stack([state.sums_XAA for state in states]) + _pair_sums(rounds)
+        for state, sums_XAA in zip(states, sums_FXAA, strict=True):
+            state.sums_XAA = sums_XAA
+        variance_FA, dd_FA, dg_FA, gg_FA = np.moveaxis(sums_FXAA[images, :, best_F], 1, 0)
+        misfit_FA = dd_FA - dg_FA**2 / (gg_FA + TINY)  # what a fit of d by a multiple of g leaves: n - 1 if c is 1
+        n_F = np.array([current.done for current in rounds])
+        scores_FA = np.stack([current.scores_A for current in rounds])
+        num_rivals = scores_FA.shape[1] - 1
+        measured_F = (PRIOR_DRAWS * self.inflation + misfit_FA.sum(1) / num_rivals) / (PRIOR_DRAWS + n_F - 1)
+        unseen_F = 1 - n_F / rounds[0].total
+        scale_F = np.maximum(self.inflation, measured_F) * unseen_F
+        difference_FA = n_F[:, None] * (scores_FA - scores_FA[images, best_F][:, None])
+        return ndtr(-difference_FA / np.sqrt(scale_F[:, None] * variance_FA + TINY))
 
 
-def _pair_sums(current: Round) -> np.ndarray:
-    """Sums over the draws of a round for each pair (b, k): (4, A, A) float64.
+def _pair_sums(rounds: Sequence[Round]) -> np.ndarray:
+    """Sums over the draws of a round for each pair (b, k): (F, 4, A, A) float64, for F images.
 
     The first is the variance of the weighted difference of errors if b is right. The others are the sums of d²/v,
     dg/v and g²/v, with the difference d = e_k - e_b of a draw, its variance v, and the squared distance g of the
     predictions.
     """
-    assert current.errors_RA is not None
-    assert current.distances_RAA is not None
-    e_RA = current.errors_RA.astype(np.float64)
-    # Mean square of the loss's derivative at the residual; huber's is at most twice the loss, and at most one.
-    slope_RA = {"l2": 4 * e_RA, "l1": np.ones_like(e_RA), "huber": np.minimum(2 * e_RA, 1)}[current.loss]
-    unit_RA1 = (np.maximum(slope_RA, 1e-12) / current.dims)[:, :, None]  # v / g
-    d_RAA = e_RA[:, None, :] - e_RA[:, :, None]
-    v_RAA = unit_RA1 * current.distances_RAA
-    v_AA = np.einsum("r,rbk->bk", current.weights_R**2, v_RAA)
-    terms = d_RAA**2 / (v_RAA + TINY), d_RAA / unit_RA1, current.distances_RAA / unit_RA1
-    return np.stack([v_AA, *(term.sum(0) for term in terms)])
+    e_FRA = np.array([current.errors_RA for current in rounds], dtype=np.float64)
+    g_FRAA = np.array([current.distances_RAA for current in rounds], dtype=np.float64)
+    weights_FR = np.stack([current.weights_R for current in rounds])
+    if rounds[0].loss == "l2":
+        slope_FRA = 4 * e_FRA
+    else:  # mean square of the loss's derivative: huber's is at most twice the loss, and at most one
+        slope_FRA = np.ones_like(e_FRA) if rounds[0].loss == "l1" else np.minimum(2 * e_FRA, 1)
+    unit_FRA1 = (np.maximum(slope_FRA, 1e-12) / rounds[0].dims)[..., None]  # v / g
+    d_FRAA = e_FRA[:, :, None, :] - e_FRA[:, :, :, None]
+    v_FRAA = unit_FRA1 * g_FRAA
+    sums_FXAA = np.empty((len(rounds), 4, *g_FRAA.shape[2:]))
+    np.sum(v_FRAA * np.square(weights_FR)[:, :, None, None], 1, out=sums_FXAA[:, 0])
+    np.sum(d_FRAA**2 / (v_FRAA + TINY), 1, out=sums_FXAA[:, 1])
+    np.sum(d_FRAA / unit_FRA1, 1, out=sums_FXAA[:, 2])
+    np.sum(g_FRAA / unit_FRA1, 1, out=sums_FXAA[:, 3])
+    return sums_FXAA

@@ -23,7 +23,7 @@ from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.device import CompiledPredict, download, upload
 from lightning_diffclf.classifier.draws import Draws, KeyedNoise
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, Round
-from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut
+from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut, measure_distances
 from lightning_diffclf.classifier.proposal import Proposal
 from lightning_diffclf.classifier.score import Loss, Rows, timestep_weights
 from lightning_diffclf.denoiser import ConditionalDenoiser
@@ -98,7 +98,8 @@ class DiffusionClassifier:
         order = self.rule.order(draws.count if draws else Draws.count)
         self.draws = draws or Draws(len(order) if order is not None else Draws.count)
         self.timesteps_S = self.draws.visit(denoiser.schedule, order)
-        self.weights_S = timestep_weights(weights, denoiser.schedule.log_snr(self.timesteps_S)).numpy()
+        log_snr_S = denoiser.schedule.log_snr(self.timesteps_S).double()
+        self.weights_S, self.log_snr_S = timestep_weights(weights, log_snr_S).numpy(), log_snr_S.numpy()
         self.microbatch = microbatch
         self.in_flight = in_flight or microbatch
         self.keep_errors, self.keep_distances = keep_errors, keep_distances
@@ -296,7 +297,7 @@ class Run:
         # The M distinct (image, draw) pairs of the micro-batch: one x_t each, shared by all candidates.
         draws_per_piece = [piece.draw[-1] - piece.draw[0] + 1 for piece in pieces]
         ends = np.cumsum(draws_per_piece)
-        noise_MD = np.empty((ends[-1], x0_slots[0].numel()), dtype=np.float32)
+        noise_MD = np.empty((ends[-1], self._dims), dtype=np.float32)
         for piece, end, num_draws in zip(pieces, ends, draws_per_piece, strict=True):
             self._noise_of(piece, noise_MD[end - num_draws : end])
         slot_M = np.repeat([p.flight.slot for p in pieces], draws_per_piece)
@@ -322,8 +323,7 @@ class Run:
             rows = Rows(schedule, output, x0_M[pair], x_t, t, noise)
             errors_N = download(c.loss(rows))
             if c.rule.needs == "distances" or c.keep_distances:
-                for piece, epsilon in zip(pieces, rows.epsilon.flatten(1).split([p.size for p in pieces]), strict=True):
-                    piece.flight.measure_distances(epsilon)
+                measure_distances(pieces, rows.epsilon.flatten(1))
         arrived = None
         if device.type == "cuda":
             arrived = torch.cuda.Event()
@@ -335,30 +335,47 @@ class Run:
         c, launch, start = self._classifier, self._launched.popleft(), 0
         if launch.arrived is not None:
             launch.arrived.synchronize()
-        errors_N = launch.errors_N.numpy()
+        errors_N, finished = launch.errors_N.numpy(), []
         for piece in launch.pieces:
             flight = piece.flight
             flight.land(piece, errors_N[start : start + piece.size], c.weights_S)
             start += piece.size
-            if flight.landed == flight.rows and self._advance(flight):
+            if flight.landed == flight.rows:
+                flight.end_round()
+                if not np.isfinite(flight.sums_K[flight.active_A]).all():
+                    self._drop_broken(flight)
+                finished.append(flight)
+        rounds = [self._round(flight) for flight in finished if len(flight.active_A)]
+        asked = [flight for flight in finished if len(flight.active_A)]
+        survivors = c.rule.survivors_of([flight.state for flight in asked], rounds)
+        for flight, current, survives_A in zip(asked, rounds, survivors, strict=True):
+            flight.keep(survives_A, current.scores_A, self._dims)
+        for flight in finished:
+            if self._is_decided(flight):
                 self._decided[flight.position] = self._decide(flight)
                 self._slots.free.append(flight.slot)
                 self._flights.remove(flight)
 
-    def _advance(self, flight: Flight) -> bool:
-        """End the flight's round: ask the rule, begin the next round. True if the image is decided."""
-        c = self._classifier
-        flight.end_round()
-        if not np.isfinite(flight.sums_K[flight.active_A]).all():
-            self._drop_broken(flight)
-            if len(flight.active_A) == 0:
-                return True
-        scores_A = flight.sums_K[flight.active_A] / flight.stop
-        weights_R = c.weights_S[flight.done : flight.stop]
-        seen = flight.active_A, scores_A, weights_R, flight.errors_RA, flight.distances_RAA
-        current = Round(c.loss.name, flight.stop, len(c.timesteps_S), self._dims, *seen)
-        flight.keep(c.rule.survivors(flight.state, current), scores_A, self._dims)
-        if flight.stop == len(c.timesteps_S) or len(flight.active_A) == 1 < len(flight.candidates_K):
+    def _round(self, flight: Flight) -> Round:
+        """What the rule is shown of the round that has just landed."""
+        c, spent = self._classifier, slice(flight.done, flight.stop)
+        return Round(
+            c.loss.name,
+            flight.stop,
+            len(c.timesteps_S),
+            self._dims,
+            flight.active_A,
+            flight.sums_K[flight.active_A] / flight.stop,
+            c.log_snr_S[spent],
+            c.weights_S[spent],
+            flight.errors_RA,
+            flight.distances_RAA,
+        )
+
+    def _is_decided(self, flight: Flight) -> bool:
+        """Whether the flight has arrived; begins its next round if not."""
+        c, in_play = self._classifier, len(flight.active_A)
+        if in_play == 0 or flight.stop == len(c.timesteps_S) or in_play == 1 < len(flight.candidates_K):
             return True
         stop = self._next_stop(flight)
         if stop == flight.stop:  # out of budget
@@ -406,7 +423,7 @@ class Run:
     @property
     def _dims(self) -> int:
         """Number of values of x0."""
-        return self._slots.x0[0].numel()
+        return self._slots.dims
 
 
 @contextmanager

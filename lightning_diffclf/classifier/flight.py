@@ -52,34 +52,31 @@ class Flight:
         self.draws_K = np.zeros(len(candidates_K), dtype=np.int64)
         self.nfe = nfe
         self.done = self.stop = 0  # draws before and after this round
-        self.cut = 0  # rows of this round that were given to micro-batches
-        self.landed = 0  # rows of this round whose errors are back
+        self.rows = 0  # rows of this round
+        self.cut = 0  # those that were given to micro-batches
+        self.landed = 0  # those whose errors are back
         self.errors_KS: np.ndarray | None = None
         self.distances_SKK: np.ndarray | None = None
         self.margin = np.inf  # least evidence for the best candidate against one that was dropped, in nats
         self.errors_RA: np.ndarray | None = None
         self.distances_RAA: np.ndarray | None = None
-        self._distances: list[Tensor] = []  # of draws of this round
-        self._unfinished: list[Tensor] = []  # predictions of a draw that goes on in the next micro-batch
-
-    @property
-    def rows(self) -> int:
-        """Rows in this round."""
-        return (self.stop - self.done) * len(self.active_A)
+        self.distances: list[Tensor] = []  # of draws of this round, on their way to the CPU
+        self._unfinished: Tensor | None = None  # predictions of a draw that goes on in the next micro-batch
 
     def begin_round(self, stop: int, needs: Needs) -> None:
         """Go on to draw ``stop``."""
         self.done, self.stop, self.cut, self.landed = self.stop, stop, 0, 0
         shape = (self.stop - self.done, len(self.active_A))
+        self.rows = shape[0] * shape[1]
         self.errors_RA = None if needs == "scores" else np.empty(shape, dtype=np.float32)
         self.distances_RAA = None
 
     def end_round(self) -> None:
         """All rows of this round have landed."""
         self.draws_K[self.active_A] = self.stop
-        if self._distances:
-            self.distances_RAA = torch.cat(self._distances).numpy()
-            self._distances = []
+        if self.distances:
+            parts = [part.numpy() for part in self.distances]
+            self.distances_RAA, self.distances = parts[0] if len(parts) == 1 else np.concatenate(parts), []
             if self.distances_SKK is not None:
                 here = np.ix_(np.arange(self.done, self.stop), self.active_A, self.active_A)
                 self.distances_SKK[here] = self.distances_RAA
@@ -97,36 +94,39 @@ class Flight:
         if self.errors_RA is not None:
             self.errors_RA.reshape(-1)[piece.first : piece.last] = errors
 
-    def measure_distances(self, epsilon_ND: Tensor) -> None:
-        """Take the predicted noise of the next rows of this round; the rows of an unfinished draw wait for the rest."""
+    def whole_draws(self, epsilon_ND: Tensor) -> Tensor:
+        """What the candidates predict in the next rows of this round, from one whole draw to another.
+
+        The rows of an unfinished draw wait for the rest.
+        """
         in_play = len(self.active_A)
-        epsilon_ND = torch.cat([*self._unfinished, epsilon_ND])
-        complete = len(epsilon_ND) // in_play * in_play
-        if complete:
-            p_RAD = epsilon_ND[:complete].unflatten(0, (-1, in_play))
-            # Not by way of an inner product, which would round away the distances of candidates that are close.
-            distances = torch.cdist(p_RAD, p_RAD, compute_mode="donot_use_mm_for_euclid_dist").square_()
-            self._distances += [download(distances.div_(p_RAD.shape[2]))]
-        self._unfinished = [epsilon_ND[complete:].clone()] if complete < len(epsilon_ND) else []
+        if self._unfinished is not None:
+            epsilon_ND, self._unfinished = torch.cat([self._unfinished, epsilon_ND]), None
+        whole = len(epsilon_ND) // in_play * in_play
+        if whole < len(epsilon_ND):
+            self._unfinished = epsilon_ND[whole:].clone()
+        return epsilon_ND[:whole]
 
     def keep(self, survives_A: np.ndarray, scores_A: np.ndarray, dims: int) -> None:
         """Drop the others, and remember the weakest evidence that dropped one."""
-        best = np.argmin(scores_A)
-        gap_A = scores_A - scores_A[best]
-        gap_A[best] = np.inf
-        weakest = np.min(gap_A, initial=np.inf, where=~survives_A)
-        if np.isfinite(weakest):
-            self.margin = min(self.margin, float(self.stop * dims * weakest / (2 * scores_A[best] + 1e-300)))
-        self.forget(~survives_A)
+        dropped_A = ~survives_A
+        if dropped_A.any():
+            best = scores_A.argmin()
+            rivals_A = scores_A[dropped_A]
+            if dropped_A[best]:
+                rivals_A = rivals_A[rivals_A > scores_A[best]] if len(rivals_A) > 1 else rivals_A[:0]
+            if len(rivals_A):
+                gap = float(rivals_A.min() - scores_A[best])
+                self.margin = min(self.margin, self.stop * dims * gap / (2 * float(scores_A[best]) + 1e-300))
+            self.forget(dropped_A)
 
     def forget(self, dropped_A: np.ndarray) -> None:
         """Take candidates out of play."""
-        if dropped_A.any():
-            self.active_A = self.active_A[~dropped_A]
-            if self.errors_RA is not None:
-                self.errors_RA = self.errors_RA[:, ~dropped_A]
-            if self.distances_RAA is not None:
-                self.distances_RAA = self.distances_RAA[:, ~dropped_A][:, :, ~dropped_A]
+        self.active_A = self.active_A[~dropped_A]
+        if self.errors_RA is not None:
+            self.errors_RA = self.errors_RA[:, ~dropped_A]
+        if self.distances_RAA is not None:
+            self.distances_RAA = self.distances_RAA[:, ~dropped_A][:, :, ~dropped_A]
 
 
 @dataclass
@@ -169,11 +169,35 @@ class Slots:
     def __init__(self, size: int) -> None:
         self.free = list(range(size))[::-1]
         self.x0 = torch.empty(0)
+        self.dims = 0  # values of one x0
 
     def put(self, x0: Tensor, slots: list[int]) -> None:
+        self.dims = x0[0].numel()
         needed = max(slots) + 1
         if len(self.x0) < needed:  # grows with the images really in flight
             grown = x0.new_empty(needed, *x0.shape[1:])
             grown[: len(self.x0)] = self.x0.to(x0.device).view(-1, *x0.shape[1:])
             self.x0 = grown
         self.x0[slots] = x0
+
+
+def measure_distances(pieces: list[Piece], epsilon_ND: Tensor) -> None:
+    """Give each flight the mean squared differences between what its candidates predict, (R, A, A) for R draws.
+
+    Args:
+        pieces: A micro-batch.
+        epsilon_ND: Predicted noise of its rows, float32.
+    """
+    alike: dict[int, list[tuple[Flight, Tensor]]] = {}  # flights with equally many candidates are measured together
+    for piece, rows in zip(pieces, epsilon_ND.split([piece.size for piece in pieces]), strict=True):
+        draws = piece.flight.whole_draws(rows)
+        if len(draws):
+            alike.setdefault(len(piece.flight.active_A), []).append((piece.flight, draws))
+    for in_play, members in alike.items():
+        p_RAD = torch.cat([draws for _, draws in members]).unflatten(0, (-1, in_play))
+        # Not by way of an inner product, which would round away the distances of candidates that are close.
+        distances = torch.cdist(p_RAD, p_RAD, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        counts = [len(draws) // in_play for _, draws in members]
+        parts = download(distances.div_(p_RAD.shape[2])).split(counts)
+        for (flight, _), part in zip(members, parts, strict=True):
+            flight.distances.append(part)

@@ -124,7 +124,8 @@ def replay(
             "evaluate with `--keep-errors distances`"
         )
     order_S = visiting_order(info, rule)
-    weights_S = timestep_weights(weights, torch.tensor(info.log_snr_S, dtype=torch.float64)[order_S]).numpy()
+    log_snr_S = np.array(info.log_snr_S)[order_S]
+    weights_S = timestep_weights(weights, torch.from_numpy(log_snr_S)).numpy()
     reference, calls = [], 0
     results, labels = [], []
     for image in errors.images(distances=rule.needs == "distances"):
@@ -134,9 +135,9 @@ def replay(
             errors_SK=image.errors_SK[order_S],
             distances_SP=None if image.distances_SP is None else image.distances_SP[order_S],
         )
-        results.append(_decide(ordered, rule, weights_S, budget, info))
+        results.append(_decide(ordered, rule, log_snr_S, weights_S, budget, info))
         labels.append(image.label)
-        reference.append(_decide(ordered, Exhaustive(), weights_S, None, info).label)
+        reference.append(_decide(ordered, Exhaustive(), log_snr_S, weights_S, None, info).label)
         calls += image.nfe
     return Replay(rule, weights, budget, results, labels, reference, calls)
 
@@ -171,7 +172,12 @@ def _check(image: StoredImage, info: ErrorsInfo) -> None:
 
 
 def _decide(
-    image: StoredImage, rule: Elimination, weights_S: np.ndarray, budget: int | None, info: ErrorsInfo
+    image: StoredImage,
+    rule: Elimination,
+    log_snr_S: np.ndarray,
+    weights_S: np.ndarray,
+    budget: int | None,
+    info: ErrorsInfo,
 ) -> Classification:
     """The decision of the engine on one image, whose draws are in the order of the rule."""
     num_candidates, total, dims = len(image.candidates_K), info.draws, info.dims
@@ -206,7 +212,8 @@ def _decide(
             if len(flight.active_A) == 0:
                 break
         scores_A = flight.sums_K[flight.active_A] / stop
-        seen = flight.active_A, scores_A, weights_S[flight.done : stop], flight.errors_RA, flight.distances_RAA
+        log_snr_R, weights_R = (each_S[flight.done : stop] for each_S in (log_snr_S, weights_S))
+        seen = flight.active_A, scores_A, log_snr_R, weights_R, flight.errors_RA, flight.distances_RAA
         flight.keep(rule.survivors(flight.state, Round(info.loss, stop, total, dims, *seen)), scores_A, dims)
         if stop == total or len(flight.active_A) == 1 < num_candidates:
             break

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import scipy.special
@@ -10,7 +12,7 @@ from lightning_diffclf.classifier import Round
 
 
 def shown(done, active, scores, **more):
-    return Round("l2", done, 100, 64, active, scores, **({"weights_R": np.ones(1)} | more))
+    return Round("l2", done, 100, 64, active, scores, **({"log_snr_R": np.zeros(1), "weights_R": np.ones(1)} | more))
 
 
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=4, unique=True))
@@ -111,6 +113,9 @@ def random_draws(seed: int, draws: int = 6, candidates: int = 5, dims: int = 12)
     return errors, distances
 
 
+GRID = np.array([4.0, 1.0, 6.0, 3.0, 0.0, 5.0, 2.0, 9.0, 8.0, 7.0])  # places of the draws on the time axis
+
+
 def rounds_of(errors, distances, weights, stops, total, dims=12, active=None):
     """What a rule is shown at ``stops``, by plain loops."""
     active = np.arange(errors.shape[1]) if active is None else active
@@ -122,6 +127,7 @@ def rounds_of(errors, distances, weights, stops, total, dims=12, active=None):
             dims,
             active,
             (weights[:last, None] * errors[:last, active]).mean(0),
+            -GRID[first:last],
             weights[first:last],
             errors[first:last, active],
             distances[first:last][:, active][:, :, active],
@@ -160,25 +166,36 @@ def test_reversal_of_the_likelihood_ratio_is_the_formula(seed, stops, weighted):
             assert reversal[k] == pytest.approx(expected, rel=1e-5)
 
 
-@given(st.integers(0, 2**32), st.integers(2, 6))
+@given(st.integers(0, 2**32), st.integers(2, 6), st.booleans())
 @settings(deadline=None)
-def test_reversal_of_the_paired_test_is_students(seed, n):
-    """With two candidates and many draws to come, it is the one-sided paired t-test."""
-    errors, distances = random_draws(seed, candidates=2)
-    rule = PairedTest()
-    (current,) = rounds_of(errors, distances, np.ones(6), [n], total=10**9)
-    best = int(np.argmin(current.scores_A))
-    expected = scipy.stats.ttest_rel(errors[:n, 1 - best], errors[:n, best], alternative="greater").pvalue
-    assert rule.reversal(rule.start(2), current, best)[1 - best] == pytest.approx(expected, rel=1e-4)
+def test_reversal_of_the_paired_test_is_the_formula(seed, n, weighted):
+    errors, distances = random_draws(seed)
+    weights = np.random.default_rng(seed).uniform(0.5, 1.5, 6) if weighted else np.ones(6)
+    rule, order = PairedTest(), sorted(range(n), key=lambda j: GRID[j])
+    state = rule.start(5)
+    for current in rounds_of(errors, distances, weights, sorted({max(1, n // 2), n}), total=10):
+        best = int(np.argmin(current.scores_A))
+        reversal = rule.reversal(state, current, best)
+    squares, mean = 0.0, {}
+    for k in set(range(5)) - {best}:
+        d = [weights[j] * (float(errors[j, k]) - float(errors[j, best])) for j in order]
+        mean[k] = sum(d) / n
+        squares += sum((b - a) ** 2 for a, b in itertools.pairwise(d))
+    variance = squares / 2 / (n - 1) / 4  # of one draw, pooled over the four rivals
+    for k, m in mean.items():
+        t = m / np.sqrt(variance / n * (1 - n / 10))
+        assert reversal[k] == pytest.approx(scipy.stats.t.sf(t, df=4 * (n - 1)), rel=1e-4, abs=1e-12)
 
 
-def test_the_paired_test_pools_the_variance_over_rivals():
-    errors = np.array([[1.0, 2.0, 4.0], [1.0, 2.2, 4.6]], dtype=np.float32)
-    (current,) = rounds_of(errors, np.zeros((2, 3, 3), dtype=np.float32), np.ones(2), [2], total=10**9)
-    pooled = (np.var([1.0, 1.2], ddof=1) + np.var([3.0, 3.6], ddof=1)) / 2
-    expected = scipy.stats.t.sf(np.array([1.1, 3.3]) / np.sqrt(pooled / 2), df=2)
+def test_a_trend_over_timesteps_is_no_uncertainty():
+    """Draws that cover the time axis evenly know the mean of a trend; independent draws would not."""
+    trend = np.linspace(0, 1, 8).astype(np.float32)
+    errors = np.stack([np.zeros(8), 0.3 + trend], axis=1).astype(np.float32)
+    scores, grid = errors.mean(0).astype(float), np.arange(8.0)
+    current = Round("l2", 8, 10**9, 9, np.arange(2), scores, grid, np.ones(8), errors)
     rule = PairedTest()
-    np.testing.assert_allclose(rule.reversal(rule.start(3), current, 0)[1:], expected, rtol=1e-5)
+    independent = scipy.stats.ttest_rel(errors[:, 1], errors[:, 0], alternative="greater").pvalue
+    assert rule.reversal(rule.start(2), current, 0)[1] < independent / 100
 
 
 @given(
@@ -231,7 +248,9 @@ def test_noise_of_other_losses(loss):
     for pair in zip(e_best, e_rival, strict=True):
         errors = np.array([pair], dtype=np.float32)
         distances = np.full((1, 2, 2), np.square(shift).mean(), dtype=np.float32)
-        current = Round(loss, 1, 10**9, dims, np.arange(2), errors[0].astype(float), np.ones(1), errors, distances)
+        current = Round(
+            loss, 1, 10**9, dims, np.arange(2), errors[0].astype(float), np.zeros(1), np.ones(1), errors, distances
+        )
         rule = LikelihoodRatio()
         assumed.append((pair[1] - pair[0]) / -scipy.special.ndtri(rule.reversal(rule.start(2), current, 0)[1]))
     assert np.sqrt(np.mean(np.square(assumed))) == pytest.approx(np.std(e_rival - e_best), rel=0.1)

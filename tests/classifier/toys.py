@@ -107,6 +107,7 @@ def classify_plainly(
             "done": stop,
             "total": len(timesteps_S),
             "dims": image.numel(),
+            "log_snr_R": schedule.log_snr(timesteps_S[done:stop]).double().numpy(),
             "weights_R": np.ones(stop - done),
             "active_A": np.array(active),
             "scores_A": np.array([np.mean(errors_of[k]) for k in active]),
