@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
@@ -66,6 +67,9 @@ class DiffusionClassifierCallback(L.Callback):
         budget: Network calls for one image at most; then the draws so far decide.
         abstain: Margin in nats below which an answer counts as not given. Then ``coverage``, the share of images with
             an answer, and ``answered_accuracy`` among them are logged as well.
+        proposal: Names the candidates to try for each image: any callable from images (B, C, H, W) to indices (B, m);
+            see :mod:`~lightning_diffclf.classifier.proposal`. Then ``proposal_recall`` is logged as well: the share of
+            images whose class it named. Not used where ``candidates`` are given.
         compile: Compile the network for micro-batches of one size; pays in long evaluations.
         fit_images: Images that validation during ``fit`` classifies, over all ranks; None for all, 0 for none.
         every_n_validations: Classify in every n-th validation of ``fit``.
@@ -104,6 +108,7 @@ class DiffusionClassifierCallback(L.Callback):
         weights: str | list[float] = "uniform",
         budget: int | None = None,
         abstain: float = 0.0,
+        proposal: Callable[[Tensor], Any] | None = None,
         compile: bool = False,
         fit_images: int | None = 128,
         every_n_validations: int = 1,
@@ -128,7 +133,8 @@ class DiffusionClassifierCallback(L.Callback):
             raise ValueError("keep_distances: distances are written beside errors, expected keep_errors as well")
         self.candidates = candidates
         self.posterior = Posterior(reduction, temperature)
-        self.weights, self.budget, self.abstain, self.compile = weights, budget, abstain, compile
+        self.weights, self.budget, self.abstain = weights, budget, abstain
+        self.proposal, self.compile = proposal, compile
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.output_dir = output_dir
         self.keep_errors, self.keep_distances, self.plan = keep_errors, keep_distances, plan
@@ -176,6 +182,7 @@ class DiffusionClassifierCallback(L.Callback):
             weights=self.weights,
             budget=self.budget,
             abstain=self.abstain,
+            proposal=self.proposal,
             compile=self.compile,
         )
         known = len(pl_module.candidates)
@@ -190,6 +197,7 @@ class DiffusionClassifierCallback(L.Callback):
                 len(self.classifier.timesteps_S),
                 self.posterior,
                 abstains=self.abstain > 0,
+                proposes=self.proposal is not None,
             ),
         )
 
@@ -280,7 +288,8 @@ class DiffusionClassifierCallback(L.Callback):
                 with trainer.precision_plugin.forward_context():  # hooks run outside autocast
                     self._measured = measure(self.classifier, images, ids, self.candidates)
                 return
-            self._run.add(images, ids, self.candidates)
+            with trainer.precision_plugin.forward_context():  # a proposal may call the network
+                self._run.add(images, ids, self.candidates)
             self._labels += known
             self._decide(trainer, pl_module, self._run.work())
             if self._remaining is not None:
@@ -452,6 +461,8 @@ class DiffusionClassifierCallback(L.Callback):
             "weights": self.weights,
             "budget": self.budget,
             "abstain": self.abstain,
+            "proposal": None if self.proposal is None else getattr(self.proposal, "__qualname__", repr(self.proposal)),
+            "compile": self.compile,
             "candidates": self.candidates,
             "posterior": asdict(self.posterior),
             "microbatch": self.microbatch,

@@ -26,6 +26,7 @@ class Tally(Metric):
     nfe: Tensor
     answered: Tensor
     answered_right: Tensor
+    proposed: Tensor
     nll: Tensor
     seconds: Tensor
     correct_S: Tensor
@@ -33,7 +34,7 @@ class Tally(Metric):
 
     def __init__(self, num_draws: int) -> None:
         super().__init__()
-        for name in ("images", "nfe", "answered", "answered_right"):
+        for name in ("images", "nfe", "answered", "answered_right", "proposed"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("seconds", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")  # ranks run side by side
@@ -60,13 +61,20 @@ class ClassifierMetrics(nn.Module):
         num_draws: Number of draws S that an image may spend.
         posterior: Turns scores into probabilities.
         abstains: Whether images may be left without an answer: reports the share that is not.
+        proposes: Whether images have different candidates: reports how often the right class is among them.
     """
 
     def __init__(
-        self, classes: Sequence[int], num_classes: int, num_draws: int, posterior: Posterior, abstains: bool = False
+        self,
+        classes: Sequence[int],
+        num_classes: int,
+        num_draws: int,
+        posterior: Posterior,
+        abstains: bool = False,
+        proposes: bool = False,
     ) -> None:
         super().__init__()
-        self.abstains = abstains
+        self.abstains, self.proposes = abstains, proposes
         self.classes, self.num_classes, self.posterior = tuple(classes), num_classes, posterior
         self.tally = Tally(num_draws)
         self.confusion = MulticlassConfusionMatrix(num_classes)
@@ -95,6 +103,12 @@ class ClassifierMetrics(nn.Module):
             nfe=sum(r.nfe for r in results),
             answered=sum(not r.abstained for r in results),
             answered_right=sum(right),
+            proposed=sum(
+                label in {self.classes[k] for k in r.candidates_K.tolist()}
+                for r, label in zip(results, labels, strict=True)
+            )
+            if self.proposes
+            else 0,
             nll=float(-chosen_B.log().sum()),
             seconds=seconds,
             correct_S=correct_S,
@@ -155,6 +169,8 @@ class ClassifierMetrics(nn.Module):
         }
         if self.top5 is not None:
             values["top5"] = float(self.top5.compute())
+        if self.proposes:
+            values["proposal_recall"] = int(tally["proposed"]) / images
         if self.abstains:
             answered = int(tally["answered"])
             values["coverage"] = answered / images

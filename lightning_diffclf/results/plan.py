@@ -144,7 +144,7 @@ def measure(
         pass
     num_candidates, draws = len(candidates or classifier.denoiser.candidates), len(classifier.timesteps_S)
     spent = [num_candidates * draws]
-    if type(classifier.rule) is not Exhaustive or classifier.budget is not None:
+    if type(classifier.rule) is not Exhaustive or classifier.budget is not None or classifier.proposal is not None:
         spent = [result.nfe for result in _tried(classifier, images, ids, candidates, rule_seconds)]
     return Measurement(
         num_candidates=num_candidates,
