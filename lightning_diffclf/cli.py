@@ -30,9 +30,9 @@ from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.callbacks.ema import EMA
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.samples import SampleGrid
-from lightning_diffclf.classifier import Elimination
+from lightning_diffclf.classifier import Elimination, LikelihoodRatio
 from lightning_diffclf.results.errors import StoredErrors
-from lightning_diffclf.results.replay import replay, to_table, usual_rules
+from lightning_diffclf.results.replay import measure_inflation, replay, to_table, usual_rules
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -251,9 +251,15 @@ def _replay(args: Sequence[str]) -> None:
     errors = StoredErrors(given.file)
     rules = usual_rules(errors) if given.elimination is None else [given.elimination]
     replays = [replay(errors, rule, given.weights, given.budget) for rule in rules]
-    Console(soft_wrap=True).print(to_table(replays, errors.info))
+    console = Console(soft_wrap=True)
+    console.print(to_table(replays, errors.info))
+    inflation = None
+    if given.elimination is None and any(isinstance(one.rule, LikelihoodRatio) for one in replays):
+        inflation = measure_inflation(errors)
+        console.print(f"measured here for LikelihoodRatio: inflation {inflation:.2f}")
     if given.out is not None:
         numbers = {"file": given.file, "loss": errors.info.loss, "draws": errors.info.draws, "seed": errors.info.seed}
+        numbers |= {} if inflation is None else {"inflation": inflation}
         text = json.dumps(numbers | {"replays": [one.summary() for one in replays]}, indent=2)
         Path(given.out).write_text(text + "\n")
 

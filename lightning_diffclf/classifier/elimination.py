@@ -162,15 +162,15 @@ class _Paired:
         self.errors_NA = np.empty((0, 0))  # and their weighted errors
         self.sums_XAA = np.zeros((0, 0, 0))  # LikelihoodRatio: sums over draws for each pair
 
-    def narrow(self, active_A: np.ndarray, num_sums: int = 0) -> None:
+    def narrow(self, active_A: np.ndarray) -> None:
         """Forget what went out of play since the stop before."""
         if len(self._active_A) == 0:
             self.errors_NA = np.empty((0, len(active_A)))
-            self.sums_XAA = np.zeros((num_sums, len(active_A), len(active_A)))
         elif len(active_A) < len(self._active_A):
             stays = np.searchsorted(self._active_A, active_A)
             self.errors_NA = self.errors_NA[:, stays]
-            self.sums_XAA = self.sums_XAA[:, stays[:, None], stays]
+            if self.sums_XAA.size:
+                self.sums_XAA = self.sums_XAA[:, stays[:, None], stays]
         self._active_A = active_A
 
 
@@ -214,6 +214,9 @@ class SequentialTest(Elimination):
         """
         raise NotImplementedError
 
+    def remember(self, states: Sequence[Any], rounds: Sequence[Round], survivors: Sequence[np.ndarray]) -> None:
+        """Take note of what later stops need of these rounds, now that it is known who survives."""
+
     def survivors(self, state: Any, current: Round) -> np.ndarray:
         return self.survivors_of([state], [current])[0]
 
@@ -240,6 +243,7 @@ class SequentialTest(Elimination):
             for i, state, added, survives_A in zip(members, some, added_F.tolist(), survives_FA, strict=True):
                 state.spent += added
                 result[i] = survives_A
+        self.remember(states, rounds, result)
         return result
 
 
@@ -312,7 +316,7 @@ class LikelihoodRatio(SequentialTest):
         alpha: Accepted probability that the decision differs from that of all draws, in (0, 0.5).
         growth: The rule is asked again when the draws have grown by this factor, or by one; 1 is after each draw.
             Larger rounds fill micro-batches better when few images are left, and spend a few draws more.
-        inflation: Least c, at least 0; see :func:`~.calibration.measure_inflation`.
+        inflation: Least c, at least 0; :func:`~lightning_diffclf.results.replay.measure_inflation` measures it.
 
     Raises:
         ValueError: if ``alpha``, ``growth`` or ``inflation`` is out of range.
@@ -336,13 +340,19 @@ class LikelihoodRatio(SequentialTest):
 
     def reversal(self, states: Sequence[_Paired], rounds: Sequence[Round], best_F: np.ndarray) -> np.ndarray:
         images = np.arange(len(states))
-        for state, current in zip(states, rounds, strict=True):
-            state.narrow(current.active_A, num_sums=4)
-        sums_FXAA = np.stack([state.sums_XAA for state in states]) + _pair_sums(rounds)
-        for state, sums_XAA in zip(states, sums_FXAA, strict=True):
-            state.sums_XAA = sums_XAA
-        variance_FA, dd_FA, dg_FA, gg_FA = np.moveaxis(sums_FXAA[images, :, best_F], 1, 0)
-        misfit_FA = dd_FA - dg_FA**2 / (gg_FA + TINY)  # what a fit of d by a multiple of g leaves: n - 1 if c is 1
+        e_FRA = np.array([current.errors_RA for current in rounds], dtype=np.float64)
+        g_FRA = np.array(
+            [current.distances_RAA[:, best] for current, best in zip(rounds, best_F, strict=True)]  # type: ignore[index]
+        )
+        weights_FR = np.array([current.weights_R for current in rounds])
+        e_FR1 = e_FRA[images, :, best_F][:, :, None]
+        sums_FXA = _pair_sums(rounds[0], weights_FR, e_FR1, e_FRA - e_FR1, g_FRA)
+        for state, current, best, sums_XA in zip(states, rounds, best_F, sums_FXA, strict=True):
+            state.narrow(current.active_A)
+            if state.sums_XAA.size:  # of earlier draws
+                sums_XA += state.sums_XAA[:, best]
+        variance_FA, *products = np.moveaxis(sums_FXA, 1, 0)
+        misfit_FA = _misfit(*products)
         n_F = np.array([current.done for current in rounds])
         scores_FA = np.stack([current.scores_A for current in rounds])
         num_rivals = scores_FA.shape[1] - 1
@@ -352,27 +362,71 @@ class LikelihoodRatio(SequentialTest):
         difference_FA = n_F[:, None] * (scores_FA - scores_FA[images, best_F][:, None])
         return ndtr(-difference_FA / np.sqrt(scale_F[:, None] * variance_FA + TINY))
 
+    def remember(self, states: Sequence[_Paired], rounds: Sequence[Round], survivors: Sequence[np.ndarray]) -> None:
+        # Any survivor may be the best one at a later stop: all pairs of them, and no others.
+        alike: dict[tuple[int, ...], list[tuple[_Paired, Round, np.ndarray, np.ndarray]]] = {}
+        for state, current, survives_A in zip(states, rounds, survivors, strict=True):
+            stays = survives_A.nonzero()[0]
+            if len(stays) > 1 and current.done < current.total:
+                assert current.errors_RA is not None
+                assert current.distances_RAA is not None
+                state.narrow(current.active_A[stays])
+                errors_RA, distances_RAA = current.errors_RA, current.distances_RAA
+                if len(stays) < len(survives_A):
+                    errors_RA, distances_RAA = errors_RA[:, stays], distances_RAA[:, stays[:, None], stays]
+                alike.setdefault(errors_RA.shape, []).append((state, current, errors_RA, distances_RAA))
+        for members in alike.values():
+            e_FRA = np.array([errors_RA for _, _, errors_RA, _ in members], dtype=np.float64)
+            g_FRAA = np.array([distances_RAA for _, _, _, distances_RAA in members])
+            weights_FR = np.array([current.weights_R for _, current, _, _ in members])
+            d_FRAA = e_FRA[:, :, None, :] - e_FRA[:, :, :, None]
+            added_FXAA = _pair_sums(members[0][1], weights_FR, e_FRA[..., None], d_FRAA, g_FRAA)
+            for (state, *_), added_XAA in zip(members, added_FXAA, strict=True):
+                state.sums_XAA = state.sums_XAA + added_XAA if state.sums_XAA.size else added_XAA
 
-def _pair_sums(rounds: Sequence[Round]) -> np.ndarray:
-    """Sums over the draws of a round for each pair (b, k): (F, 4, A, A) float64, for F images.
+
+def _misfit(dd: np.ndarray, dg: np.ndarray, gg: np.ndarray) -> np.ndarray:
+    """What a fit of d by a multiple of g leaves of Σ d²/v: n - 1 on average over n draws, if the variance is v."""
+    return dd - dg**2 / (gg + TINY)
+
+
+def inflation_of(loss: str, dims: int, errors_SK: np.ndarray, distances_SKK: np.ndarray) -> float:
+    """The ``c`` of :class:`LikelihoodRatio` for one image, from all of its draws: winner against runner-up.
+
+    Args:
+        loss: Name of the error.
+        dims: Number of values of x0.
+        errors_SK: Error of each draw and candidate, at least two of each.
+        distances_SKK: Mean squared differences between predictions, in the same order.
+    """
+    best, rival = np.argsort(errors_SK.mean(0), kind="stable")[:2]
+    e_S = errors_SK[:, best].astype(np.float64)
+    one = Round(loss, 0, 0, dims, *[np.empty(0)] * 4)  # of which only the loss and the dimensions are read
+    d_S, g_S = errors_SK[:, rival] - e_S, distances_SKK[:, best, rival]
+    sums_1X = _pair_sums(one, np.ones((1, len(e_S))), e_S[None], d_S[None], g_S[None])
+    return float(_misfit(*sums_1X[0, 1:])) / (len(e_S) - 1)
+
+
+def _pair_sums(of: Round, weights_FR: np.ndarray, e_b: np.ndarray, d: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """Sums over the draws of a round for pairs of candidates (b, k), whatever their arrangement: (F, 4, …).
 
     The first is the variance of the weighted difference of errors if b is right. The others are the sums of d²/v,
-    dg/v and g²/v, with the difference d = e_k - e_b of a draw, its variance v, and the squared distance g of the
-    predictions.
+    dg/v and g²/v, where v is the variance of d.
+
+    Args:
+        of: Any of the rounds: says the loss and the number of values of x0.
+        weights_FR: Weight of each draw.
+        e_b: Error of b (F, R, …).
+        d: Error of k less that of b (F, R, …).
+        g: Squared distance of their predictions (F, R, …).
     """
-    e_FRA = np.array([current.errors_RA for current in rounds], dtype=np.float64)
-    g_FRAA = np.array([current.distances_RAA for current in rounds], dtype=np.float64)
-    weights_FR = np.stack([current.weights_R for current in rounds])
-    if rounds[0].loss == "l2":
-        slope_FRA = 4 * e_FRA
-    else:  # mean square of the loss's derivative: huber's is at most twice the loss, and at most one
-        slope_FRA = np.ones_like(e_FRA) if rounds[0].loss == "l1" else np.minimum(2 * e_FRA, 1)
-    unit_FRA1 = (np.maximum(slope_FRA, 1e-12) / rounds[0].dims)[..., None]  # v / g
-    d_FRAA = e_FRA[:, :, None, :] - e_FRA[:, :, :, None]
-    v_FRAA = unit_FRA1 * g_FRAA
-    sums_FXAA = np.empty((len(rounds), 4, *g_FRAA.shape[2:]))
-    np.sum(v_FRAA * np.square(weights_FR)[:, :, None, None], 1, out=sums_FXAA[:, 0])
-    np.sum(d_FRAA**2 / (v_FRAA + TINY), 1, out=sums_FXAA[:, 1])
-    np.sum(d_FRAA / unit_FRA1, 1, out=sums_FXAA[:, 2])
-    np.sum(g_FRAA / unit_FRA1, 1, out=sums_FXAA[:, 3])
-    return sums_FXAA
+    # Mean square of the loss's derivative at b's residual; huber's is at most twice the loss, and at most one.
+    slope = 4 * e_b if of.loss == "l2" else np.ones_like(e_b) if of.loss == "l1" else np.minimum(2 * e_b, 1)
+    unit = np.maximum(slope, 1e-12) / of.dims  # v / g
+    v, relative = unit * g, d / unit
+    sums = np.empty((len(d), 4, *d.shape[2:]))
+    np.einsum("fr,fr...->f...", weights_FR**2, v, out=sums[:, 0])
+    np.einsum("fr...,fr...->f...", d, d / (v + TINY), out=sums[:, 1])
+    np.sum(relative, 1, out=sums[:, 2])
+    np.sum(g / unit, 1, out=sums[:, 3])
+    return sums

@@ -195,9 +195,21 @@ def measure_distances(pieces: list[Piece], epsilon_ND: Tensor) -> None:
             alike.setdefault(len(piece.flight.active_A), []).append((piece.flight, draws))
     for in_play, members in alike.items():
         p_RAD = torch.cat([draws for _, draws in members]).unflatten(0, (-1, in_play))
-        # Not by way of an inner product, which would round away the distances of candidates that are close.
-        distances = torch.cdist(p_RAD, p_RAD, compute_mode="donot_use_mm_for_euclid_dist").square_()
         counts = [len(draws) // in_play for _, draws in members]
-        parts = download(distances.div_(p_RAD.shape[2])).split(counts)
+        parts = download(squared_distances(p_RAD).div_(p_RAD.shape[2])).split(counts)
         for (flight, _), part in zip(members, parts, strict=True):
             flight.distances.append(part)
+
+
+def squared_distances(p_RAD: Tensor) -> Tensor:
+    """‖p_i - p_j‖² for each pair of A points, R times over: (R, A, A)."""
+    if p_RAD.shape[1] <= 32:
+        return torch.cdist(p_RAD, p_RAD, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    # By inner products, thirty times faster for a thousand points. Centred, because candidates agree about most of the
+    # noise and rounding is relative to what is multiplied.
+    centred = p_RAD - p_RAD.mean(1, keepdim=True)
+    products = centred @ centred.mT
+    squares = products.diagonal(dim1=1, dim2=2)
+    distances = (squares[:, :, None] + squares[:, None] - 2 * products).clamp_min_(0)
+    distances.diagonal(dim1=1, dim2=2).zero_()
+    return distances

@@ -19,6 +19,7 @@ from lightning_diffclf.classifier import (
     Stages,
 )
 from lightning_diffclf.classifier.draws import nested_order
+from lightning_diffclf.classifier.elimination import inflation_of
 from lightning_diffclf.classifier.flight import Flight, Piece
 from lightning_diffclf.classifier.score import timestep_weights
 from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors, StoredImage
@@ -140,6 +141,32 @@ def replay(
         reference.append(_decide(ordered, Exhaustive(), log_snr_S, weights_S, None, info).label)
         calls += image.nfe
     return Replay(rule, weights, budget, results, labels, reference, calls)
+
+
+def measure_inflation(errors: StoredErrors) -> float:
+    """How much more errors' differences vary than :class:`LikelihoodRatio` assumes: its ``inflation``, without labels.
+
+    The mean over images of what :func:`~lightning_diffclf.classifier.elimination.inflation_of` finds, 1 if residuals
+    are as assumed. Measure it once, on images of the same kind, and keep it: results then depend on nothing else.
+
+    Raises:
+        ValueError: if the file has no distances, fewer than two draws or candidates, or its run dropped candidates.
+    """
+    info = errors.info
+    if not errors.has_distances or info.draws < 2 or len(info.names) < 2:
+        raise ValueError(
+            f"inflation: needs distances, two draws and two candidates; {str(errors.path)!r} has "
+            f"{'' if errors.has_distances else 'no '}distances, {info.draws} draws, {len(info.names)} candidates"
+        )
+    found = []
+    for image in errors.images():
+        _check(image, info)
+        assert info.dims is not None
+        assert image.distances_SP is not None
+        every = np.arange(len(image.candidates_K))
+        distances_SKK = _distances(image.distances_SP, _pair_of(len(every)), every)
+        found.append(inflation_of(info.loss, info.dims, image.errors_SK, distances_SKK))
+    return float(np.mean(found))
 
 
 def visiting_order(info: ErrorsInfo, rule: Elimination) -> np.ndarray:

@@ -113,6 +113,10 @@ def random_draws(seed: int, draws: int = 6, candidates: int = 5, dims: int = 12)
     return errors, distances
 
 
+def reversal_of(rule, state, current, best):
+    return rule.reversal([state], [current], np.array([best]))[0]
+
+
 GRID = np.array([4.0, 1.0, 6.0, 3.0, 0.0, 5.0, 2.0, 9.0, 8.0, 7.0])  # places of the draws on the time axis
 
 
@@ -143,7 +147,8 @@ def test_reversal_of_the_likelihood_ratio_is_the_formula(seed, stops, weighted):
     state = rule.start(5)
     for current in rounds_of(errors, distances, weights, sorted(stops), total=10):
         best = int(np.argmin(current.scores_A))
-        reversal = rule.reversal(state, current, best)
+        reversal = reversal_of(rule, state, current, best)
+        rule.remember([state], [current], [np.ones(5, dtype=bool)])
     for k in range(5):
         if k == best:
             continue
@@ -175,7 +180,7 @@ def test_reversal_of_the_paired_test_is_the_formula(seed, n, weighted):
     state = rule.start(5)
     for current in rounds_of(errors, distances, weights, sorted({max(1, n // 2), n}), total=10):
         best = int(np.argmin(current.scores_A))
-        reversal = rule.reversal(state, current, best)
+        reversal = reversal_of(rule, state, current, best)
     squares, mean = 0.0, {}
     for k in set(range(5)) - {best}:
         d = [weights[j] * (float(errors[j, k]) - float(errors[j, best])) for j in order]
@@ -195,7 +200,7 @@ def test_a_trend_over_timesteps_is_no_uncertainty():
     current = Round("l2", 8, 10**9, 9, np.arange(2), scores, grid, np.ones(8), errors)
     rule = PairedTest()
     independent = scipy.stats.ttest_rel(errors[:, 1], errors[:, 0], alternative="greater").pvalue
-    assert rule.reversal(rule.start(2), current, 0)[1] < independent / 100
+    assert reversal_of(rule, rule.start(2), current, 0)[1] < independent / 100
 
 
 @given(
@@ -252,7 +257,7 @@ def test_noise_of_other_losses(loss):
             loss, 1, 10**9, dims, np.arange(2), errors[0].astype(float), np.zeros(1), np.ones(1), errors, distances
         )
         rule = LikelihoodRatio()
-        assumed.append((pair[1] - pair[0]) / -scipy.special.ndtri(rule.reversal(rule.start(2), current, 0)[1]))
+        assumed.append((pair[1] - pair[0]) / -scipy.special.ndtri(reversal_of(rule, rule.start(2), current, 0)[1]))
     assert np.sqrt(np.mean(np.square(assumed))) == pytest.approx(np.std(e_rival - e_best), rel=0.1)
 
 

