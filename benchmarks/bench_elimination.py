@@ -1,4 +1,4 @@
-"""What elimination rules save: python benchmarks/bench_elimination.py [digits|digit_pairs].
+"""What elimination rules save: python benchmarks/bench_elimination.py [--task digits].
 
 Two real tasks, with networks trained by `dit_digits.yaml` and `dit_digit_pairs.yaml`, whose weights and errors are in
 benchmarks/data/ (`make_errors.py` made them). Rules that look at errors only are replayed on the stored errors of all
@@ -109,14 +109,14 @@ def probe(module: ClassConditionalDiT, data: DigitsDataModule, top: int) -> Line
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--timed-rows", type=int, default=60_000, help="rows of a timing, where all images have more")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="may be repeated (default: all)")
+    parser.add_argument("--timed-rows", type=int, default=30_000, help="rows of a timing, where all images have more")
     args = parser.parse_args()
     print(
         f"{date.today()}, {platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"Python {platform.python_version()}"
     )
-    for task in args.tasks:
+    for task in args.task or TASKS:
         run_task(task, args.timed_rows)
 
 
@@ -156,7 +156,7 @@ def run_task(task: str, timed_rows: int) -> None:
         classifier = DiffusionClassifier(
             module, Draws(draws), elimination=rule, microbatch=MICROBATCH, proposal=proposal
         )
-        time_ = timed(classifier, images[:count], ids[:count].tolist(), repetitions=3 if known else 7)
+        time_ = timed(classifier, images[:count], ids[:count].tolist(), repetitions=3)
         if isinstance(rule, Exhaustive):
             full.append(time_["bare"])
         if known is None:

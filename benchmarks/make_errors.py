@@ -1,4 +1,4 @@
-"""Make what bench_elimination.py replays: python benchmarks/make_errors.py [digits|digit_pairs] (pairs: 15 minutes).
+"""Make what bench_elimination.py replays: python benchmarks/make_errors.py [--task digits] (pairs: 15 minutes).
 
 Takes the averaged weights that `python train.py --config dit_digits.yaml` and `--config dit_digit_pairs.yaml` leave in
 runs/, rounds them to float16, and evaluates every candidate of every test image at every draw. benchmarks/data/ then
@@ -46,8 +46,8 @@ def network(task: str) -> ClassConditionalDiT:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
-    for task in parser.parse_args().tasks:
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="may be repeated (default: all)")
+    for task in parser.parse_args().task or TASKS:
         data_module, draws = TASKS[task]
         weights = read_checkpoint(f"runs/dit_{task}/checkpoints/last.ckpt")["state_dict"]
         weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}

@@ -174,7 +174,7 @@ class Run:
         self._launched: deque[_Launch] = deque()
         self._decided: dict[int, Classification] = {}
         self._added = self._yielded = 0
-        self._ahead = 0  # micro-batches on their way while the CPU prepares the next: where a device works by itself
+        self._ahead = 0  # micro-batches that stay on their way while the CPU prepares the next
 
     def add(
         self,
@@ -261,6 +261,8 @@ class Run:
         x0 = self._classifier.denoiser.encode(images).float()
         if len(x0) != len(images) or x0.ndim < 2:
             raise ValueError(f"denoiser.encode: {tuple(images.shape)} became {tuple(x0.shape)}, expected (B, C, h, w)")
+        if x0.is_cuda:  # works by itself
+            self._ahead = 1
         given = self._classifier.draws.noise
         if given is not None and given.shape[1:] != x0.shape[1:]:
             raise ValueError(f"draws: noise of shape {tuple(given.shape[1:])} for x0 of shape {tuple(x0.shape[1:])}")

@@ -113,8 +113,8 @@ class Flight:
         if dropped_A.any():
             best = scores_A.argmin()
             rivals_A = scores_A[dropped_A]
-            if dropped_A[best]:
-                rivals_A = rivals_A[rivals_A > scores_A[best]] if len(rivals_A) > 1 else rivals_A[:0]
+            if dropped_A[best]:  # at the end, when all are let go
+                rivals_A = np.delete(scores_A, best)
             if len(rivals_A):
                 gap = float(rivals_A.min() - scores_A[best])
                 self.margin = min(self.margin, self.stop * dims * gap / (2 * float(scores_A[best]) + 1e-300))
@@ -207,6 +207,7 @@ def squared_distances(p_RAD: Tensor) -> Tensor:
         return torch.cdist(p_RAD, p_RAD, compute_mode="donot_use_mm_for_euclid_dist").square_()
     # By inner products, thirty times faster for a thousand points. Centred, because candidates agree about most of the
     # noise and rounding is relative to what is multiplied.
+    p_RAD = p_RAD.nan_to_num(0, 0, 0)  # one broken candidate, which will be dropped, must not spoil the mean
     centred = p_RAD - p_RAD.mean(1, keepdim=True)
     products = centred @ centred.mT
     squares = products.diagonal(dim1=1, dim2=2)
