@@ -59,6 +59,7 @@ def stored(task: str, classifier: DiffusionClassifier, ids: list[int], folder: P
                 image_id=image_id,
                 candidates_K=torch.arange(candidates),
                 scores_K=scores,
+                differences_K=scores - scores.min(),
                 draws_K=every,
                 nfe=candidates * draws,
                 dims=128 if task == "digit_pairs" else 64,

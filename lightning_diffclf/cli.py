@@ -303,6 +303,7 @@ def evaluate(args: Sequence[str] | None = None) -> None:
                 "test",
                 *[f"--config={config}" for config in configs],
                 f"--classifier.output_dir={out}",
+                *([] if known.out else ["--classifier.elsewhere=true"]),
                 "--verbose=false",
                 f"--run_dir={Path(out).parent}",
                 *[f"--classifier.keep_{what}=true" for what in kept],
@@ -349,7 +350,7 @@ def _raised_by_us(error: BaseException | None) -> BaseException | None:
         while traceback is not None and traceback.tb_next is not None:
             traceback = traceback.tb_next
         module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-        if isinstance(error, (ValueError, TypeError, FileNotFoundError)) and module.startswith("lightning_diffclf"):
+        if isinstance(error, (ValueError, TypeError, OSError)) and module.startswith("lightning_diffclf"):
             return error
         error = error.__cause__ or error.__context__
     return None

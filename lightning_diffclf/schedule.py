@@ -183,6 +183,11 @@ class NoiseSchedule(ABC):
 
     # --- what does not ---------------------------------------------------------------------------------------------
 
+    def network_rows(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What a network is given for ``x_t`` (N, C, h, w) at timestep ``t`` (N,): input and time, int64 or float32."""
+        time = self.network_time(t)
+        return self.network_input(x_t, t), time.float() if time.is_floating_point() else time
+
     def log_snr(self, t: Tensor) -> Tensor:
         """Logarithm of the signal-to-noise ratio, ``2 ln(alpha / sigma)``, the shape of ``t``."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())

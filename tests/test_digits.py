@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
 
 
 def module(world_size: int = 1, rank: int = 0, **settings) -> DigitsDataModule:
@@ -61,3 +61,36 @@ def test_batches():
     assert {batch["label"].dtype, batch["id"].dtype} == {torch.int64}
     with pytest.raises(ValueError, match="eval_batch_size: 0"):
         DigitsDataModule(eval_batch_size=0)
+
+
+# --- pairs ---------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_two_digits_of_the_same_split():
+    pixels, digits = load_digits(return_X_y=True)
+    scans = {row.tobytes(): digit for row, digit in zip((pixels / 8 - 1).astype(np.float32), digits, strict=True)}
+    data, single = DigitPairsDataModule(train_pairs=700), DigitsDataModule()
+    data.setup()
+    single.setup()
+    for pairs, scans_of in ((data.train, single.train), (data.test, single.test)):
+        own = {image.numpy().tobytes() for image in scans_of.parts["image"]}
+        image, label = pairs.parts["image"], pairs.parts["label"]
+        assert image.shape[1:] == (1, 8, 16)
+        for half, digit in ((image[..., :8], label // 10), (image[..., 8:], label % 10)):
+            keys = [one.numpy().tobytes() for one in half.contiguous()]
+            assert [scans[key] for key in keys] == digit.tolist()
+            assert set(keys) <= own
+    assert torch.bincount(data.train.parts["label"]).tolist() == [7] * 100
+    assert torch.bincount(data.test.parts["label"]).tolist() == [5] * 100
+    assert data.test.parts["id"].tolist() == list(range(500))
+
+
+def test_pairs_are_fixed_and_diverse():
+    first, second = DigitPairsDataModule(train_pairs=500), DigitPairsDataModule(train_pairs=500)
+    for data in (first, second):
+        data.setup()
+        torch.manual_seed(1)
+    assert torch.equal(first.train.parts["image"], second.train.parts["image"])
+    assert len(torch.unique(first.train.parts["image"].flatten(1), dim=0)) > 495
+    with pytest.raises(ValueError, match="test_pairs: 0, expected at least 1"):
+        DigitPairsDataModule(test_pairs=0)

@@ -26,6 +26,7 @@ SMALLER = {
     "--samples.steps=2 --samples.columns=2 --trainer.enable_progress_bar=false",
     "evaluate.py": "--trainer.limit_test_batches=1 --data.eval_batch_size=3 --trainer.enable_progress_bar=false",
 }
+MAINS = {"train.py": cli.train, "evaluate.py": cli.evaluate, "diffclf": cli.main}
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,12 @@ def test_commands_and_api_run_as_written(folder, monkeypatch, capsys):
         if program == "make":
             assert re.search(rf"^{args[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
         else:
-            script, *flags = args
-            assert program == "python"
-            {"train.py": cli.train, "evaluate.py": cli.evaluate}[script]([*flags, *SMALLER[script].split()])
+            script, *flags = args if program == "python" else (program, *args)
+            MAINS[script]([*flags, *SMALLER.get(script, "").split()])
             seen.add(script)
-    assert seen == {"train.py", "evaluate.py"}
+    assert seen == set(MAINS)
     assert len(list(Path("runs/dit_digits").glob("evaluation*"))) == 3
+    assert Path("runs/dit_digits/all/errors.parquet").is_file()
     code = PYTHON[0].replace("Draws(100)", "Draws(10)").replace("draws=100", "draws=2").replace("(10, 100)", "(2, 10)")
     exec(compile(code, "README.md", "exec"), {})
     assert len(re.findall(r"^\d+ \d tensor\(", capsys.readouterr().out, re.MULTILINE)) == 4

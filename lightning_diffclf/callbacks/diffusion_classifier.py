@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
+import shlex
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -30,13 +34,15 @@ from lightning_diffclf.classifier import (
 )
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.denoiser import ConditionalDenoiser
-from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
+from lightning_diffclf.results.calibration import calibrate
+from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.figures import save_confusion_matrix, save_timestep_accuracy
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.plan import Measurement, Plan, measure
-from lightning_diffclf.results.predictions import merge_parts, to_table, write_table
-
-PREDICTIONS = "predictions.parquet"
+from lightning_diffclf.results.predictions import Row, from_table
+from lightning_diffclf.results.store import Settings, Store, claim, finish
+from lightning_diffclf.results.thumbnails import thumbnail
+from lightning_diffclf.schedule import NoiseSchedule
 
 BATCH_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
 
@@ -74,8 +80,13 @@ class DiffusionClassifierCallback(L.Callback):
         fit_images: Images that validation during ``fit`` classifies, over all ranks; None for all, 0 for none.
         every_n_validations: Classify in every n-th validation of ``fit``.
         output_dir: Folder for ``predictions.parquet``, ``metrics.json`` and pictures, outside ``fit``; nothing is
-            written if omitted. A folder that already holds results is left alone: the next free ``…-2``, ``…-3`` is
-            used.
+            written if omitted. Results of the same settings that it already holds are gone on with: finished images are
+            skipped. Of other settings, they are an error.
+        elsewhere: In place of that error, use the next free of ``…-2``, ``…-3``.
+        flush_every: Images after which decisions are written to the disk, at most; also after a minute. What a kill
+            may cost.
+        error_maps: Of so many wrongly decided images, also find out where in the image the class decided for fits
+            better than the right one: 32 more network calls each, not counted as theirs.
         keep_errors: Write the error of every (image, candidate, draw) to ``errors.parquet`` as well, outside ``fit``:
             4 bytes each before compression. ``diffclf replay`` tries elimination rules and weights on them.
         keep_distances: Write the distances between the candidates' predictions to ``errors.parquet`` as well, which
@@ -113,6 +124,9 @@ class DiffusionClassifierCallback(L.Callback):
         fit_images: int | None = 128,
         every_n_validations: int = 1,
         output_dir: str | None = None,
+        elsewhere: bool = False,
+        flush_every: int = 100,
+        error_maps: int = 24,
         keep_errors: bool = False,
         keep_distances: bool = False,
         plan: bool = False,
@@ -123,6 +137,8 @@ class DiffusionClassifierCallback(L.Callback):
             ("microbatch", microbatch, 1),
             ("fit_images", fit_images, 0),
             ("every_n_validations", every_n_validations, 1),
+            ("flush_every", flush_every, 1),
+            ("error_maps", error_maps, 0),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{what}: {value}, expected at least {least}")
@@ -136,18 +152,22 @@ class DiffusionClassifierCallback(L.Callback):
         self.weights, self.budget, self.abstain = weights, budget, abstain
         self.proposal, self.compile = proposal, compile
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
-        self.output_dir = output_dir
+        self.output_dir, self.elsewhere, self.flush_every = output_dir, elsewhere, flush_every
+        self.error_maps = error_maps
         self.keep_errors, self.keep_distances, self.plan = keep_errors, keep_distances, plan
         self.name = name
         self.results: list[Classification] = []
         self.metrics: dict[str, float] = {}
         self.planned: Plan | None = None
         self._labels: list[int | None] = []
+        self._pictures: deque[tuple[bytes | None, Tensor | None]] = deque()  # thumbnail and image of undecided images
+        self._maps = 0  # error maps that this rank may still make
+        self._late = 0.0  # seconds since the last decision
         self._validations = 0  # seen in this fit
         self._active = False
         self._remaining: int | None = None  # images to classify on this rank; None if unknown
         self._folder: Path | None = None  # where this evaluation's results go
-        self._errors: ErrorsWriter | None = None  # this rank's part of errors.parquet
+        self._store: Store | None = None  # of this rank
         self._planning = False
         self._measured: Measurement | None = None  # by this rank
         self._limits: dict[str, int | float] = {}  # on the Trainer's batches, where a plan has set them to one
@@ -237,22 +257,44 @@ class DiffusionClassifierCallback(L.Callback):
             self._restore_limits(trainer)
             self._batches = batches_within_limit(trainer, loaders[0])
         self._metrics(pl_module).reset()
-        self.results, self._labels, self.metrics, self._correct, self._nfe = [], [], {}, 0, 0
+        self.results, self._labels, self.metrics, self._correct, self._nfe, self._late = [], [], {}, 0, 0, 0.0
+        self._pictures.clear()
         self._run = self.classifier.run()
-        self._folder, self._errors, self._measured, self.planned = None, None, None, None
+        self._folder, self._store, self._measured, self.planned = None, None, None, None
         if trainer.state.fn != "fit" and not self._planning:
+            if self.keep_errors and self.output_dir is None:
+                raise ValueError("keep_errors: no folder to write to, expected output_dir as well")
             if self.output_dir is not None:
-                self._folder = Path(trainer.strategy.broadcast(str(free_folder(Path(self.output_dir)))))
-                self._folder.mkdir(parents=True, exist_ok=True)  # before long work: fails here if it cannot be written
-            if self.keep_errors:
-                if self._folder is None:
-                    raise ValueError("keep_errors: no folder to write to, expected output_dir as well")
-                info = ErrorsInfo.of(self.classifier, self.weights)
-                part = self._part(self._folder, ERRORS, trainer.global_rank)
-                self._errors = ErrorsWriter(part, info, self.keep_distances)
+                self._open_store(trainer, pl_module, loaders[0], Path(self.output_dir))
         self._active = True
         if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
             trainer.progress_bar_callback.start_images(self._remaining)
+
+    def _open_store(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, folder: Path) -> None:
+        """Before long work: fails here if the folder cannot be used. All ranks agree on it."""
+        settings = self.settings(trainer, pl_module, loader)
+        outcome: Path | Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                outcome = claim(folder, settings, self.elsewhere)
+            except (ValueError, OSError) as error:
+                outcome = error
+        outcome = trainer.strategy.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert outcome is not None
+        errors = ErrorsInfo.of(self.classifier, self.weights) if self.keep_errors else None
+        rank, ranks = trainer.global_rank, trainer.world_size
+        store = Store(outcome, settings, rank, self.flush_every, errors, self.keep_distances)
+        self._folder, self._store = outcome, store
+        trainer.strategy.barrier("store")  # nobody writes before all have read
+        # What was decided before counts on the rank that decided it, so that seconds add up.
+        before = [row for row in from_table(store.stored) if row.rank % ranks == rank]
+        self._maps = -(-self.error_maps // ranks) - sum(row.error_map is not None for row in before)
+        if trainer.state.fn != "predict":
+            self._metrics(pl_module).update(before)
+        if store.finished and trainer.is_global_zero:
+            print(f"going on with {outcome}: {len(store.finished)} images are finished")
 
     # --- classify --------------------------------------------------------------------------------------------------
 
@@ -288,12 +330,22 @@ class DiffusionClassifierCallback(L.Callback):
                 with trainer.precision_plugin.forward_context():  # hooks run outside autocast
                     self._measured = measure(self.classifier, images, ids, self.candidates)
                 return
-            with trainer.precision_plugin.forward_context():  # a proposal may call the network
-                self._run.add(images, ids, self.candidates)
-            self._labels += known
-            self._decide(trainer, pl_module, self._run.work())
             if self._remaining is not None:
                 self._remaining -= count
+            if self._store is not None:
+                new = [i for i in range(count) if str(ids[i]) not in self._store.finished]
+                if len(new) < count:
+                    images, ids, known = images[new], [ids[i] for i in new], [known[i] for i in new]
+                    if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
+                        trainer.progress_bar_callback.skip_images(count - len(new))
+                for image, label in zip(images, known, strict=True):
+                    for_map = self._maps > 0 and label is not None
+                    self._pictures.append((thumbnail(image), image.cpu() if for_map else None))
+            if len(images):
+                with trainer.precision_plugin.forward_context():  # a proposal may call the network
+                    self._run.add(images, ids, self.candidates)
+                self._labels += known
+                self._decide(trainer, pl_module, self._run.work())
         # What does not fill a micro-batch waits for the next batch, but not for the end of the epoch: hooks of other
         # callbacks may change the weights there.
         if last or self._remaining == 0:
@@ -301,24 +353,42 @@ class DiffusionClassifierCallback(L.Callback):
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, decisions: Iterator[Classification]) -> None:
         bar, begun = trainer.progress_bar_callback, len(self.results)
-        start = time.perf_counter()
-        new: list[Classification] = []
+        classes = self.classifier.denoiser.candidates.classes
+        start = time.perf_counter() - self._late
+        rows: list[Row] = []
         with trainer.precision_plugin.forward_context():  # hooks run outside autocast
             for result in decisions:
-                label = self._labels[begun + len(new)]
-                new.append(replace(result, distances_SKK=None))
+                seconds, label = time.perf_counter() - start, self._labels[begun + len(rows)]
+                extra: dict[str, Any] = {"seconds": seconds, "rank": trainer.global_rank}
+                if self._store is not None:
+                    extra["thumbnail"], image = self._pictures.popleft()
+                    if label not in (None, result.label) and image is not None and self._maps > 0:
+                        extra["error_map"] = self._error_map(result, label, image.to(pl_module.device))
+                row = Row.of(result, classes, self.classifier.weights_S, label, **extra)
+                rows.append(replace(row, thumbnail=None, error_map=None))
                 self.results.append(replace(result, errors_KS=None, distances_SKK=None))
-                if self._errors is not None:
-                    paused = time.perf_counter()
-                    self._errors.add(result, label)
-                    start += time.perf_counter() - paused  # not the classifier's time
+                if self._store is not None:
+                    self._store.add(row, result)
                 self._nfe += result.nfe
                 self._correct += label == result.label
                 if isinstance(bar, ClassifierProgressBar):
-                    bar.update_images(begun + len(new), None if label is None else self._correct, self._nfe)
+                    bar.update_images(begun + len(rows), None if label is None else self._correct, self._nfe)
+                start = time.perf_counter()  # what came since the decision was not the classifier's time
+        self._late = time.perf_counter() - start
         if trainer.state.fn != "predict":
-            labels = [label for label in self._labels[begun : begun + len(new)] if label is not None]
-            self._metrics(pl_module).update(new, labels, time.perf_counter() - start)
+            self._metrics(pl_module).update(rows)
+
+    def _error_map(self, result: Classification, label: int | None, image: Tensor) -> Any:
+        """How much larger the error of the right class is than that of the chosen one, at each position (h, w)."""
+        classes = self.classifier.denoiser.candidates.classes
+        tried = [k for k in result.candidates_K.tolist() if classes[k] == label]
+        difference_of = dict(zip(result.candidates_K.tolist(), result.differences_K.tolist(), strict=True))
+        right = min(tried, key=difference_of.__getitem__) if tried else classes.index(label)
+        if result.candidate is None:
+            return None
+        self._maps -= 1
+        right_map, chosen_map = self.classifier.error_map(image, result.image_id, [right, result.candidate])
+        return (right_map - chosen_map).numpy()
 
     def _check_labels(self, labels: list[int | None], ids: list[int | str]) -> None:
         classes = self.classifier.denoiser.candidates.classes
@@ -346,6 +416,9 @@ class DiffusionClassifierCallback(L.Callback):
 
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._decide(trainer, pl_module, self._run.finish())  # nothing, unless the last batch was not known to be it
+        if self._store is not None:
+            self._store.flush()
+            trainer.strategy.barrier("decisions")
         self._active = False
         if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
             trainer.progress_bar_callback.stop_images()
@@ -362,26 +435,20 @@ class DiffusionClassifierCallback(L.Callback):
         if self._folder is not None:
             self._write(trainer, pl_module, self._folder, labelled)
 
-    def _part(self, folder: Path, name: str, rank: int) -> Path:
-        return (folder / name).with_suffix(f".rank{rank}.parquet")
-
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path, labelled: bool) -> None:
-        write_table(to_table(self.results, self._labels), self._part(folder, PREDICTIONS, trainer.global_rank))
-        if self._errors is not None:
-            self._errors.close()
-        trainer.strategy.barrier("predictions")
+        assert self._store is not None
         tally = self._metrics(pl_module).tally.compute() if labelled else None  # by all ranks: it syncs
         confusion = self._metrics(pl_module).confusion.compute() if labelled else None
         if not trainer.is_global_zero:
             return
-        ranks = range(trainer.world_size)
-        table = merge_parts([self._part(folder, PREDICTIONS, rank) for rank in ranks], folder / PREDICTIONS)
-        if self._errors is not None:
-            merge_errors([self._part(folder, ERRORS, rank) for rank in ranks], folder / ERRORS)
-        report = {
-            "metrics": self.metrics or {"images": table.num_rows, "nfe": sum(table["nfe"].to_pylist())},
-            "settings": self.settings(trainer),
-        }
+        settings = self._store.settings
+        table = finish(folder, settings)
+        metrics: dict[str, Any] = self.metrics or {"images": table.num_rows, "nfe": sum(table["nfe"].to_pylist())}
+        if labelled:
+            calibrated = calibrate(from_table(table), self.classifier.denoiser.candidates.classes, self.posterior)
+            metrics = self.metrics | (asdict(calibrated) if calibrated is not None else {})
+        posterior = asdict(self.posterior)
+        report = {"metrics": metrics, "settings": settings.identity | {"posterior": posterior} | settings.info}
         (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
         if tally is not None and confusion is not None:
             save_confusion_matrix(confusion, class_names(self.classifier.denoiser), folder / "confusion.png")
@@ -444,36 +511,55 @@ class DiffusionClassifierCallback(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore_limits(trainer)
-        # What was decided before the error is not lost.
-        if self._active and self._folder is not None and self.results:
-            labels = self._labels[: len(self.results)]
-            write_table(to_table(self.results, labels), self._part(self._folder, PREDICTIONS, trainer.global_rank))
-            if self._errors is not None and self._errors.images:
-                self._errors.close()
+        if self._active and self._store is not None:
+            try:
+                self._store.flush()  # what was decided before the error is not lost
+            except OSError as second:
+                print(f"error: the last decisions could not be written: {second}", file=sys.stderr)
 
-    def settings(self, trainer: L.Trainer) -> dict[str, Any]:
-        """What the numbers depend on, as plain values."""
-        return {
-            "draws": len(self.classifier.timesteps_S),
-            "seed": self.classifier.draws.seed,
+    def settings(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any) -> Settings:
+        """What an evaluation's results depend on, and what else its reader may want to know."""
+        c, denoiser = self.classifier, self.classifier.denoiser
+        dataset: Any = getattr(loader, "dataset", None)
+        names = json.dumps([denoiser.candidates.names, denoiser.candidates.classes]).encode()
+        root = getattr(dataset, "root", None)
+        identity = {
+            "model": type(pl_module).__qualname__,
+            "weights_of_network": fingerprint(pl_module),
+            "schedule": schedule_name(denoiser.schedule),
+            "data": type(dataset).__qualname__,
+            "root": None if root is None else str(root),
+            "images_in_data": len(dataset) if hasattr(dataset, "__len__") else None,
+            "names": hashlib.blake2b(names, digest_size=8).hexdigest(),
+            "draws": len(c.timesteps_S),
+            "seed": c.draws.seed,
             "loss": self.loss,
-            "elimination": repr(self.classifier.rule),
+            "elimination": repr(c.rule),
             "weights": self.weights,
             "budget": self.budget,
             "abstain": self.abstain,
-            "proposal": None if self.proposal is None else getattr(self.proposal, "__qualname__", repr(self.proposal)),
-            "compile": self.compile,
+            "proposal": None if self.proposal is None else name_of(self.proposal),
             "candidates": self.candidates,
-            "posterior": asdict(self.posterior),
-            "microbatch": self.microbatch,
-            "precision": trainer.precision,
-            "ranks": trainer.world_size,
-            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
-            "device": torch.cuda.get_device_name()
-            if trainer.strategy.root_device.type == "cuda"
-            else platform.machine(),
-            "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
+            "precision": str(trainer.precision),
+            "keep_errors": self.keep_errors,
+            "keep_distances": self.keep_distances,
         }
+        cuda = trainer.strategy.root_device.type == "cuda"
+        info = {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            "microbatch": self.microbatch,
+            "compile": self.compile,
+            "ranks": trainer.world_size,
+            "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+            "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
+            "candidate_names": list(denoiser.candidates.names),
+            "candidate_classes": list(denoiser.candidates.classes),
+            "class_names": class_names(denoiser),
+            "timesteps_S": c.timesteps_S.tolist(),
+            "log_snr_S": c.log_snr_S.tolist(),
+        }
+        return Settings(identity, info)
 
 
 def class_names(module: ConditionalDenoiser) -> list[str]:
@@ -484,13 +570,26 @@ def class_names(module: ConditionalDenoiser) -> list[str]:
     return names
 
 
-def free_folder(folder: Path) -> Path:
-    """``folder``, or the first of ``folder-2``, ``folder-3``, … that holds nothing yet."""
-    number, free = 1, folder
-    while free.exists() and any(free.iterdir()):
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+def name_of(thing: Any) -> str:
+    """Name of a function, or of the class of an object."""
+    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
+
+
+def schedule_name(schedule: NoiseSchedule) -> str:
+    """A short name of a schedule, by what it does at a few timesteps."""
+    log_snr = [round(value, 4) for value in schedule.log_snr(schedule.timesteps(5)).tolist()]
+    return f"{type(schedule).__name__}, {schedule.prediction}, log SNR {log_snr}"
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short name of a network's weights: that of up to 1,000 values of each parameter and buffer."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, Tensor):
+            some = value.detach().flatten()[:: max(1, value.numel() // 1000)].float().cpu()
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def batches_within_limit(trainer: L.Trainer, loader: Any) -> int | None:

@@ -17,6 +17,7 @@ class ClassifierProgressBar(RichProgressBar):
     """
 
     _images: TaskID | None = None
+    _skipped = 0
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -48,6 +49,13 @@ class ClassifierProgressBar(RichProgressBar):
         """Show the line; ``total`` images are expected on this rank, None if unknown."""
         if self.progress is not None and self.is_enabled:
             self._images = self.progress.add_task("Classifying", total=float("inf") if total is None else total)
+            self._skipped = 0
+
+    def skip_images(self, count: int) -> None:
+        """So many images had been decided before."""
+        if self.progress is not None and self._images is not None and self.is_enabled:
+            self._skipped += count
+            self.progress.update(self._images, advance=count)
 
     def update_images(self, done: int, correct: int | None, nfe: int) -> None:
         """Bring the line up to date.
@@ -60,7 +68,9 @@ class ClassifierProgressBar(RichProgressBar):
         if self.progress is not None and self._images is not None and self.is_enabled:
             accuracy = "" if correct is None else f", {correct / done:.1%} right"
             self.progress.update(
-                self._images, completed=done, description=f"Classifying{accuracy}, {nfe / done:.0f} NFE/image"
+                self._images,
+                completed=self._skipped + done,
+                description=f"Classifying{accuracy}, {nfe / done:.0f} NFE/image",
             )
             self.refresh()
 

@@ -25,6 +25,10 @@ class Classification:
         candidates_K: Indices of the K candidates that were in play for this image (K,), int64.
         scores_K: Mean error of each over the draws that it saw (K,), float64. Lower is better, but only candidates
             that saw equally many draws can be compared; infinite where the network returned NaN or infinity.
+        differences_K: How much larger the mean error of each is than the winner's (K,), float64; 0 for the winner. Of a
+            candidate that was dropped: its difference to the best one that stayed, over the draws that both had seen
+            then, and from that one on likewise. So these are comparable, unlike scores over different draws. Infinite
+            where the score is, and for all candidates if there is no winner.
         draws_K: Number of draws that each saw (K,), int64.
         nfe: Network calls spent on the image.
         dims: Number of values of x0, D; what a posterior needs besides the scores.
@@ -41,6 +45,7 @@ class Classification:
     abstained: bool
     candidates_K: Tensor
     scores_K: Tensor
+    differences_K: Tensor
     draws_K: Tensor
     nfe: int
     dims: int

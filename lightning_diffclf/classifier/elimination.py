@@ -258,11 +258,13 @@ class PairedTest(SequentialTest):
 
         -m · sqrt(n) / s · sqrt(S / (S - n)).
 
-    s² is the variance of the differences, pooled over the rivals so that two draws already serve. Differences change
-    with the timestep, but draws cover the timesteps evenly, so that this does not make their mean uncertain: s² is half
-    the mean squared change from one draw to the next on the time axis (the successive difference estimator for
-    systematic samples, Wolter 2007, chapter 8). The last factor says that the final mean contains these n draws (finite
-    population correction).
+    s² is the variance of the differences, pooled over the A - 1 rivals so that two draws already serve. Differences
+    change with the timestep, but draws cover the timesteps evenly, so that this does not make their mean uncertain: s²
+    is half the mean squared change from one draw to the next on the time axis (the successive difference estimator for
+    systematic samples, Wolter 2007, chapter 8). It has 2 (n-1)² / (3n-4) degrees of freedom for one rival (von Neumann
+    et al. 1941) and 4 (A-1) / (A+2) times as many for all, because their differences share the best one's noise and so
+    have a correlation of 1/2. The last factor says that the final mean contains these n draws (finite population
+    correction).
 
     Args:
         alpha: Accepted probability that the decision differs from that of all draws, in (0, 0.5).
@@ -288,8 +290,9 @@ class PairedTest(SequentialTest):
         differences_NA = state.errors_NA - state.errors_NA[:, [best]]
         changes_NA = np.diff(differences_NA[np.argsort(state.log_snr_N)], axis=0)
         pooled = np.square(changes_NA).sum() / (2 * (n - 1) * num_rivals)
+        freedom = 2 * (n - 1) ** 2 / (3 * n - 4) * 4 * num_rivals / (num_rivals + 3)
         unseen = 1 - n / current.total
-        return stdtr((n - 1) * num_rivals, -differences_NA.mean(0) / np.sqrt(pooled / n * unseen + TINY))
+        return stdtr(freedom, -differences_NA.mean(0) / np.sqrt(pooled / n * unseen + TINY))
 
 
 TINY = 1e-300  # instead of a division by zero where two candidates predict the same

@@ -133,6 +133,42 @@ class DiffusionClassifier:
         run.add(images, ids, candidates)
         return run.finish()
 
+    @torch.no_grad()
+    def error_map(self, image: Tensor, image_id: int | str, candidates: Sequence[int], draws: int = 16) -> Tensor:
+        """Where in the image candidates are wrong: squared error of the noise at each position.
+
+        Args:
+            image: (C, H, W), as ``denoiser.encode`` takes it in a batch.
+            image_id: Its id.
+            candidates: Indices of K candidates.
+            draws: So many of its draws are averaged, which are the first ones that classification spends.
+
+        Returns:
+            (K, h, w) float32 on the CPU, the mean over draws and the channels of x0.
+        """
+        schedule, noise = self.denoiser.schedule, self.draws.noise
+        timesteps_R = self.timesteps_S[:draws]
+        with evaluating(self.denoiser):
+            x0 = self.denoiser.encode(image[None]).float()
+            if noise is None:
+                keyed = KeyedNoise(self.draws.seed)
+                noise_RD = np.empty((len(timesteps_R), x0.numel()), dtype=np.float32)
+                for draw, out_D in enumerate(noise_RD):
+                    keyed.fill(out_D, keyed.key(image_id), draw)
+                noise = torch.from_numpy(noise_RD).view(-1, *x0.shape[1:])
+            shape = len(timesteps_R), len(candidates)
+            draw_N = torch.arange(shape[0]).repeat_interleave(shape[1])
+            candidate_N = torch.as_tensor(candidates).repeat(shape[0]).to(x0.device)
+            maps = []
+            for rows in torch.arange(len(draw_N)).split(self.microbatch):
+                t, noise_N = timesteps_R[draw_N[rows]].to(x0.device), noise[draw_N[rows]].to(x0.device)
+                x0_N = x0.expand(len(rows), *x0.shape[1:])
+                x_t = schedule.add_noise(x0_N, noise_N, t)
+                output = self.predict(*schedule.network_rows(x_t, t), candidate_N[rows.to(x0.device)])
+                epsilon = Rows(schedule, output, x0_N, x_t, t, noise_N).epsilon
+                maps.append((epsilon - noise_N).square().mean(1).cpu())
+        return torch.cat(maps).unflatten(0, shape).mean(0)
+
     def run(self) -> Run:
         """For images that arrive in parts: micro-batches are then filled across the parts."""
         return Run(self)
@@ -314,12 +350,7 @@ class Run:
         x0_M = x0_slots[upload(slot_M, device)]
         noise_M = upload(noise_MD, device).view_as(x0_M)
         x_t, t, noise = schedule.add_noise(x0_M, noise_M, t_M)[pair], t_M[pair], noise_M[pair]
-        time = schedule.network_time(t)
-        output = c.predict(
-            schedule.network_input(x_t, t),
-            time.float() if time.is_floating_point() else time,
-            upload(candidate_N, device),
-        )
+        output = c.predict(*schedule.network_rows(x_t, t), upload(candidate_N, device))
         check_output(output, x_t)
         with torch.autocast(device.type, enabled=False):
             rows = Rows(schedule, output, x0_M[pair], x_t, t, noise)
@@ -401,11 +432,8 @@ class Run:
 
     def _decide(self, flight: Flight) -> Classification:
         c = self._classifier
-        scores_K = flight.sums_K / flight.draws_K
-        candidate = None
-        if len(flight.active_A):
-            candidate = int(flight.candidates_K[flight.active_A[np.argmin(scores_K[flight.active_A])]])
-            flight.keep(np.zeros(len(flight.active_A), dtype=bool), scores_K[flight.active_A], self._dims)
+        best, scores_K, differences_K = flight.decide(self._dims)
+        candidate = None if best is None else int(flight.candidates_K[best])
         return Classification(
             image_id=flight.image_id,
             label=None if candidate is None else c.denoiser.candidates.classes[candidate],
@@ -414,6 +442,7 @@ class Run:
             abstained=candidate is None or flight.margin < c.abstain,
             candidates_K=torch.from_numpy(flight.candidates_K.copy()),
             scores_K=torch.from_numpy(scores_K),
+            differences_K=torch.from_numpy(differences_K),
             draws_K=torch.from_numpy(flight.draws_K),
             nfe=flight.nfe,
             dims=self._dims,

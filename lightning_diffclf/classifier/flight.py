@@ -57,6 +57,7 @@ class Flight:
         self.landed = 0  # those whose errors are back
         self.errors_KS: np.ndarray | None = None
         self.distances_SKK: np.ndarray | None = None
+        self.history: list[tuple[int, np.ndarray, np.ndarray]] = []  # stop, candidates in play, their sums by then
         self.margin = np.inf  # least evidence for the best candidate against one that was dropped, in nats
         self.errors_RA: np.ndarray | None = None
         self.distances_RAA: np.ndarray | None = None
@@ -74,6 +75,7 @@ class Flight:
     def end_round(self) -> None:
         """All rows of this round have landed."""
         self.draws_K[self.active_A] = self.stop
+        self.history.append((self.stop, self.active_A, self.sums_K[self.active_A]))
         if self.distances:
             parts = [part.numpy() for part in self.distances]
             self.distances_RAA, self.distances = parts[0] if len(parts) == 1 else np.concatenate(parts), []
@@ -119,6 +121,23 @@ class Flight:
                 gap = float(rivals_A.min() - scores_A[best])
                 self.margin = min(self.margin, self.stop * dims * gap / (2 * float(scores_A[best]) + 1e-300))
             self.forget(dropped_A)
+
+    def decide(self, dims: int) -> tuple[int | None, np.ndarray, np.ndarray]:
+        """All are let go. Returns the position of the winner, if there is one, ``scores_K`` and ``differences_K``."""
+        scores_K = self.sums_K / self.draws_K
+        differences_K = np.full(len(scores_K), np.inf)
+        if len(self.active_A) == 0:
+            return None, scores_K, differences_K
+        best = int(self.active_A[np.argmin(scores_K[self.active_A])])
+        self.keep(np.zeros(len(self.active_A), dtype=bool), scores_K[self.active_A], dims)
+        differences_K[best] = 0
+        for stop, active_A, sums_A in reversed(self.history):
+            stays_A = (self.draws_K[active_A] > stop) | (active_A == best)
+            conqueror = np.where(stays_A, sums_A, np.inf).argmin()
+            drops_A = ~stays_A & np.isfinite(scores_K[active_A])
+            gap_A = (sums_A[drops_A] - sums_A[conqueror]) / stop
+            differences_K[active_A[drops_A]] = gap_A + differences_K[active_A[conqueror]]
+        return best, scores_K, differences_K
 
     def forget(self, dropped_A: np.ndarray) -> None:
         """Take candidates out of play."""

@@ -100,18 +100,20 @@ class Posterior:
         if not bool(spread > 0):  # no two candidates differ: all temperatures are equally likely
             return self
         # Start where the logits have unit spread. In log temperature the problem is smooth and has one minimum.
-        log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([log_temperature], max_iter=200, line_search_fn="strong_wolfe")
+        with torch.inference_mode(False), torch.enable_grad():
+            # Tensors of inference mode cannot be differentiated: copies.
+            logits_BK, target_B, finite = logits_BK.clone() / float(spread), target_B.clone(), finite.clone()
+            log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            optimizer = torch.optim.LBFGS([log_temperature], max_iter=200, line_search_fn="strong_wolfe")
 
-        def negative_log_likelihood() -> Tensor:
-            optimizer.zero_grad()
-            # Bounded, because the best temperature of a flawless classifier is zero.
-            logits = logits_BK / spread * torch.exp(-log_temperature.clamp(-10, 10))
-            loss = torch.nn.functional.cross_entropy(logits.where(finite, -torch.inf), target_B)
-            loss.backward()
-            return loss
+            def negative_log_likelihood() -> Tensor:
+                optimizer.zero_grad()
+                # Bounded, because the best temperature of a flawless classifier is zero.
+                logits = logits_BK * torch.exp(-log_temperature.clamp(-10, 10))
+                loss = torch.nn.functional.cross_entropy(logits.where(finite, -torch.inf), target_B)
+                loss.backward()
+                return loss
 
-        with torch.enable_grad():
             optimizer.step(negative_log_likelihood)
         fitted = float(spread * log_temperature.detach().clamp(-10, 10).exp())
         return replace(self, temperature=fitted * (dims if self.reduction == "sum" else 1))

@@ -63,14 +63,11 @@ class LinearProbe:
         t = torch.full((len(x0),), self.timestep, device=x0.device)
         t = t.to(schedule.timesteps(1).dtype)
         x_t = schedule.add_noise(x0, torch.zeros_like(x0), t)
-        time = schedule.network_time(t)
         found: list[Tensor] = []
         hook = self.layer.register_forward_hook(lambda layer, inputs, output: found.append(output))
         try:
             first = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)  # one condition for all
-            self.denoiser.predict(
-                schedule.network_input(x_t, t), time.float() if time.is_floating_point() else time, first
-            )
+            self.denoiser.predict(*schedule.network_rows(x_t, t), first)
         finally:
             hook.remove()
         output = found[0].flatten(1).float()

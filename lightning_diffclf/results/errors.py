@@ -8,7 +8,6 @@ roots: half precision reaches from 6e-8 to 6e4, distances reach further.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
+from lightning_diffclf.results.predictions import order_by_id, publish
 
 ERRORS = "errors.parquet"
 
@@ -176,7 +176,7 @@ class ErrorsWriter:
         self._flush()
         assert self._file is not None
         self._file.close()
-        os.replace(self._temporary, self.path)
+        publish(self._temporary, self.path)
 
 
 def _to_array(values: list[Any], kind: pa.DataType) -> pa.Array:
@@ -285,13 +285,13 @@ class StoredErrors:
 
 
 def merge_errors(parts: Sequence[Path], path: Path) -> int:
-    """Join the parts of all ranks into ``path``, ordered by id (as numbers where all are), and remove them.
+    """Join parts into ``path``, ordered by id (as numbers where all are). Of images in several, the first counts.
 
     The parts may be larger than the memory.
 
     Args:
         parts: Files that :class:`ErrorsWriter` wrote.
-        path: Where the whole will be.
+        path: Where the whole will be; may be one of the parts.
 
     Returns:
         Number of images.
@@ -301,7 +301,11 @@ def merge_errors(parts: Sequence[Path], path: Path) -> int:
     sizes = [file.metadata.row_group(group).num_rows for file, group in groups]
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     ids = [i for file, group in groups for i in file.read_row_group(group, columns=["id"])["id"].to_pylist()]
-    order = _order_by_id(ids)
+    order = order_by_id(ids)
+    first_of: dict[str, int] = {}
+    for row, image_id in enumerate(ids):
+        first_of.setdefault(image_id, row)
+    order = order[[first_of[ids[row]] == row for row in order]]
     bytes_per_row = max(sum(f.metadata.row_group(g).total_byte_size for f, g in groups) / max(len(ids), 1), 1)
     chunk, rows_per_group = (max(1, int(size / bytes_per_row)) for size in (MERGE_BYTES, ROW_GROUP_BYTES))
     described = next((file for file in files if file.metadata.num_rows), files[0])  # a rank may have had no image
@@ -318,14 +322,7 @@ def merge_errors(parts: Sequence[Path], path: Path) -> int:
                 positions.append(here)
             table = pa.concat_tables(taken).take(pa.array(np.argsort(np.concatenate(positions))))
             out.write_table(table.replace_schema_metadata(described.schema_arrow.metadata), rows_per_group)
-    os.replace(temporary, path)
-    for file, part in zip(files, parts, strict=True):
+    for file in files:
         file.close()
-        part.unlink()
-    return len(ids)
-
-
-def _order_by_id(ids: Sequence[str]) -> np.ndarray:
-    """Rows in the order of predictions.parquet."""
-    numeric = all(i.removeprefix("-").isdecimal() for i in ids)
-    return np.array(sorted(range(len(ids)), key=lambda row: int(ids[row]) if numeric else ids[row]), dtype=np.int64)
+    publish(temporary, path)
+    return len(order)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
-from lightning_diffclf.classifier import Classification, Posterior
+from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.classifier.posterior import sum_by_class
+from lightning_diffclf.results.predictions import Row
+from lightning_diffclf.results.statistics import wilson
 
 
 class Tally(Metric):
@@ -27,16 +29,19 @@ class Tally(Metric):
     answered: Tensor
     answered_right: Tensor
     proposed: Tensor
+    top5: Tensor
     nll: Tensor
+    brier: Tensor
     seconds: Tensor
     correct_S: Tensor
     judged_S: Tensor
 
     def __init__(self, num_draws: int) -> None:
         super().__init__()
-        for name in ("images", "nfe", "answered", "answered_right", "proposed"):
+        for name in ("images", "nfe", "answered", "answered_right", "proposed", "top5"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("nll", "brier"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("seconds", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")  # ranks run side by side
         for name in ("correct_S", "judged_S"):
             self.add_state(name, torch.zeros(num_draws, dtype=torch.int64), dist_reduce_fx="sum")
@@ -79,96 +84,72 @@ class ClassifierMetrics(nn.Module):
         self.tally = Tally(num_draws)
         self.confusion = MulticlassConfusionMatrix(num_classes)
         self.calibration = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
-        self.top5 = MulticlassAccuracy(num_classes, top_k=5, average="micro") if num_classes > 5 else None
 
-    def update(self, results: Sequence[Classification], labels: Sequence[int], seconds: float) -> None:
-        """Count labelled images.
-
-        Args:
-            results: The decisions.
-            labels: The right classes.
-            seconds: Time that the decisions took.
-        """
-        if not results:
+    def update(self, rows: Sequence[Row]) -> None:
+        """Count labelled images."""
+        if not rows:
             return
         device = self.tally.images.device
+        labels = [row.label for row in rows if row.label is not None]
         target_B = torch.tensor(labels)
-        probabilities_BC = torch.cat([self._probabilities(r) for r in results])
-        order_BC = torch.stack([self._order(r) for r in results])
-        chosen_B = probabilities_BC.gather(1, target_B[:, None])[:, 0].clamp_min(torch.finfo(torch.float64).tiny)
-        correct_S, judged_S = self._by_draw(results, target_B)
-        right = [r.label == label and not r.abstained for r, label in zip(results, labels, strict=True)]
+        probabilities_BC = torch.cat([self._probabilities(row) for row in rows])
+        chosen_B = probabilities_BC.gather(1, target_B[:, None])[:, 0]
         self.tally.update(
-            images=len(results),
-            nfe=sum(r.nfe for r in results),
-            answered=sum(not r.abstained for r in results),
-            answered_right=sum(right),
-            proposed=sum(
-                label in {self.classes[k] for k in r.candidates_K.tolist()}
-                for r, label in zip(results, labels, strict=True)
-            )
-            if self.proposes
-            else 0,
-            nll=float(-chosen_B.log().sum()),
-            seconds=seconds,
-            correct_S=correct_S,
-            judged_S=judged_S,
+            images=len(rows),
+            nfe=sum(row.nfe for row in rows),
+            answered=sum(not row.abstained for row in rows),
+            answered_right=sum(row.prediction == row.label and not row.abstained for row in rows),
+            proposed=sum(label in self._classes_of(row) for row, label in zip(rows, labels, strict=True)),
+            top5=sum(label in row.top5 for row, label in zip(rows, labels, strict=True)),
+            nll=float(-chosen_B.clamp_min(torch.finfo(torch.float64).tiny).log().sum()),
+            brier=float((probabilities_BC.square().sum(1) - 2 * chosen_B + 1).sum()),
+            seconds=sum(row.seconds for row in rows),
         )
-        target_B = target_B.to(device)
+        for row in rows:  # each draw alone, as long as all candidates see it
+            self.tally.correct_S[: row.complete] += torch.from_numpy(row.choice_S[: row.complete] == row.label).to(
+                device
+            )
+            self.tally.judged_S[: row.complete] += 1
         # Without a finite error there is no answer: it counts as the class after the right one, which is wrong.
-        chosen = [
-            r.label if r.label is not None else (label + 1) % self.num_classes
-            for r, label in zip(results, labels, strict=True)
+        decided = [
+            row.prediction if row.prediction is not None else (label + 1) % self.num_classes
+            for row, label in zip(rows, labels, strict=True)
         ]
-        self.confusion.update(torch.tensor(chosen, device=device), target_B)
-        self.calibration.update(probabilities_BC.float().to(device), target_B)
-        if self.top5 is not None:
-            self.top5.update(order_BC.to(device), target_B)
+        self.confusion.update(torch.tensor(decided, device=device), target_B.to(device))
+        self.calibration.update(probabilities_BC.float().to(device), target_B.to(device))
 
-    def _classes_of(self, result: Classification) -> Tensor:
-        return torch.tensor(self.classes)[result.candidates_K]
+    def _classes_of(self, row: Row) -> list[int]:
+        return [self.classes[k] for k in row.candidates_K.tolist()]
 
-    def _probabilities(self, result: Classification) -> Tensor:
-        probabilities_1K = self.posterior(result.scores_K[None], result.dims)
-        return sum_by_class(probabilities_1K, self._classes_of(result).tolist(), self.num_classes)
-
-    def _order(self, result: Classification) -> Tensor:
-        """A number for each class (C,), higher for those that the elimination kept longer, then by score."""
-        order_C = torch.full((self.num_classes,), -1e9)
-        ranks = -torch.arange(len(result.ranking), dtype=torch.float32)
-        classes = self._classes_of(result)[torch.tensor(result.ranking)]
-        return order_C.scatter_reduce(0, classes, ranks, "amax")
-
-    def _by_draw(self, results: Sequence[Classification], target_B: Tensor) -> tuple[Tensor, Tensor]:
-        """How many images each draw alone gets right, and of how many: only draws that all candidates saw."""
-        correct_S, judged_S = torch.zeros_like(self.tally.correct_S.cpu()), torch.zeros_like(self.tally.judged_S.cpu())
-        for result, target in zip(results, target_B, strict=True):
-            if result.errors_KS is not None:
-                complete_S = result.errors_KS.isfinite().all(0)
-                choice_S = self._classes_of(result)[result.errors_KS.nan_to_num(nan=torch.inf).argmin(0)]
-                correct_S += (choice_S == target) & complete_S
-                judged_S += complete_S
-        return correct_S, judged_S
+    def _probabilities(self, row: Row) -> Tensor:
+        probabilities_1K = self.posterior(torch.from_numpy(row.differences_K)[None], row.dims)
+        return sum_by_class(probabilities_1K, self._classes_of(row), self.num_classes)
 
     def compute(self) -> dict[str, float]:
         """The headline numbers over all ranks; call it on all ranks. Counts and means are exact."""
         tally = {name: value.cpu() for name, value in self.tally.compute().items()}
         confusion_CC = self.confusion.compute().cpu()
         support_C = confusion_CC.sum(1)
-        images = int(tally["images"])
+        images, right = int(tally["images"]), int(confusion_CC.diagonal().sum())
+        if images == 0:
+            raise ValueError("evaluation: no image, expected at least one")
+        accuracy = wilson(right, images)
         seen = support_C > 0
         values = {
-            "accuracy": int(confusion_CC.diagonal().sum()) / images,
+            "accuracy": accuracy.value,
+            "accuracy_low": accuracy.low,
+            "accuracy_high": accuracy.high,
             "mean_per_class": float((confusion_CC.diagonal()[seen] / support_C[seen]).double().mean()),
             "nll": float(tally["nll"]) / images,
+            "brier": float(tally["brier"]) / images,
             "ece": float(self.calibration.compute()),
             "images": images,
             "nfe_per_image": int(tally["nfe"]) / images,
             "images_per_second": images / float(tally["seconds"]),
             "seconds": float(tally["seconds"]),
         }
-        if self.top5 is not None:
-            values["top5"] = float(self.top5.compute())
+        if self.num_classes > 5:
+            values["top5"] = int(tally["top5"]) / images
         if self.proposes:
             values["proposal_recall"] = int(tally["proposed"]) / images
         if self.abstains:

@@ -4,62 +4,199 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification
 
+
+@dataclass(frozen=True)
+class Row:
+    """The decision on one image, as stored; docs/results.md explains each column.
+
+    Attributes:
+        id: Id of the image.
+        label: Its class; None if unknown.
+        prediction: Class decided for; None if the network returned nothing finite.
+        top5: The five best classes, or all if there are fewer.
+        margin: :attr:`Classification.margin`, in nats.
+        abstained: Whether the margin was smaller than asked for.
+        candidates_K: Indices of its candidates (K,).
+        scores_K: Mean error of each.
+        differences_K: :attr:`Classification.differences_K`.
+        draws_K: Draws that each saw.
+        nfe: Network calls.
+        dims: Number of values of x0.
+        choice_S: Class with the lowest error at each draw spent, among the candidates then in play (S,).
+        leader_S: Class with the lowest mean error after each draw spent, likewise.
+        seconds: Time from the decision before on the same rank to this one.
+        rank: Process that decided.
+        thumbnail: A small picture of the image, in WebP; None if it has no pixels.
+        error_map: Where the class decided for fits better (positive) or worse than the right one (h, w); None where
+            not made.
+    """
+
+    id: str
+    label: int | None
+    prediction: int | None
+    top5: np.ndarray
+    margin: float
+    abstained: bool
+    candidates_K: np.ndarray
+    scores_K: np.ndarray
+    differences_K: np.ndarray
+    draws_K: np.ndarray
+    nfe: int
+    dims: int
+    choice_S: np.ndarray
+    leader_S: np.ndarray
+    seconds: float
+    rank: int
+    thumbnail: bytes | None = None
+    error_map: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        result: Classification,
+        classes: Sequence[int],
+        weights_S: np.ndarray,
+        label: int | None = None,
+        **others: Any,
+    ) -> Row:
+        """The row of a decision.
+
+        Args:
+            result: The decision, with its errors.
+            classes: Class index of each candidate of the denoiser.
+            weights_S: What each draw weighs in the score.
+            label: Class of the image; None if unknown.
+            **others: ``seconds``, ``rank`` and, if there are any, ``thumbnail`` and ``error_map``.
+        """
+        assert result.errors_KS is not None
+        candidates_K, draws_K = result.candidates_K.numpy(), result.draws_K.numpy()
+        classes_K = np.asarray(classes)[candidates_K]
+        ranked = [] if result.label is None else list(dict.fromkeys(classes_K[result.ranking].tolist()))
+        spent = int(draws_K.max())
+        errors_KS = result.errors_KS.numpy()[:, :spent].astype(np.float64)
+        finite_KS = np.isfinite(errors_KS)  # others: of dropped and broken candidates
+        choice_S = np.where(finite_KS, errors_KS, np.inf).argmin(0)
+        leader_S = np.where(finite_KS, errors_KS * weights_S[:spent], np.inf).cumsum(1).argmin(0)
+        return cls(
+            id=str(result.image_id),
+            label=label,
+            prediction=result.label,
+            top5=np.array(ranked[:5], dtype=np.int32),
+            margin=result.margin,
+            abstained=result.abstained,
+            candidates_K=candidates_K.astype(np.int32),
+            scores_K=result.scores_K.numpy(),
+            differences_K=result.differences_K.numpy().astype(np.float32),
+            draws_K=draws_K.astype(np.int32),
+            nfe=result.nfe,
+            dims=result.dims,
+            choice_S=classes_K[choice_S].astype(np.int32),
+            leader_S=classes_K[leader_S].astype(np.int32),
+            **others,
+        )
+
+    @property
+    def votes(self) -> float:
+        """Share of its draws that alone would have decided as all did; 0 without a decision."""
+        return float(np.mean(self.choice_S == self.prediction)) if self.prediction is not None else 0.0
+
+    @property
+    def complete(self) -> int:
+        """Draws that all candidates saw."""
+        return int(self.draws_K.min())
+
+
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("label", pa.int64()),  # null where unknown
-        ("prediction", pa.int64()),  # null where the network returned nothing finite
+        ("label", pa.int64()),
+        ("prediction", pa.int64()),
+        ("top5", pa.list_(pa.int32())),
         ("margin", pa.float64()),
         ("abstained", pa.bool_()),
         ("candidates_K", pa.list_(pa.int32())),
         ("scores_K", pa.list_(pa.float64())),
+        ("differences_K", pa.list_(pa.float32())),
         ("draws_K", pa.list_(pa.int32())),
         ("nfe", pa.int64()),
+        ("dims", pa.int64()),
+        ("choice_S", pa.list_(pa.int32())),
+        ("leader_S", pa.list_(pa.int32())),
+        ("seconds", pa.float64()),
+        ("rank", pa.int32()),
+        ("thumbnail", pa.binary()),
+        ("error_map", pa.list_(pa.list_(pa.float32()))),
     ]
 )
 
 
-def to_table(results: Sequence[Classification], labels: Sequence[int | None]) -> pa.Table:
-    """Rows of :data:`SCHEMA` for decisions and, where known, right classes."""
-    return pa.table(
-        {
-            "id": [str(r.image_id) for r in results],
-            "label": list(labels),
-            "prediction": [r.label for r in results],
-            "margin": [r.margin for r in results],
-            "abstained": [r.abstained for r in results],
-            "candidates_K": [r.candidates_K.tolist() for r in results],
-            "scores_K": [r.scores_K.tolist() for r in results],
-            "draws_K": [r.draws_K.tolist() for r in results],
-            "nfe": [r.nfe for r in results],
-        },
-        schema=SCHEMA,
-    )
+def to_table(rows: Sequence[Row]) -> pa.Table:
+    """Rows as a table of :data:`SCHEMA`."""
+    columns = {}
+    for name in SCHEMA.names:
+        values = [getattr(row, name) for row in rows]
+        if name == "error_map":
+            values = [None if value is None else list(value) for value in values]
+        columns[name] = pa.array(values, SCHEMA.field(name).type)
+    return pa.table(columns, schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Row]:
+    """Undo :func:`to_table`; the arrays are views of the table's memory. Columns left out must have defaults."""
+    columns: dict[str, Sequence[Any]] = {}
+    for name in [field.name for field in fields(Row) if field.name in table.column_names]:
+        column = table[name].combine_chunks() if table.num_rows else pa.array([], SCHEMA.field(name).type)
+        if name == "error_map":
+            columns[name] = [None if v is None else np.array(v, np.float32) for v in column.to_pylist()]
+        elif pa.types.is_list(column.type):
+            columns[name] = list_views(column)
+        else:
+            columns[name] = column.to_pylist()
+    return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+
+def list_views(column: pa.ListArray) -> list[np.ndarray]:
+    """The lists of a column as views of its memory."""
+    values, ends = column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
+    return [values[a:b] for a, b in pairwise(ends)]
+
+
+def order_by_id(ids: Sequence[str]) -> np.ndarray:
+    """Positions (N,) that sort ids: as numbers where all are."""
+    numeric = all(i.removeprefix("-").isdecimal() for i in ids)
+    return np.array(sorted(range(len(ids)), key=lambda row: int(ids[row]) if numeric else ids[row]), dtype=np.int64)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write ``table`` to ``path`` at once: the file is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``table`` to ``path`` at once: the file is complete or not there, also after a crash of the machine."""
     temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, temporary, compression="zstd")
+        publish(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # of a full disk: what it takes is of no use
+        raise OSError(f"{str(path)!r} cannot be written ({error}); what was written before is complete") from error
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a complete file its name, once it is on the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def merge_parts(parts: Sequence[Path], path: Path) -> pa.Table:
-    """Join the parts of all ranks into ``path``, ordered by id (as numbers where all are), and remove them."""
-    table = pa.concat_tables([pq.read_table(part) for part in parts])
-    ids = table["id"].to_pylist()
-    numeric = all(i.removeprefix("-").isdecimal() for i in ids)
-    order = sorted(range(len(ids)), key=lambda row: int(ids[row]) if numeric else ids[row])
-    table = table.take(pa.array(order, pa.int64()))
-    write_table(table, path)
-    for part in parts:
-        part.unlink()
-    return table
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -244,11 +244,8 @@ def _decide(
         flight.keep(rule.survivors(flight.state, Round(info.loss, stop, total, dims, *seen)), scores_A, dims)
         if stop == total or len(flight.active_A) == 1 < num_candidates:
             break
-    scores_K = flight.sums_K / flight.draws_K
-    candidate = None
-    if len(flight.active_A):
-        candidate = int(image.candidates_K[flight.active_A[np.argmin(scores_K[flight.active_A])]])
-        flight.keep(np.zeros(len(flight.active_A), dtype=bool), scores_K[flight.active_A], dims)
+    best, scores_K, differences_K = flight.decide(dims)
+    candidate = None if best is None else int(image.candidates_K[best])
     return Classification(
         image_id=image.image_id,
         label=None if candidate is None else info.classes[candidate],
@@ -257,6 +254,7 @@ def _decide(
         abstained=candidate is None,
         candidates_K=torch.from_numpy(image.candidates_K),
         scores_K=torch.from_numpy(scores_K),
+        differences_K=torch.from_numpy(differences_K),
         draws_K=torch.from_numpy(flight.draws_K),
         nfe=flight.nfe,
         dims=dims,

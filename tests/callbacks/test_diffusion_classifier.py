@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -11,14 +12,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.special import log_softmax
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_diffclf import EMA, ClassConditionalDiT, DiffusionClassifier, DiffusionClassifierCallback, Draws, Stages
-from lightning_diffclf.callbacks.diffusion_classifier import free_folder, images_on_this_rank
+from lightning_diffclf import (
+    EMA,
+    ClassConditionalDiT,
+    DiffusionClassifier,
+    DiffusionClassifierCallback,
+    Draws,
+    LikelihoodRatio,
+    Stages,
+)
+from lightning_diffclf.callbacks.diffusion_classifier import images_on_this_rank
 from lightning_diffclf.data.digits import DigitsDataModule
-from tests.gaussians import CLASSES, Gaussians, Samples, loader
+from lightning_diffclf.results.errors import StoredErrors
+from lightning_diffclf.results.store import read_table
+from tests.gaussians import CLASSES, Gaussians, Samples, class_means, loader
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +68,7 @@ def test_metrics_agree_with_independent_ones(tmp_path):
     assert set(map(len, rows["draws_K"])) == {CLASSES}
     assert {d for row in rows["draws_K"] for d in row} == {20}
     assert sum(rows["nfe"]) == 41 * 20 * CLASSES
-    assert {"predictions.parquet", "metrics.json", "confusion.png", "timesteps.png"} == {
+    assert {"predictions.parquet", "settings.json", "metrics.json", "confusion.png", "timesteps.png"} == {
         p.name for p in (tmp_path / "out").iterdir()
     }
 
@@ -83,18 +95,27 @@ def run_processes(devices: int, images: int, out: Path, *flags: str) -> tuple[di
 @pytest.mark.ddp
 def test_processes_do_not_change_results(tmp_path):
     """11 images on 1, 2 and 3 processes, with shards that Lightning pads: same rows, same counts, same metrics."""
-    rows, report = run_processes(1, 11, tmp_path / "1")
-    assert report["metrics"]["images"] == len(rows["id"]) == 11
-    for devices in (2, 3):
-        more_rows, more = run_processes(devices, 11, tmp_path / str(devices), *(["fit"] if devices == 2 else []))
-        scores, more_scores = np.array(rows.pop("scores_K")), np.array(more_rows.pop("scores_K"))
-        np.testing.assert_allclose(more_scores, scores, rtol=1e-6)
-        assert more_rows == rows
-        rows["scores_K"] = scores
-        for name in ("accuracy", "mean_per_class", "nll", "ece", "images", "nfe_per_image", "top5"):
-            assert more["metrics"][name] == pytest.approx(report["metrics"][name], rel=1e-5), name
-        assert more["settings"]["ranks"] == devices
-        assert not list((tmp_path / str(devices)).glob("*rank*"))
+    for devices in (1, 2, 3):
+        run_processes(devices, 11, tmp_path / str(devices), *(["fit"] if devices == 2 else []))
+    for rule in ("", "paired", "ratio"):
+        rows, report = read(tmp_path / "1" / rule)
+        assert report["metrics"]["images"] == len(rows["id"]) == 11
+        assert (report["metrics"]["nfe_per_image"] < 12 * CLASSES) == bool(rule)  # the others do eliminate
+        floats = {name: np.array(rows.pop(name)) for name in ("scores_K", "differences_K", "margin")}
+        for name in ("seconds", "rank", "error_map"):
+            rows.pop(name)
+        for devices in (2, 3):
+            more_rows, more = read(tmp_path / str(devices) / rule)
+            assert set(more_rows.pop("rank")) == set(range(devices))
+            assert sum(m is not None for m in more_rows.pop("error_map")) > 0
+            more_rows.pop("seconds")
+            for name, values in floats.items():
+                np.testing.assert_allclose(np.array(more_rows.pop(name)), values, rtol=1e-5)
+            assert more_rows == rows
+            for name in ("accuracy", "mean_per_class", "nll", "ece", "images", "nfe_per_image", "top5"):
+                assert more["metrics"][name] == pytest.approx(report["metrics"][name], rel=1e-5), name
+            assert more["settings"]["ranks"] == devices
+            assert not list((tmp_path / str(devices)).glob("**/*rank*"))
 
 
 @pytest.mark.ddp
@@ -204,25 +225,110 @@ def test_candidates_restrict_the_choice(tmp_path):
 def test_what_was_decided_before_an_error_is_kept(tmp_path):
     data = Samples(8)
     data.labels[6] = 99
-    callback = DiffusionClassifierCallback(draws=4, output_dir=str(tmp_path / "out"))
+    callback = DiffusionClassifierCallback(draws=4, microbatch=16, output_dir=str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"label: 99 of image 106 belongs to no candidate, expected one of the 7"):
         trainer(callback).test(Gaussians(), DataLoader(data, 4), verbose=False)
-    kept = pq.read_table(tmp_path / "out" / "predictions.rank0.parquet").to_pydict()
-    assert kept["id"] == ["100", "101", "102", "103"]
+    assert read_table(tmp_path / "out")["id"].to_pylist() == ["100", "101", "102", "103"]
 
 
-def test_results_are_never_overwritten(tmp_path):
-    for expected in ("out", "out-2", "out-3"):
-        assert free_folder(tmp_path / "out") == tmp_path / expected
-        callback = DiffusionClassifierCallback(draws=1, output_dir=str(tmp_path / "out"))
-        trainer(callback).predict(Gaussians(), loader(1))
+def test_the_same_again_goes_on_and_others_go_elsewhere(tmp_path):
+    out = tmp_path / "out"
+
+    def evaluate(images, **settings):
+        callback = DiffusionClassifierCallback(output_dir=str(out), **settings)
+        trainer(callback, limit_test_batches=images // 2).test(Gaussians(), loader(12, batch_size=2), verbose=False)
+        return callback
+
+    first = evaluate(6, draws=4)
+    assert [r.image_id for r in first.results] == list(range(100, 106))
+    rows, _ = read(out)
+    again = evaluate(12, draws=4)
+    assert [r.image_id for r in again.results] == list(range(106, 112))  # the others were there
+    more_rows, more = read(out)
+    assert {name: values[:6] for name, values in more_rows.items()} == rows
+    assert more["metrics"]["images"] == again.metrics["images"] == 12
+    fresh = DiffusionClassifierCallback(draws=4, output_dir=str(tmp_path / "fresh"))
+    trainer(fresh).test(Gaussians(), loader(12), verbose=False)
+    fresh_rows, _ = read(tmp_path / "fresh")
+    for name in ("id", "label", "prediction", "top5", "draws_K", "nfe", "choice_S", "leader_S", "thumbnail"):
+        assert fresh_rows[name] == more_rows[name], name
+    for name, value in fresh.metrics.items():
+        if "second" not in name:
+            assert again.metrics[name] == pytest.approx(value), name
+    with pytest.raises(ValueError, match=r"settings: the run in '.*out' was made with other ones \(draws: 4 there, 5"):
+        evaluate(12, draws=5)
+    assert read(out)[1] == more
+    for expected in ("out-2", "out-3"):
+        evaluate(2, draws=5 if expected == "out-2" else 6, elsewhere=True)
         assert (tmp_path / expected / "predictions.parquet").is_file()
+    evaluate(4, draws=5, elsewhere=True)  # back to its own
+    assert len(read(tmp_path / "out-2")[0]["id"]) == 4
+    assert not (tmp_path / "out-4").exists()
+
+
+def test_other_weights_or_data_are_other_settings(tmp_path):
+    module, out = Gaussians(), str(tmp_path / "out")
+    trainer(DiffusionClassifierCallback(draws=2, output_dir=out)).test(module, loader(4), verbose=False)
+    for change, message in (
+        (lambda: module.means.mul_(2), "weights_of_network"),
+        (lambda: None, "images_in_data: 4 there, 5 here"),
+    ):
+        callback = DiffusionClassifierCallback(draws=2, output_dir=out)
+        change()
+        with pytest.raises(ValueError, match=message):
+            trainer(callback).test(module, loader(5), verbose=False)
+
+
+def test_seconds_and_ranks_of_rows_add_up(tmp_path):
+    callback = DiffusionClassifierCallback(draws=6, microbatch=8, output_dir=str(tmp_path / "out"))
+    trainer(callback).test(Gaussians(), loader(20), verbose=False)
+    rows, report = read(tmp_path / "out")
+    assert sum(rows["seconds"]) == pytest.approx(report["metrics"]["seconds"])
+    assert set(rows["rank"]) == {0}
+
+
+def test_thumbnails_are_the_images_and_maps_show_where_errors_differ(tmp_path):
+    module, data = Gaussians(), Samples(30)
+    callback = DiffusionClassifierCallback(draws=16, error_maps=3, output_dir=str(tmp_path / "out"))
+    trainer(callback).test(module, loader(30), verbose=False)
+    rows, report = read(tmp_path / "out")
+    for image, picture in zip(data.images, rows["thumbnail"], strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("L")) / 127.5 - 1
+        np.testing.assert_allclose(pixels, image[0].clamp(-1, 1), atol=2 / 127)
+    wrong = [i for i in range(30) if rows["prediction"][i] != rows["label"][i]]
+    assert len(wrong) > 3
+    mapped = [i for i in range(30) if rows["error_map"][i] is not None]
+    assert mapped == wrong[:3]
+    for i in mapped:
+        k, b = rows["label"][i], rows["prediction"][i]
+        difference = rows["scores_K"][i][k] - rows["scores_K"][i][b]
+        assert np.mean(rows["error_map"][i]) == pytest.approx(difference, rel=1e-4)
+        assert np.shape(rows["error_map"][i]) == (3, 3)
+    assert report["metrics"]["nfe_per_image"] == 16 * CLASSES
+
+
+def test_rows_say_who_led_when(tmp_path):
+    callback = DiffusionClassifierCallback(
+        draws=12, elimination=LikelihoodRatio(0.2), keep_errors=True, output_dir=str(tmp_path / "out")
+    )
+    trainer(callback).test(Gaussians(), loader(20), verbose=False)
+    rows, _ = read(tmp_path / "out")
+    stored = {one.image_id: one for one in StoredErrors(tmp_path / "out" / "errors.parquet")}
+    for i, image_id in enumerate(rows["id"]):
+        errors_SK = stored[image_id].errors_SK.astype(float)
+        for s, (choice, leader) in enumerate(zip(rows["choice_S"][i], rows["leader_S"][i], strict=True)):
+            alive = [k for k in range(CLASSES) if rows["draws_K"][i][k] > s]
+            assert choice == min(alive, key=lambda k: errors_SK[s, k])
+            assert leader == min(alive, key=lambda k: errors_SK[: s + 1, k].mean())
+        assert len(rows["choice_S"][i]) == max(rows["draws_K"][i])
+        assert rows["leader_S"][i][-1] == rows["prediction"][i] == rows["top5"][i][0]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"draws": 0}, "draws: 0, expected at least 1"),
+        ({"keep_distances": True}, "keep_distances: .* expected keep_errors as well"),
         ({"microbatch": 0}, "microbatch: 0"),
         ({"candidates": []}, "candidates: an empty list"),
         ({"reduction": "max"}, "reduction 'max'"),
@@ -240,6 +346,11 @@ def test_bad_settings_are_refused_at_once(settings, message):
     [
         ({"draws": 1001}, "1001 draws: the schedule allows 1 … 1000"),
         ({"loss": "l3"}, "loss: 'l3'"),
+        ({"budget": 6}, "budget: 6 network calls for the 7 candidates of image 100, expected at least 7"),
+        ({"budget": 0}, "budget: 0, expected at least 1"),
+        ({"abstain": -1.0}, "abstain: -1.0, expected a margin in nats"),
+        ({"weights": "heavy"}, "weights: 'heavy'"),
+        ({"loss": "l2+l1", "elimination": LikelihoodRatio()}, "loss 'l2.l1' is no distance between noises"),
         ({"candidates": [7]}, r"candidates: \[7\], expected indices in 0 … 6"),
         ({"draws": 10, "elimination": Stages()}, "draws: 10, but the elimination rule spends up to 500"),
     ],
@@ -259,6 +370,49 @@ def test_other_modules_and_unlabelled_tests_are_refused():
         trainer(DiffusionClassifierCallback(draws=1)).test(NoDenoiser(), loader(2), verbose=False)
     with pytest.raises(ValueError, match="no labels"):
         trainer(DiffusionClassifierCallback(draws=1)).test(Gaussians(), loader(2, labelled=False), verbose=False)
+
+
+def test_unsure_answers_are_left_out_of_the_accuracy_of_answers(tmp_path):
+    everything = DiffusionClassifierCallback(draws=6, output_dir=str(tmp_path / "a"))
+    trainer(everything).test(Gaussians(), loader(60), verbose=False)
+    rows, _ = read(tmp_path / "a")
+    margin = float(np.median(rows["margin"]))
+    picky = DiffusionClassifierCallback(draws=6, abstain=margin, output_dir=str(tmp_path / "b"))
+    logged = trainer(picky).test(Gaussians(), loader(60), verbose=False)[0]
+    answered = np.array(rows["margin"]) >= margin
+    right = np.array(rows["prediction"]) == np.array(rows["label"])
+    assert read(tmp_path / "b")[0]["abstained"] == (~answered).tolist()
+    assert logged["diffclf/coverage"] == pytest.approx(answered.mean())
+    assert logged["diffclf/answered_accuracy"] == pytest.approx(right[answered].mean())
+    assert logged["diffclf/accuracy"] == pytest.approx(right.mean())
+    assert right[answered].mean() > right.mean()  # a small margin means something
+
+
+class NearestMeans:
+    """Proposes the classes whose means are nearest, at a cost of three calls."""
+
+    nfe = 3
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        distances = (images[:, None] - class_means()).square().flatten(2).sum(2)
+        return distances.topk(self.top, largest=False).indices
+
+
+def test_recall_of_a_proposal_is_reported(tmp_path):
+    data = Samples(40)
+    callback = DiffusionClassifierCallback(draws=6, proposal=NearestMeans(2), output_dir=str(tmp_path / "out"))
+    logged = trainer(callback).test(Gaussians(), loader(40), verbose=False)[0]
+    rows, _ = read(tmp_path / "out")
+    proposed = NearestMeans(2)(data.images)
+    assert rows["candidates_K"] == proposed.tolist()
+    recall = (proposed == data.labels[:, None]).any(1).float().mean().item()
+    assert 0.5 < recall < 1
+    assert logged["diffclf/proposal_recall"] == pytest.approx(recall)
+    assert logged["diffclf/accuracy"] <= recall
+    assert set(rows["nfe"]) == {2 * 6 + 3}
 
 
 def test_two_classifiers_side_by_side():

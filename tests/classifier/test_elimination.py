@@ -189,7 +189,19 @@ def test_reversal_of_the_paired_test_is_the_formula(seed, n, weighted):
     variance = squares / 2 / (n - 1) / 4  # of one draw, pooled over the four rivals
     for k, m in mean.items():
         t = m / np.sqrt(variance / n * (1 - n / 10))
-        assert reversal[k] == pytest.approx(scipy.stats.t.sf(t, df=4 * (n - 1)), rel=1e-4, abs=1e-12)
+        freedom = 2 * (n - 1) ** 2 / (3 * n - 4) * 16 / 7
+        assert reversal[k] == pytest.approx(scipy.stats.t.sf(t, df=freedom), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "rivals"), [(2, 1), (3, 4), (8, 9), (20, 99)])
+def test_degrees_of_freedom_of_the_paired_test(n, rivals):
+    """A variance estimate with f degrees of freedom has a squared coefficient of variation of 2 / f."""
+    rng = np.random.default_rng(0)
+    errors = rng.standard_normal((20_000, n, rivals + 1))
+    differences = errors[:, :, 1:] - errors[:, :, :1]
+    pooled = np.square(np.diff(differences, axis=1)).mean((1, 2)) / 2
+    freedom = 2 * (n - 1) ** 2 / (3 * n - 4) * 4 * rivals / (rivals + 3)
+    assert 2 / (pooled.var() / pooled.mean() ** 2) == pytest.approx(freedom, rel=0.1)
 
 
 def test_a_trend_over_timesteps_is_no_uncertainty():
@@ -200,7 +212,7 @@ def test_a_trend_over_timesteps_is_no_uncertainty():
     current = Round("l2", 8, 10**9, 9, np.arange(2), scores, grid, np.ones(8), errors)
     rule = PairedTest()
     independent = scipy.stats.ttest_rel(errors[:, 1], errors[:, 0], alternative="greater").pvalue
-    assert reversal_of(rule, rule.start(2), current, 0)[1] < independent / 100
+    assert reversal_of(rule, rule.start(2), current, 0)[1] < independent / 50
 
 
 @given(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
 from lightning_diffclf import NoiseSchedule
-from lightning_diffclf.classifier.score import Loss, Rows
+from lightning_diffclf.classifier.score import Loss, Rows, timestep_weights
 
 
 def rows() -> Rows:
@@ -90,3 +90,43 @@ def test_bound_terms_need_their_schedule(name, schedule, found):
 def test_unknown_terms(name):
     with pytest.raises(ValueError, match=r"loss: .*expected one of \['l2', 'l1', 'huber', 'kl', 'nll'\]"):
         Loss(name)
+
+
+def test_weights_turn_noise_errors_into_those_of_another_space():
+    """For a variance preserving schedule with the prediction of v."""
+    given = rows()
+    schedule, t = given.schedule, given.t
+    epsilon = schedule.to_epsilon(given.output.float(), given.x_t, t)
+    alpha, sigma = (f(t).view(-1, 1, 1, 1) for f in (schedule.alpha, schedule.sigma))
+    x0 = (given.x_t - sigma * epsilon) / alpha
+    v = alpha * given.noise - sigma * given.x0
+    spaces = {"sample": (x0, given.x0), "velocity": (given.output.float(), v), "uniform": (epsilon, given.noise)}
+    for name, (predicted, true) in spaces.items():
+        expected = (predicted - true).double().square().flatten(1).mean(1)
+        weighted = timestep_weights(name, schedule.log_snr(t)) * Loss("l2")(given)
+        torch.testing.assert_close(weighted / weighted[3], expected / expected[3], rtol=1e-3, atol=1e-7)
+
+
+def test_weights_of_clark_and_jaini():
+    log_snr = torch.tensor([5.0, -5.0, 0.0, 1.0])  # times 1/8, 7/8, 5/8, 3/8
+    expected = torch.tensor([-7 / 8 - 5, -49 / 8 + 5, -35 / 8, -21 / 8 - 1], dtype=torch.float64).exp()
+    torch.testing.assert_close(timestep_weights("clark_jaini", log_snr), expected / expected.mean())
+
+
+def test_numbers_are_weights_from_clean_to_noisy():
+    assert timestep_weights([0, 1, 3, 4], torch.tensor([-9.0, 3.0, 0.0, 8.0])).tolist() == [2.0, 0.5, 1.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("heavy", r"weights: 'heavy', expected one of \['uniform', 'sample', 'velocity', 'clark_jaini'\]"),
+        ([1.0], "weights: 1 numbers for 2 draws"),
+        ([1.0, -1.0], "weights: expected finite numbers from 0 on"),
+        ([1.0, float("inf")], "weights: expected finite numbers from 0 on"),
+        ([0.0, 0.0], "weights: expected finite numbers from 0 on, not all of them 0"),
+    ],
+)
+def test_bad_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        timestep_weights(weights, torch.tensor([1.0, -1.0]))

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_diffclf import DiffusionClassifier, DiffusionClassifierCallback, Draws, Stages
 from lightning_diffclf.results import errors as module
 from lightning_diffclf.results.errors import INFO_KEY, ErrorsInfo, ErrorsWriter, StoredErrors, merge_errors
-from lightning_diffclf.results.predictions import merge_parts, to_table, write_table
+from lightning_diffclf.results.predictions import Row, to_table, write_table
+from lightning_diffclf.results.store import join, read_table
 from tests.classifier.toys import Toy, some_images
 from tests.gaussians import CLASSES, Gaussians, Samples, loader
 
@@ -118,12 +119,13 @@ def test_parts_merge_in_the_order_of_predictions(ids, merge_bytes, tmp_path, mon
     monkeypatch.setattr(module, "MERGE_BYTES", merge_bytes)
     classifier, results = classify(6, ids, keep_distances=True)
     shares = [results[::2], [], results[1::2]]  # a rank without an image
-    errors, predictions = ([tmp_path / f"{name}.rank{rank}.parquet" for rank in range(3)] for name in "ep")
+    errors, tables = [tmp_path / f"{rank}.parquet" for rank in range(3)], []
     for rank, share in enumerate(shares[::-1]):
         write(errors[rank], classifier, share, list(range(len(share))), distances=True)
-        write_table(to_table(share, list(range(len(share)))), predictions[rank])
+        rows = [Row.of(r, range(6), classifier.weights_S, label, seconds=0, rank=rank) for label, r in enumerate(share)]
+        tables.append(to_table(rows))
     assert merge_errors(errors, tmp_path / "e.parquet") == 6
-    expected = merge_parts(predictions, tmp_path / "p.parquet").to_pydict()
+    expected = join(tables).to_pydict()
     stored = StoredErrors(tmp_path / "e.parquet")
     assert [image.image_id for image in stored] == expected["id"]
     assert [image.label for image in stored] == expected["label"]
@@ -131,7 +133,9 @@ def test_parts_merge_in_the_order_of_predictions(ids, merge_bytes, tmp_path, mon
     for image in stored:
         equal(image, by_id[image.image_id], image.label)
     assert stored.info.dims == 32
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.parquet", "p.parquet"]
+    assert merge_errors([tmp_path / "e.parquet", *errors], tmp_path / "e.parquet") == 6  # interrupted and done again
+    for image in StoredErrors(tmp_path / "e.parquet"):
+        equal(image, by_id[image.image_id], image.label)
 
 
 def test_parts_without_any_image_merge(tmp_path):
@@ -157,7 +161,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.parquet' cannot be read"):
         StoredErrors(tmp_path / "text.parquet")
-    write_table(to_table([], []), tmp_path / "p.parquet")
+    write_table(to_table([]), tmp_path / "p.parquet")
     with pytest.raises(ValueError, match="holds no errors, expected what keep_errors writes"):
         StoredErrors(tmp_path / "p.parquet")
 
@@ -206,17 +210,20 @@ def test_errors_of_what_was_decided_before_an_error_are_kept(tmp_path):
     callback = DiffusionClassifierCallback(draws=4, microbatch=16, output_dir=str(out), keep_errors=True)
     with pytest.raises(ValueError, match="label: 99"):
         trainer(callback).test(Gaussians(), DataLoader(data, 4), verbose=False)
-    kept = [image.image_id for image in StoredErrors(out / "errors.rank0.parquet")]
-    assert kept == pq.read_table(out / "predictions.rank0.parquet")["id"].to_pylist() == ["100", "101", "102", "103"]
+    [errors] = (out / "parts").glob("*.errors.parquet")
+    kept = [image.image_id for image in StoredErrors(errors)]
+    assert kept == read_table(out)["id"].to_pylist() == ["100", "101", "102", "103"]
 
 
 def test_an_error_in_the_network_loses_nothing_that_was_decided(tmp_path):
+    fails_at = 6
+
     class Fails(Gaussians):
         calls = 0
 
         def predict(self, x_t, t, candidate):
             self.calls += 1
-            if self.calls == 6:
+            if self.calls == fails_at:
                 raise RuntimeError("out of memory")
             return super().predict(x_t, t, candidate)
 
@@ -224,8 +231,14 @@ def test_an_error_in_the_network_loses_nothing_that_was_decided(tmp_path):
     callback = DiffusionClassifierCallback(draws=4, microbatch=16, output_dir=str(out), keep_errors=True)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer(callback).test(Fails(), loader(8, batch_size=8), verbose=False)
-    kept = [image.image_id for image in StoredErrors(out / "errors.rank0.parquet")]
-    assert kept == pq.read_table(out / "predictions.rank0.parquet")["id"].to_pylist() == ["100", "101"]
+    [errors] = (out / "parts").glob("*.errors.parquet")
+    assert [image.image_id for image in StoredErrors(errors)] == read_table(out)["id"].to_pylist() == ["100", "101"]
+    again = DiffusionClassifierCallback(draws=4, microbatch=16, output_dir=str(out), keep_errors=True)
+    fails_at = 0
+    trainer(again).test(Fails(), loader(8, batch_size=8), verbose=False)
+    assert [r.image_id for r in again.results] == list(range(102, 108))
+    assert [image.image_id for image in StoredErrors(out / "errors.parquet")] == [str(100 + i) for i in range(8)]
+    assert not (out / "parts").exists()
 
 
 def test_distances_need_errors_and_errors_a_folder():
