@@ -2,7 +2,7 @@
 
 ``python train.py --config dit_digits.yaml``, ``python evaluate.py --ckpt PATH`` and
 ``diffclf fit|validate|test|predict`` are one parser: one YAML file is one whole experiment, and every value in it is
-also a flag. ``diffclf replay`` needs no network: it tries elimination rules on stored errors.
+also a flag. ``diffclf replay|merge|compare|report`` need no network: they work on what evaluations stored.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
+from rich.table import Table
 
 import lightning_diffclf  # noqa: F401  (checkpoints may only name classes that are imported)
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
@@ -31,8 +32,13 @@ from lightning_diffclf.callbacks.ema import EMA
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.classifier import Elimination, LikelihoodRatio
+from lightning_diffclf.results.analysis import RunAnalysis
+from lightning_diffclf.results.compare import compare, save_plots
+from lightning_diffclf.results.compare import to_table as comparison_table
 from lightning_diffclf.results.errors import StoredErrors
 from lightning_diffclf.results.replay import measure_inflation, replay, to_table, usual_rules
+from lightning_diffclf.results.report import write_report
+from lightning_diffclf.results.store import merge
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -97,7 +103,7 @@ class DiffClfCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=Parser,
-            parser_kwargs={"epilog": "Without a network: `diffclf replay errors.parquet` tries elimination rules."},
+            parser_kwargs={"epilog": "On stored results: diffclf merge|compare|report|replay --help."},
             args=list(args),
         )
 
@@ -227,7 +233,62 @@ def train(args: Sequence[str] | None = None) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """``diffclf``: the command line with its subcommands; ``args`` are those of the process if omitted."""
     args = sys.argv[1:] if args is None else list(args)
-    _run(lambda: _replay(args[1:]) if args[:1] == ["replay"] else DiffClfCLI(args))
+    on_results = {"replay": _replay, "merge": _merge, "compare": _compare, "report": _report}
+    _run(lambda: on_results[args[0]](args[1:]) if args and args[0] in on_results else DiffClfCLI(args))
+
+
+def _merge(args: Sequence[str]) -> None:
+    """``diffclf merge``: several folders become one."""
+    parser = Parser(
+        prog="diffclf merge",
+        description="Join runs with the same settings, ended or killed: jobs of an array, parts of a data set. Images "
+        "that are in several count once and must agree.",
+    )
+    parser.add_argument("runs", type=str, nargs="+", help="folders of evaluations")
+    parser.add_argument("--out", type=str, required=True, help="folder for the whole")
+    given = parser.parse_args(list(args))
+    merge([Path(run) for run in given.runs], Path(given.out))
+    run = RunAnalysis.read(given.out)
+    table = Table(title=f"merged into {given.out}", show_header=False)
+    for name, value, note in run.headline():
+        table.add_row(name, value, note)
+    Console(soft_wrap=True).print(table)
+
+
+def _compare(args: Sequence[str]) -> None:
+    """``diffclf compare``: prints a table and, with ``--out``, draws figures."""
+    parser = Parser(
+        prog="diffclf compare",
+        description="Compare two evaluations image by image: agreement, accuracy with intervals, McNemar's exact test, "
+        "cost.",
+    )
+    parser.add_argument("first", type=str, help="folder of an evaluation")
+    parser.add_argument("second", type=str, help="folder of another on the same images")
+    parser.add_argument("--out", type=str | None, default=None, help="folder for figures and comparison.json")
+    given = parser.parse_args(list(args))
+    first, second = RunAnalysis.read(given.first), RunAnalysis.read(given.second)
+    found = compare(first, second)
+    Console(soft_wrap=True).print(comparison_table(found, given.first, given.second))
+    if given.out is not None:
+        save_plots(first, second, found, Path(given.out))
+        runs = {"runs": [given.first, given.second]}
+        (Path(given.out) / "comparison.json").write_text(json.dumps(runs | found.summary(), indent=2) + "\n")
+
+
+def _report(args: Sequence[str]) -> None:
+    """``diffclf report``: one HTML file."""
+    parser = Parser(
+        prog="diffclf report",
+        description="One HTML file that shows an evaluation (also one that is still going on), and its figures as PNG "
+        "and SVG. Needs no network, neither to make nor to open.",
+    )
+    parser.add_argument("run", type=str, help="folder of an evaluation")
+    parser.add_argument("--out", type=str | None, default=None, help="the file (default: report.html in the folder)")
+    parser.add_argument("--gallery", type=int, default=240, help="images to show at most")
+    given = parser.parse_args(list(args))
+    if given.gallery < 0:
+        raise ValueError(f"gallery: {given.gallery}, expected 0 or more")
+    print(f"report: {write_report(given.run, given.out, given.gallery)}")
 
 
 def _replay(args: Sequence[str]) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_diffclf.classifier import Posterior
-from lightning_diffclf.classifier.posterior import sum_by_class
 from lightning_diffclf.results.predictions import Row
 from lightning_diffclf.results.statistics import brier, ece, nll
 
 FOLDS = 5
 ENOUGH = 2000  # images to fit one number to
+ENOUGH_TO_SAY = 50  # images for a statement about calibration
+CHUNK = 1000  # images whose probabilities are in memory together
 
 
 @dataclass(frozen=True)
@@ -57,29 +60,65 @@ def padded(rows: Sequence[Row], classes: Sequence[int]) -> tuple[Tensor, Tensor]
 def fit(rows: Sequence[Row], classes: Sequence[int], posterior: Posterior) -> Posterior:
     """``posterior`` with the temperature that suits these labelled images; itself if none of them can tell."""
     # Images whose class was not among the candidates, or which were not decided, say nothing about temperatures.
-    usable = [r for r in rows if r.prediction is not None and r.label in {classes[k] for k in r.candidates_K.tolist()}]
+    some = sorted(rows, key=lambda row: hashlib.blake2b(row.id.encode()).digest())
+    of = np.asarray(classes)
+    able = (row for row in some if row.prediction is not None and row.label in of[row.candidates_K])
+    usable = list(islice(able, ENOUGH))
     if not usable:
         return posterior
-    usable = sorted(usable, key=lambda row: hashlib.blake2b(row.id.encode()).digest())[:ENOUGH]
     differences_BK, class_BK = padded(usable, classes)
     labels_B = torch.tensor([row.label for row in usable])
     target_B = differences_BK.masked_fill(class_BK != labels_B[:, None], torch.inf).argmin(1)
     return posterior.fit(differences_BK, target_B, usable[0].dims)
 
 
-def probabilities(rows: Sequence[Row], classes: Sequence[int], posterior: Posterior) -> np.ndarray:
-    """Probability of each class (B, C), float64."""
+class Judged(NamedTuple):
+    """What the class probabilities of labelled images amount to.
+
+    Attributes:
+        confidence: Probability of the likeliest class (B,), float64.
+        right: Whether that is the label (B,).
+        label: Probability of the label (B,), float64.
+        squares: Sum of the squared probabilities of all classes (B,), float64.
+    """
+
+    confidence: np.ndarray
+    right: np.ndarray
+    label: np.ndarray
+    squares: np.ndarray
+
+    def scores(self) -> dict[str, float]:
+        """ECE (15 bins), NLL and Brier score."""
+        return {
+            "ece": ece(self.confidence, self.right),
+            "nll": nll(self.label),
+            "brier": brier(self.label, self.squares),
+        }
+
+
+def judge(rows: Sequence[Row], classes: Sequence[int], posteriors: Sequence[Posterior]) -> Judged:
+    """Class probabilities of labelled images, each with a posterior of its own, against their labels."""
+    judged = [np.empty(len(rows)) for _ in Judged._fields]
     num_classes = max(classes) + 1
-    return torch.cat(
-        [
-            sum_by_class(
-                posterior(torch.from_numpy(row.differences_K)[None], row.dims),
-                [classes[k] for k in row.candidates_K.tolist()],
-                num_classes,
+    for posterior in set(posteriors):
+        mine = [i for i, own in enumerate(posteriors) if own == posterior]
+        for first in range(0, len(mine), CHUNK):
+            at = mine[first : first + CHUNK]
+            some = [rows[i] for i in at]
+            differences_BK, class_BK = padded(some, classes)
+            p_BK = posterior(differences_BK, some[0].dims)
+            p_BC = p_BK.new_zeros(len(some), num_classes).scatter_add(1, class_BK.clamp_min(0), p_BK)
+            label_B = torch.tensor([row.label for row in some])
+            best = p_BC.max(1)
+            found = (
+                best.values,
+                best.indices == label_B,
+                p_BC.gather(1, label_B[:, None])[:, 0],
+                p_BC.square().sum(1),
             )
-            for row in rows
-        ]
-    ).numpy()
+            for values_B, chunk_B in zip(judged, found, strict=True):
+                values_B[at] = chunk_B.numpy()
+    return Judged(*judged)
 
 
 def crossfitted(rows: Sequence[Row], classes: Sequence[int], posterior: Posterior) -> list[Posterior]:
@@ -95,15 +134,12 @@ def crossfitted(rows: Sequence[Row], classes: Sequence[int], posterior: Posterio
 def calibrate(rows: Sequence[Row], classes: Sequence[int], posterior: Posterior) -> Calibration | None:
     """Fit the temperature to labelled images, and judge it by five-fold cross-fitting; None if there are below 50."""
     rows = [row for row in rows if row.label is not None]
-    if len(rows) < 50:
+    if len(rows) < ENOUGH_TO_SAY:
         return None
-    posteriors = crossfitted(rows, classes, posterior)
-    p_BC = np.concatenate([probabilities([row], classes, own) for row, own in zip(rows, posteriors, strict=True)])
-    label_B = np.array([row.label for row in rows])
-    right_B = p_BC.argmax(1) == label_B
+    scores = judge(rows, classes, crossfitted(rows, classes, posterior)).scores()
     return Calibration(
-        temperature=fit(rows, classes, replace(posterior, temperature=1.0)).temperature,
-        calibrated_nll=nll(p_BC, label_B),
-        calibrated_brier=brier(p_BC, label_B),
-        calibrated_ece=ece(p_BC.max(1), right_B),
+        temperature=fit(rows, classes, posterior).temperature,
+        calibrated_nll=scores["nll"],
+        calibrated_brier=scores["brier"],
+        calibrated_ece=scores["ece"],
     )

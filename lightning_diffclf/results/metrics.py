@@ -122,7 +122,7 @@ class ClassifierMetrics(nn.Module):
         return [self.classes[k] for k in row.candidates_K.tolist()]
 
     def _probabilities(self, row: Row) -> Tensor:
-        probabilities_1K = self.posterior(torch.from_numpy(row.differences_K)[None], row.dims)
+        probabilities_1K = self.posterior(torch.tensor(row.differences_K)[None], row.dims)
         return sum_by_class(probabilities_1K, self._classes_of(row), self.num_classes)
 
     def compute(self) -> dict[str, float]:

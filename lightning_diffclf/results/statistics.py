@@ -71,17 +71,19 @@ def ece(confidence_B: np.ndarray, right_B: np.ndarray, bins: int = 15) -> float:
     return float(np.abs(binned.confidence - binned.accuracy) @ binned.images / len(confidence_B))
 
 
-def brier(probabilities_BC: np.ndarray, label_B: np.ndarray) -> float:
-    """Mean squared distance of the probabilities to certainty about the label (Brier 1950), 0 … 2."""
-    rows = np.arange(len(label_B))
-    squares_B = np.square(probabilities_BC).sum(1)
-    return float(np.mean(squares_B - 2 * probabilities_BC[rows, label_B] + 1))
+def brier(label_B: np.ndarray, squares_B: np.ndarray) -> float:
+    """Mean squared distance of the probabilities to certainty about the label (Brier 1950), 0 … 2.
+
+    Args:
+        label_B: Probability of each image's label.
+        squares_B: Sum of the squared probabilities of all classes.
+    """
+    return float(np.mean(squares_B - 2 * label_B + 1))
 
 
-def nll(probabilities_BC: np.ndarray, label_B: np.ndarray) -> float:
-    """Mean negative log probability of the label, in nats."""
-    chosen_B = probabilities_BC[np.arange(len(label_B)), label_B]
-    return float(-np.log(np.maximum(chosen_B, np.finfo(np.float64).tiny)).mean())
+def nll(label_B: np.ndarray) -> float:
+    """Mean negative log probability of the labels, in nats, from their probabilities."""
+    return float(-np.log(np.maximum(label_B, np.finfo(np.float64).tiny)).mean())
 
 
 class Selective(NamedTuple):
