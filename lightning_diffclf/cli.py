@@ -22,7 +22,7 @@ from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -143,7 +143,11 @@ class DiffClfCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ClassifierProgressBar())
         if config.get("logger") in (None, True):
-            kwargs["logger"] = CSVLogger(self._get(self.config, "run_dir"), name="logs") if self._fits else False
+            folder = self._get(self.config, "run_dir")
+            kwargs["logger"] = False
+            if self._fits:
+                board = TensorBoardLogger(folder, name="logs")
+                kwargs["logger"] = [board, CSVLogger(folder, name="logs", version=board.version)]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     @property

@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from lightning_diffclf.callbacks.pictures import log_picture
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.classifier import (
     Classification,
@@ -432,15 +433,31 @@ class DiffusionClassifierCallback(L.Callback):
                 {f"{self.name}/{name}": value for name, value in self.metrics.items()},
                 sync_dist=trainer.world_size > 1,  # equal on all ranks already; says so to Lightning
             )
-        if self._folder is not None:
-            self._write(trainer, pl_module, self._folder, labelled)
-
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path, labelled: bool) -> None:
-        assert self._store is not None
         tally = self._metrics(pl_module).tally.compute() if labelled else None  # by all ranks: it syncs
         confusion = self._metrics(pl_module).confusion.compute() if labelled else None
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero and self._folder is not None:
+            self._write(self._folder, labelled)
+        if trainer.is_global_zero and tally is not None and confusion is not None:
+            if self._folder is not None:
+                self._draw(tally, confusion, self._folder)
+            elif trainer.loggers and trainer.state.fn == "fit":
+                folder = Path(trainer.default_root_dir) / "validation"
+                for path in self._draw(tally, confusion, folder):
+                    log_picture(trainer, f"{self.name}/{path.stem}", path)
+
+    def _draw(self, tally: dict[str, Tensor], confusion: Tensor, folder: Path) -> list[Path]:
+        """Pictures of what was counted; returns their files."""
+        paths = [folder / "confusion.png"]
+        save_confusion_matrix(confusion, class_names(self.classifier.denoiser), paths[0])
+        if bool((tally["judged_S"] > 0).any()):
+            paths.append(folder / "timesteps.png")
+            accuracy_S = tally["correct_S"].cpu() / tally["judged_S"].cpu()
+            chance = 1 / len(self.candidates or self.classifier.denoiser.candidates)
+            save_timestep_accuracy(self.classifier.timesteps_S, accuracy_S, chance, self.metrics["accuracy"], paths[1])
+        return paths
+
+    def _write(self, folder: Path, labelled: bool) -> None:
+        assert self._store is not None
         settings = self._store.settings
         table = finish(folder, settings)
         metrics: dict[str, Any] = self.metrics or {"images": table.num_rows, "nfe": sum(table["nfe"].to_pylist())}
@@ -450,14 +467,6 @@ class DiffusionClassifierCallback(L.Callback):
         posterior = asdict(self.posterior)
         report = {"metrics": metrics, "settings": settings.identity | {"posterior": posterior} | settings.info}
         (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-        if tally is not None and confusion is not None:
-            save_confusion_matrix(confusion, class_names(self.classifier.denoiser), folder / "confusion.png")
-            if bool((tally["judged_S"] > 0).any()):
-                accuracy_S = tally["correct_S"].cpu() / tally["judged_S"].cpu()
-                chance = 1 / len(self.candidates or self.classifier.denoiser.candidates)
-                save_timestep_accuracy(
-                    self.classifier.timesteps_S, accuracy_S, chance, self.metrics["accuracy"], folder / "timesteps.png"
-                )
 
     # --- plan ------------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from lightning_diffclf import Posterior
-from lightning_diffclf.classifier.posterior import sum_by_class
+from lightning_diffclf import DiffusionClassifier, Draws, PairedTest, Posterior
+from lightning_diffclf.classifier.posterior import correct_prior, estimate_prior, sum_by_class
+from tests.classifier.toys import Toy, some_images
 
 
 def test_reductions_and_temperature():
@@ -131,3 +132,61 @@ def test_bad_settings(make, message):
 def test_sum_by_class():
     p = torch.tensor([[0.1, 0.2, 0.7]])
     assert sum_by_class(p, [2, 0, 2], 4)[0].tolist() == pytest.approx([0.2, 0, 0.8, 0])
+
+
+def test_prior_correction_is_bayes_rule():
+    generator = torch.Generator().manual_seed(0)
+    likelihood_BC = torch.rand(20, 4, dtype=torch.float64, generator=generator)
+    prior_C = torch.tensor([5.0, 1.0, 0.0, 2.0], dtype=torch.float64)
+    uniform = likelihood_BC / likelihood_BC.sum(1, keepdim=True)
+    expected = likelihood_BC * prior_C / 8
+    torch.testing.assert_close(correct_prior(uniform, prior_C), expected / expected.sum(1, keepdim=True))
+    torch.testing.assert_close(correct_prior(uniform, torch.ones(4)), uniform)
+    impossible = correct_prior(torch.tensor([[0.0, 0.0, 1.0, 0.0]], dtype=torch.float64), prior_C)
+    torch.testing.assert_close(impossible, prior_C[None] / 8)
+    for bad in (torch.ones(3), torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.full((4,), torch.nan)):
+        with pytest.raises(ValueError, match="prior: "):
+            correct_prior(uniform, bad)
+
+
+def test_the_prior_of_unlabelled_images_is_found():
+    """Two Gaussians, one four times as common: exact posteriors under a uniform prior."""
+    generator = torch.Generator().manual_seed(0)
+    label_B = (torch.rand(20_000, generator=generator) < 0.2).long()
+    x_B = torch.randn(20_000, dtype=torch.float64, generator=generator) + 2.0 * label_B
+    p_B = torch.sigmoid(2 * x_B - 2)
+    prior_C = estimate_prior(torch.stack([1 - p_B, p_B], 1))
+    torch.testing.assert_close(prior_C, torch.tensor([0.8, 0.2], dtype=torch.float64), atol=0.01, rtol=0)
+
+
+def test_a_fit_works_in_inference_mode():
+    scores, targets = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 3
+    expected = Posterior().fit(scores, targets, dims=10).temperature
+    with torch.inference_mode():
+        assert Posterior().fit(scores.clone(), targets.clone(), dims=10).temperature == pytest.approx(expected)
+
+
+# --- differences to the winner -------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_over_the_draws_that_both_saw():
+    """By a plain loop over the chain: who was best when a candidate fell, and when that one fell."""
+    images = some_images(20)
+    rule = PairedTest(0.4)
+    full = list(DiffusionClassifier(Toy(8), Draws(30), keep_errors=True)(images))
+    some = list(DiffusionClassifier(Toy(8), Draws(30), elimination=rule)(images))
+    assert len({d for r in some for d in r.draws_K.tolist()}) > 3
+    for everything, result in zip(full, some, strict=True):
+        errors_KS, draws_K = everything.errors_KS.double(), result.draws_K
+        for k in range(8):
+            total, at = 0.0, k
+            while at != result.candidate:
+                n = int(draws_K[at])
+                means = errors_KS[:, :n].mean(1)
+                stay = [c for c in range(8) if draws_K[c] > n or c == result.candidate]
+                conqueror = min(stay, key=lambda c: float(means[c]))
+                total += float(means[at] - means[conqueror])
+                at = conqueror
+            assert float(result.differences_K[k]) == pytest.approx(total, rel=1e-5, abs=1e-9)
+    for result in full:
+        torch.testing.assert_close(result.differences_K, result.scores_K - result.scores_K.min())

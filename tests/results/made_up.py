@@ -1,0 +1,67 @@
+"""Made-up runs: decisions without a network."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lightning_diffclf.results.predictions import Row, to_table
+from lightning_diffclf.results.store import Settings, claim, write_whole
+
+
+def picture(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8), shade % 256).save(file, "WEBP", lossless=True)
+    return file.getvalue()
+
+
+def made_up_rows(count: int, classes: int, seed: int = 0, draws: int = 20, labelled: bool = True, sharp: float = 1.0):
+    """Decisions that are calibrated when temperature is ``sharp``."""
+    rng = np.random.default_rng(seed)
+    truth = np.random.default_rng(99).integers(classes, size=count)
+    for i in range(count):
+        logits = rng.normal(size=classes)
+        logits[truth[i]] += 3
+        p = np.exp(logits) / np.exp(logits).sum()
+        label = int(rng.choice(classes, p=p))
+        best = int(logits.argmax())
+        spent = rng.integers(1, draws, classes)
+        spent[best] = draws
+        choice = np.where(rng.random(draws) < 0.7, best, rng.integers(classes, size=draws))
+        leader = np.where(np.arange(draws) < 3, choice, best)
+        yield Row(
+            id=str(i),
+            label=label if labelled else None,
+            prediction=best,
+            top5=np.argsort(-logits)[:5].astype(np.int32),
+            margin=float(rng.exponential(5)),
+            abstained=False,
+            candidates_K=np.arange(classes, dtype=np.int32),
+            scores_K=(0.3 - logits * sharp / 64),
+            differences_K=((logits.max() - logits) * sharp / 64).astype(np.float32),
+            draws_K=spent.astype(np.int32),
+            nfe=int(spent.sum()),
+            dims=64,
+            choice_S=choice.astype(np.int32),
+            leader_S=leader.astype(np.int32),
+            seconds=0.25,
+            rank=i % 2,
+            thumbnail=picture(i),
+            error_map=rng.normal(size=(4, 4)).astype(np.float32) if label != best and i < 40 else None,
+        )
+
+
+def made_up_run(folder: Path, rows, classes: int, draws: int = 20, **identity) -> Path:
+    names = [f"kind {c} <&>" for c in range(classes)]
+    info = {
+        "candidate_names": names,
+        "candidate_classes": list(range(classes)),
+        "class_names": names,
+        "timesteps_S": np.random.default_rng(0).permutation(draws).tolist(),
+        "log_snr_S": list(range(draws)),
+        "command": "evaluate.py --ckpt 'a b.ckpt'",
+    }
+    settings = Settings({"draws": draws, **identity}, info)
+    write_whole(to_table(list(rows)), settings, claim(folder, settings))
+    return folder

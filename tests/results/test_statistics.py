@@ -1,0 +1,73 @@
+"""Against torchmetrics, sklearn, scipy and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom, norm
+from sklearn.metrics import brier_score_loss, log_loss
+from torchmetrics.classification import MulticlassCalibrationError
+
+from lightning_diffclf.results.statistics import brier, ece, mcnemar, nll, reliability, selective, wilson
+
+
+@given(st.integers(1, 2000), st.data())
+def test_wilson_is_the_score_interval(total, data):
+    right = data.draw(st.integers(0, total))
+    found = wilson(right, total)
+    z, p = norm.ppf(0.975), right / total
+    centre = (p + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * np.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
+    assert found == pytest.approx((p, max(0, centre - half), min(1, centre + half)), abs=1e-9)
+
+
+def test_wilson_covers():
+    inside = sum(binom.pmf(k, 40, 0.9) for k in range(41) if wilson(k, 40).low <= 0.9 <= wilson(k, 40).high)
+    assert 0.93 < inside < 0.98
+    for right, total in ((1, 0), (-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match="interval: "):
+            wilson(right, total)
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    assert mcnemar(0, 0) == 1
+    for a, b in ((3, 11), (11, 3), (0, 6), (5, 5)):
+        tail = binom.cdf(min(a, b), a + b, 0.5)
+        assert mcnemar(a, b) == pytest.approx(min(1, 2 * tail))
+
+
+def probabilities(count: int = 300, classes: int = 5):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(count, classes)) * 2
+    p_BC = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return p_BC, np.array([rng.choice(classes, p=p) for p in p_BC])
+
+
+def test_calibration_error_is_that_of_torchmetrics():
+    p_BC, label_B = probabilities()
+    metric = MulticlassCalibrationError(5, n_bins=15, norm="l1")
+    expected = metric(torch.from_numpy(p_BC), torch.from_numpy(label_B))
+    assert ece(p_BC.max(1), p_BC.argmax(1) == label_B) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_scores_are_those_of_sklearn():
+    p_BC, label_B = probabilities()
+    chosen = p_BC[np.arange(300), label_B]
+    assert nll(chosen) == pytest.approx(log_loss(label_B, p_BC))
+    expected = brier_score_loss(label_B, p_BC, labels=range(5), scale_by_half=False)
+    assert brier(chosen, np.square(p_BC).sum(1)) == pytest.approx(expected)
+    assert np.isfinite(nll(np.array([0.0, 1.0])))
+
+
+def test_bins_hold_every_image_once():
+    confidence = np.array([1e-9, 0.2, 0.2000001, 0.5, 1.0, 1.0])
+    bins = reliability(confidence, np.array([0, 1, 1, 0, 1, 0]), bins=5)
+    assert bins.images.tolist() == [2, 1, 1, 2]
+    assert bins.accuracy.tolist() == [0.5, 1, 0, 0.5]
+
+
+def test_selective_accuracy():
+    curve = selective(np.array([0.1, 0.9, 0.5, 0.7]), np.array([0, 1, 0, 1]))
+    assert curve.coverage.tolist() == [0.25, 0.5, 0.75, 1]
+    np.testing.assert_allclose(curve.accuracy, [1, 1, 2 / 3, 0.5])
