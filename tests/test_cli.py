@@ -262,7 +262,10 @@ def test_bad_replays_give_one_clear_error(flags, message, kept, capsys):
 
 
 def test_replay_is_in_the_help(capsys):
-    for args, word in ((["--help"], "diffclf replay errors.parquet"), (["replay", "--help"], "--elimination")):
+    for args, word in (
+        (["--help"], "diffclf classify. Stored results: diffclf report, compare, merge and replay"),
+        (["replay", "--help"], "--elimination"),
+    ):
         with pytest.raises(SystemExit) as exit_info:
             main(args)
         assert exit_info.value.code == 0

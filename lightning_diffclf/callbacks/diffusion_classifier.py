@@ -161,6 +161,7 @@ class DiffusionClassifierCallback(L.Callback):
         self.metrics: dict[str, float] = {}
         self.planned: Plan | None = None
         self._labels: list[int | None] = []
+        self._ids: list[int | str] = []
         self._pictures: deque[tuple[bytes | None, Tensor | None]] = deque()  # thumbnail and image of undecided images
         self._maps = 0  # error maps that this rank may still make
         self._late = 0.0  # seconds since the last decision
@@ -258,7 +259,8 @@ class DiffusionClassifierCallback(L.Callback):
             self._restore_limits(trainer)
             self._batches = batches_within_limit(trainer, loaders[0])
         self._metrics(pl_module).reset()
-        self.results, self._labels, self.metrics, self._correct, self._nfe, self._late = [], [], {}, 0, 0, 0.0
+        self.results, self._labels, self._ids, self.metrics = [], [], [], {}
+        self._correct, self._nfe, self._late = 0, 0, 0.0
         self._pictures.clear()
         self._run = self.classifier.run()
         self._folder, self._store, self._measured, self.planned = None, None, None, None
@@ -316,7 +318,7 @@ class DiffusionClassifierCallback(L.Callback):
         self._classify(trainer, pl_module, batch, last=batch_idx + 1 == trainer.num_predict_batches[0])
 
     def _classify(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, last: bool) -> None:
-        images, labels, ids = unpack(batch)
+        images, labels, ids, lists, keys = unpack(batch)
         batch_size = len(images)
         count = batch_size if self._remaining is None else min(batch_size, self._remaining)
         if count > 0:
@@ -331,12 +333,15 @@ class DiffusionClassifierCallback(L.Callback):
                 with trainer.precision_plugin.forward_context():  # hooks run outside autocast
                     self._measured = measure(self.classifier, images, ids, self.candidates)
                 return
+            keys = ids if keys is None else list(keys)[:count]
             if self._remaining is not None:
                 self._remaining -= count
             if self._store is not None:
                 new = [i for i in range(count) if str(ids[i]) not in self._store.finished]
                 if len(new) < count:
-                    images, ids, known = images[new], [ids[i] for i in new], [known[i] for i in new]
+                    images, known = images[new], [known[i] for i in new]
+                    ids, keys = [ids[i] for i in new], [keys[i] for i in new]
+                    lists = None if lists is None else [lists[i] for i in new]
                     if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
                         trainer.progress_bar_callback.skip_images(count - len(new))
                 for image, label in zip(images, known, strict=True):
@@ -344,8 +349,9 @@ class DiffusionClassifierCallback(L.Callback):
                     self._pictures.append((thumbnail(image), image.cpu() if for_map else None))
             if len(images):
                 with trainer.precision_plugin.forward_context():  # a proposal may call the network
-                    self._run.add(images, ids, self.candidates)
+                    self._run.add(images, keys, self.candidates if lists is None else list(lists)[: len(images)])
                 self._labels += known
+                self._ids += ids
                 self._decide(trainer, pl_module, self._run.work())
         # What does not fill a micro-batch waits for the next batch, but not for the end of the epoch: hooks of other
         # callbacks may change the weights there.
@@ -360,11 +366,14 @@ class DiffusionClassifierCallback(L.Callback):
         with trainer.precision_plugin.forward_context():  # hooks run outside autocast
             for result in decisions:
                 seconds, label = time.perf_counter() - start, self._labels[begun + len(rows)]
+                key, result = result.image_id, replace(result, image_id=self._ids[begun + len(rows)])
                 extra: dict[str, Any] = {"seconds": seconds, "rank": trainer.global_rank}
                 if self._store is not None:
                     extra["thumbnail"], image = self._pictures.popleft()
                     if label not in (None, result.label) and image is not None and self._maps > 0:
-                        extra["error_map"] = self._error_map(result, label, image.to(pl_module.device))
+                        extra["error_map"] = self._error_map(
+                            replace(result, image_id=key), label, image.to(pl_module.device)
+                        )
                 row = Row.of(result, classes, self.classifier.weights_S, label, **extra)
                 rows.append(replace(row, thumbnail=None, error_map=None))
                 self.results.append(replace(result, errors_KS=None, distances_SKK=None))
@@ -436,7 +445,7 @@ class DiffusionClassifierCallback(L.Callback):
         tally = self._metrics(pl_module).tally.compute() if labelled else None  # by all ranks: it syncs
         confusion = self._metrics(pl_module).confusion.compute() if labelled else None
         if trainer.is_global_zero and self._folder is not None:
-            self._write(self._folder, labelled)
+            self._write(self._folder, labelled, getattr(trainer, "datamodule", None))
         if trainer.is_global_zero and tally is not None and confusion is not None:
             if self._folder is not None:
                 self._draw(tally, confusion, self._folder)
@@ -456,7 +465,7 @@ class DiffusionClassifierCallback(L.Callback):
             save_timestep_accuracy(self.classifier.timesteps_S, accuracy_S, chance, self.metrics["accuracy"], paths[1])
         return paths
 
-    def _write(self, folder: Path, labelled: bool) -> None:
+    def _write(self, folder: Path, labelled: bool, datamodule: Any) -> None:
         assert self._store is not None
         settings = self._store.settings
         table = finish(folder, settings)
@@ -464,6 +473,9 @@ class DiffusionClassifierCallback(L.Callback):
         if labelled:
             calibrated = calibrate(from_table(table), self.classifier.denoiser.candidates.classes, self.posterior)
             metrics = self.metrics | (asdict(calibrated) if calibrated is not None else {})
+        score = getattr(datamodule, "score", None)  # numbers of the data set's own
+        if score is not None:
+            self.metrics = metrics = score(from_table(table)) | metrics
         posterior = asdict(self.posterior)
         report = {"metrics": metrics, "settings": settings.identity | {"posterior": posterior} | settings.info}
         (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -593,7 +605,9 @@ def schedule_name(schedule: NoiseSchedule) -> str:
 def fingerprint(module: torch.nn.Module) -> str:
     """A short name of a network's weights: that of up to 1,000 values of each parameter and buffer."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(module.state_dict().items()):
+    # Frozen networks are not parts of their module, or they would be averaged and saved with it.
+    parts = [module, *getattr(module, "frozen", [])]
+    for name, value in [item for part in parts for item in sorted(part.state_dict().items())]:
         if isinstance(value, Tensor):
             some = value.detach().flatten()[:: max(1, value.numel() // 1000)].float().cpu()
             digest.update(f"{name} {tuple(value.shape)}".encode())

@@ -10,15 +10,23 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W), class labels (B,) int64 or None, and ids (B) or None."""
+    """Images (B, C, H, W), class labels (B,) int64 or None, ids (B) or None; what else a batch may bring.
+
+    ``candidates``: a list of candidates for each image, where they differ. ``noise_keys``: ids to take the noise from,
+    where images are to see the same draws.
+    """
 
     images: Tensor
     labels: Tensor | None
     ids: Sequence[int | str] | None
+    candidates: Sequence[Sequence[int]] | None = None
+    noise_keys: Sequence[int | str] | None = None
 
 
 def unpack(batch: Any) -> Batch:
-    """Take a batch apart: a mapping with ``image`` (``label``, ``id``), or (images, labels[, ids]), or images alone.
+    """Take a batch apart: a mapping with ``image`` and what else :class:`Batch` has, or (images, labels[, ids]).
+
+    Or images alone.
 
     Raises:
         TypeError: if the batch is none of these.
@@ -31,7 +39,8 @@ def unpack(batch: Any) -> Batch:
     if isinstance(batch, Tensor):
         return Batch(batch, None, None)
     if isinstance(batch, Mapping) and "image" in batch:
-        return Batch(batch["image"], batch.get("label"), _listed(batch.get("id")))
+        others = batch.get("candidates"), _listed(batch.get("noise_key"))
+        return Batch(batch["image"], batch.get("label"), _listed(batch.get("id")), *others)
     if isinstance(batch, Sequence) and 1 <= len(batch) <= 3 and isinstance(batch[0], Tensor):
         images, labels, ids = [*batch, None, None][:3]
         return Batch(images, labels, _listed(ids))

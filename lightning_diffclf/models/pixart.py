@@ -1,0 +1,42 @@
+"""PixArt-alpha and -sigma: a DiT with cross-attention to T5, which predicts a variance as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NETWORK = "transformer"
+TEXT = ("text_encoder",)
+STEP = 2  # latents come in squares of this side
+
+
+def embed(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
+    text, mask, *_ = pipeline.encode_prompt(
+        prompts, do_classifier_free_guidance=False, device=pipeline.text_encoder.device
+    )
+    return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+
+
+def shared(pipeline: Any, x0: Tensor) -> dict[str, Tensor]:
+    if not getattr(pipeline.transformer, "use_additional_conditions", False):
+        return {}
+    height, width = (side * pipeline.vae_scale_factor for side in x0.shape[2:])
+    dtype = pipeline.transformer.dtype
+    return {
+        "resolution": torch.tensor([[height, width]], dtype=dtype),
+        "aspect_ratio": torch.tensor([[height / width]], dtype=dtype),
+    }
+
+
+def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+    added = {name: conditions.get(name) for name in ("resolution", "aspect_ratio")}
+    output: Tensor = network(
+        x_t,
+        encoder_hidden_states=conditions["encoder_hidden_states"],
+        encoder_attention_mask=conditions["encoder_attention_mask"],
+        timestep=t,
+        added_cond_kwargs=added,
+    ).sample
+    return output

