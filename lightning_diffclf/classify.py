@@ -23,6 +23,7 @@ from lightning_diffclf.data.images import find_images, open_image, transform
 from lightning_diffclf.data.prompts import from_names
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
 
+LATENT_INFLATION = 5.0  # residuals of latents are correlated; docs/elimination.md
 AHEAD = 16  # images that are read before the first of them is decided
 
 
@@ -88,8 +89,8 @@ def classify(
     if dtype not in kinds:
         raise ValueError(f"dtype: {dtype!r}, expected one of {sorted(kinds)}")
     denoiser = PipelineDenoiser(load(model, revision, kinds[dtype]), *prompt_set)
-    rule = elimination or LikelihoodRatio()
-    classifier = DiffusionClassifier(denoiser, Draws(draws), loss, rule, microbatch)
+    rule = elimination or LikelihoodRatio(inflation=LATENT_INFLATION)
+    classifier = DiffusionClassifier(denoiser, Draws(draws), loss, rule, microbatch, ensemble="mean")
     prepare = transform(*((size, size) if size else denoiser.native_size))
     names = list(labels)
     posterior = Posterior(temperature=temperature)

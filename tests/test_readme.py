@@ -44,6 +44,7 @@ def test_commands_and_api_run_as_written(folder, monkeypatch, capsys):
             assert re.search(rf"^{args[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
         else:
             script, *flags = args if program == "python" else (program, *args)
+            flags = [str(ROOT / flag) if flag.startswith("tests/") else flag for flag in flags]
             MAINS[script]([*flags, *SMALLER.get(script, "").split()])
             seen.add(script)
     assert seen == set(MAINS)

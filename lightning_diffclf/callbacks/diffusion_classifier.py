@@ -77,6 +77,8 @@ class DiffusionClassifierCallback(L.Callback):
         proposal: Names the candidates to try for each image: any callable from images (B, C, H, W) to indices (B, m);
             see :mod:`~lightning_diffclf.classifier.proposal`. Then ``proposal_recall`` is logged as well: the share of
             images whose class it named. Not used where ``candidates`` are given.
+        ensemble: ``best`` or ``mean``: what counts where a class has several candidates (prompts), its best one or the
+            mean over all.
         compile: Compile the network for micro-batches of one size; pays in long evaluations.
         fit_images: Images that validation during ``fit`` classifies, over all ranks; None for all, 0 for none.
         every_n_validations: Classify in every n-th validation of ``fit``.
@@ -122,6 +124,7 @@ class DiffusionClassifierCallback(L.Callback):
         abstain: float = 0.0,
         proposal: Callable[[Tensor], Any] | None = None,
         compile: bool = False,
+        ensemble: Literal["best", "mean"] = "best",
         fit_images: int | None = 128,
         every_n_validations: int = 1,
         output_dir: str | None = None,
@@ -151,7 +154,7 @@ class DiffusionClassifierCallback(L.Callback):
         self.candidates = candidates
         self.posterior = Posterior(reduction, temperature)
         self.weights, self.budget, self.abstain = weights, budget, abstain
-        self.proposal, self.compile = proposal, compile
+        self.proposal, self.compile, self.ensemble = proposal, compile, ensemble
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.output_dir, self.elsewhere, self.flush_every = output_dir, elsewhere, flush_every
         self.error_maps = error_maps
@@ -206,6 +209,7 @@ class DiffusionClassifierCallback(L.Callback):
             abstain=self.abstain,
             proposal=self.proposal,
             compile=self.compile,
+            ensemble=self.ensemble,
         )
         known = len(pl_module.candidates)
         if self.candidates is not None and not all(0 <= c < known for c in self.candidates):
@@ -561,6 +565,7 @@ class DiffusionClassifierCallback(L.Callback):
             "abstain": self.abstain,
             "proposal": None if self.proposal is None else name_of(self.proposal),
             "candidates": self.candidates,
+            "ensemble": self.ensemble,
             "precision": str(trainer.precision),
             "keep_errors": self.keep_errors,
             "keep_distances": self.keep_distances,

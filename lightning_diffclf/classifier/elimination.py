@@ -33,6 +33,8 @@ class Round:
             errors or distances.
         distances_RAA: Mean squared difference between the noise that two candidates predict, over the D values of x0
             (R, A, A), float32; None unless the rule needs distances.
+        class_A: Class of each candidate (A,), where those of a class stay or go together; scores and errors are then
+            means over each class.
     """
 
     loss: str
@@ -45,6 +47,11 @@ class Round:
     weights_R: np.ndarray
     errors_RA: np.ndarray | None = None
     distances_RAA: np.ndarray | None = None
+    class_A: np.ndarray | None = None
+
+    def whole_classes(self, survives_A: np.ndarray) -> np.ndarray:
+        """Who survives (A,), bool, if all of a class do where one does."""
+        return survives_A if self.class_A is None else np.isin(self.class_A, self.class_A[survives_A])
 
 
 class Elimination:
@@ -242,7 +249,7 @@ class SequentialTest(Elimination):
             np.put_along_axis(survives_FA, order_FA, ~drops_FA, 1)
             for i, state, added, survives_A in zip(members, some, added_F.tolist(), survives_FA, strict=True):
                 state.spent += added
-                result[i] = survives_A
+                result[i] = rounds[i].whole_classes(survives_A)
         self.remember(states, rounds, result)
         return result
 

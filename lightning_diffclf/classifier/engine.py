@@ -51,6 +51,8 @@ class DiffusionClassifier:
         budget: Network calls for one image at most. An image that has spent them is decided by the draws so far,
             which all of its remaining candidates have seen.
         abstain: Results whose :attr:`Classification.margin` is below this many nats are marked as abstained.
+        ensemble: Where classes have several candidates (prompts): ``best`` takes the class of the best candidate,
+            ``mean`` the class with the lowest mean score over its candidates, which then stay or go together.
         proposal: Names the candidates of each image, where a call does not: any callable; see :mod:`~.proposal`.
         compile: Compile the network (``torch.compile``, with CUDA graphs on a GPU). Every call then has exactly
             ``microbatch`` rows, the last ones padded, so that it is compiled once. Pays after many calls.
@@ -81,6 +83,7 @@ class DiffusionClassifier:
         abstain: float = 0.0,
         proposal: Proposal | None = None,
         compile: bool = False,
+        ensemble: str = "best",
     ) -> None:
         missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(denoiser, m)]
         if missing:
@@ -88,6 +91,8 @@ class DiffusionClassifier:
         for name, value in (("microbatch", microbatch), ("in_flight", in_flight), ("budget", budget)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value}, expected at least 1")
+        if ensemble not in ("best", "mean"):
+            raise ValueError(f"ensemble: {ensemble!r}, expected 'best' or 'mean'")
         if not abstain >= 0:
             raise ValueError(f"abstain: {abstain}, expected a margin in nats, 0 or more")
         self.denoiser = denoiser
@@ -104,6 +109,10 @@ class DiffusionClassifier:
         self.in_flight = in_flight or microbatch
         self.keep_errors, self.keep_distances = keep_errors, keep_distances
         self.budget, self.abstain, self.proposal = budget, abstain, proposal
+        # One candidate for each class has no mean to take.
+        classes = denoiser.candidates.classes
+        pools = ensemble == "mean" and len(set(classes)) < len(classes)
+        self.class_of = np.array(classes) if pools else None
         self._compiled = CompiledPredict(denoiser, microbatch) if compile else None
 
     def __call__(
@@ -382,33 +391,41 @@ class Run:
         asked = [flight for flight in finished if len(flight.active_A)]
         survivors = c.rule.survivors_of([flight.state for flight in asked], rounds)
         for flight, current, survives_A in zip(asked, rounds, survivors, strict=True):
-            flight.keep(survives_A, current.scores_A, self._dims)
+            flight.keep(current.whole_classes(survives_A), current.scores_A, self._dims)
         for flight in finished:
             if self._is_decided(flight):
                 self._decided[flight.position] = self._decide(flight)
                 self._slots.free.append(flight.slot)
                 self._flights.remove(flight)
 
+    def _class_of(self, flight: Flight) -> np.ndarray | None:
+        """Class of each candidate in play, where classes are compared by means over theirs."""
+        class_of = self._classifier.class_of
+        return None if class_of is None else class_of[flight.candidates_K[flight.active_A]]
+
     def _round(self, flight: Flight) -> Round:
         """What the rule is shown of the round that has just landed."""
-        c, spent = self._classifier, slice(flight.done, flight.stop)
+        c, spent, class_A = self._classifier, slice(flight.done, flight.stop), self._class_of(flight)
         return Round(
             c.loss.name,
             flight.stop,
             len(c.timesteps_S),
             self._dims,
             flight.active_A,
-            flight.sums_K[flight.active_A] / flight.stop,
+            flight.pooled(flight.sums_K[flight.active_A], class_A) / flight.stop,
             c.log_snr_S[spent],
             c.weights_S[spent],
-            flight.errors_RA,
+            None if flight.errors_RA is None else flight.pooled(flight.errors_RA, class_A),
             flight.distances_RAA,
+            class_A,
         )
 
     def _is_decided(self, flight: Flight) -> bool:
         """Whether the flight has arrived; begins its next round if not."""
         c, in_play = self._classifier, len(flight.active_A)
-        if in_play == 0 or flight.stop == len(c.timesteps_S) or in_play == 1 < len(flight.candidates_K):
+        class_A = self._class_of(flight)
+        rivals = in_play if class_A is None else len(np.unique(class_A))
+        if in_play == 0 or flight.stop == len(c.timesteps_S) or rivals == 1 < len(flight.candidates_K):
             return True
         stop = self._next_stop(flight)
         if stop == flight.stop:  # out of budget
@@ -432,7 +449,8 @@ class Run:
 
     def _decide(self, flight: Flight) -> Classification:
         c = self._classifier
-        best, scores_K, differences_K = flight.decide(self._dims)
+        class_K = None if c.class_of is None else c.class_of[flight.candidates_K]
+        best, scores_K, differences_K = flight.decide(self._dims, class_K)
         candidate = None if best is None else int(flight.candidates_K[best])
         return Classification(
             image_id=flight.image_id,

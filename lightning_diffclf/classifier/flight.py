@@ -122,16 +122,31 @@ class Flight:
                 self.margin = min(self.margin, self.stop * dims * gap / (2 * float(scores_A[best]) + 1e-300))
             self.forget(dropped_A)
 
-    def decide(self, dims: int) -> tuple[int | None, np.ndarray, np.ndarray]:
-        """All are let go. Returns the position of the winner, if there is one, ``scores_K`` and ``differences_K``."""
+    def pooled(self, values_XA: np.ndarray, class_A: np.ndarray | None) -> np.ndarray:
+        """``values_XA``, or for each candidate the mean over those in play of its class, if ``class_A`` is given."""
+        if class_A is None:
+            return values_XA
+        same_AA = class_A[:, None] == class_A
+        return values_XA @ (same_AA / same_AA.sum(0))
+
+    def decide(self, dims: int, class_K: np.ndarray | None = None) -> tuple[int | None, np.ndarray, np.ndarray]:
+        """All are let go. Returns the position of the winner, if there is one, ``scores_K`` and ``differences_K``.
+
+        Where ``class_K`` is given, classes are compared by the mean over their candidates.
+        """
         scores_K = self.sums_K / self.draws_K
         differences_K = np.full(len(scores_K), np.inf)
         if len(self.active_A) == 0:
             return None, scores_K, differences_K
-        best = int(self.active_A[np.argmin(scores_K[self.active_A])])
-        self.keep(np.zeros(len(self.active_A), dtype=bool), scores_K[self.active_A], dims)
+        pooled_A = self.pooled(scores_K[self.active_A], None if class_K is None else class_K[self.active_A])
+        best = int(self.active_A[np.lexsort((scores_K[self.active_A], pooled_A))[0]])
+        if class_K is None:
+            self.keep(np.zeros(len(self.active_A), dtype=bool), pooled_A, dims)
+        else:
+            self.keep(class_K[self.active_A] == class_K[best], pooled_A, dims)
         differences_K[best] = 0
         for stop, active_A, sums_A in reversed(self.history):
+            sums_A = self.pooled(sums_A, None if class_K is None else class_K[active_A])
             stays_A = (self.draws_K[active_A] > stop) | (active_A == best)
             conqueror = np.where(stays_A, sums_A, np.inf).argmin()
             drops_A = ~stays_A & np.isfinite(scores_K[active_A])

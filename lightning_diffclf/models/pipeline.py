@@ -209,6 +209,9 @@ def load(pretrained: str, revision: str | None = None, dtype: torch.dtype = torc
     from diffusers import DiffusionPipeline
 
     folder = Path(pretrained)
+    if not folder.exists() and pretrained.startswith("assets/"):  # comes with the repository, like names of configs/
+        folder = Path(__file__).resolve().parents[2] / pretrained
+        pretrained = str(folder) if folder.exists() else pretrained
     if folder.exists():
         _check_folder(folder, others)
     try:

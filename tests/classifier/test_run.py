@@ -216,3 +216,45 @@ def test_compiled_once_for_all_micro_batches():
     same(list(classifier(images)), plain)
     same(list(classifier(images[:1])), plain[:1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# --- several candidates for a class --------------------------------------------------------------------------------
+
+CLASSES = [2, 0, 0, 1, 1, 2, 0]  # uneven, and mixed up
+
+
+def pooled(values_K):
+    return np.array([np.mean([v for v, c in zip(values_K, CLASSES, strict=True) if c == own]) for own in CLASSES])
+
+
+def test_the_mean_over_prompts_decides():
+    images, denoiser = some_images(30), Toy(7)
+    denoiser.candidates = Candidates(list("abcdefg"), CLASSES)
+    best = list(DiffusionClassifier(denoiser, Draws(12))(images))
+    mean = list(DiffusionClassifier(denoiser, Draws(12), ensemble="mean")(images))
+    for a, b in zip(best, mean, strict=True):
+        assert torch.equal(a.scores_K, b.scores_K)
+        expected = pooled(a.scores_K.numpy())
+        assert b.label == CLASSES[int(expected.argmin())]
+        mine = [k for k in range(7) if CLASSES[k] == b.label]
+        assert b.candidate == min(mine, key=lambda k: float(a.scores_K[k]))
+        np.testing.assert_allclose(b.differences_K, expected - expected.min(), atol=1e-12)
+        others = min(expected[k] for k in range(7) if CLASSES[k] != b.label)
+        margin = 12 * b.dims * (others - expected.min()) / (2 * expected.min())
+        assert b.margin == pytest.approx(margin)
+    assert any(a.label != b.label for a, b in zip(best, mean, strict=True))
+    with pytest.raises(ValueError, match="ensemble: 'sum', expected 'best' or 'mean'"):
+        DiffusionClassifier(denoiser, ensemble="sum")
+
+
+@pytest.mark.parametrize("rule", [PairedTest(0.05), LikelihoodRatio(0.05)])
+def test_prompts_of_a_class_stay_or_go_together(rule):
+    images, denoiser = some_images(30), Toy(7)
+    denoiser.candidates = Candidates(list("abcdefg"), CLASSES)
+    full = list(DiffusionClassifier(denoiser, Draws(30), ensemble="mean")(images))
+    some = list(DiffusionClassifier(denoiser, Draws(30), elimination=rule, ensemble="mean", microbatch=11)(images))
+    for result in some:
+        for c in range(3):
+            assert len({int(d) for d, own in zip(result.draws_K, CLASSES, strict=True) if own == c}) == 1
+    assert sum(a.label == b.label for a, b in zip(full, some, strict=True)) >= 28
+    assert sum(r.nfe for r in some) < sum(r.nfe for r in full)
