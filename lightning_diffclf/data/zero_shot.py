@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+import webdataset as wds
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-from lightning_diffclf.data.images import find_images, open_image, stacked, to_rgb, transform
+from lightning_diffclf.data.images import SUFFIXES, find_images, open_image, stacked, to_rgb, transform
 
 CATS = (
     "Abyssinian", "Bengal", "Birman", "Bombay", "British Shorthair", "Egyptian Mau", "Maine Coon", "Persian", "Ragdoll",
@@ -160,6 +162,40 @@ class ObjectNet(FolderImages):
         self.classes = [str(names[c]) for c in kept]
 
 
+def webdataset_of(pattern: str, prepare: Callable[[Image.Image], Any]) -> Any:
+    """Samples of tar shards, each on one rank and in one worker; ``__key__`` is the id, ``cls`` the label.
+
+    Args:
+        pattern: Shards, such as ``data/val-{000000..000063}.tar``, or a folder with ``*.tar``.
+        prepare: RGB image to tensor.
+
+    Raises:
+        FileNotFoundError: if there are no shards.
+    """
+    folder = Path(pattern)
+    urls = (
+        sorted(str(path) for path in folder.glob("*.tar")) if folder.is_dir() else wds.shardlists.expand_urls(pattern)
+    )
+    missing = [url for url in urls if "://" not in url and not Path(url).is_file()]
+    if missing or not urls:
+        raise FileNotFoundError(f"data: no shard {missing[0] if missing else pattern!r}")
+
+    def sample(raw: dict[str, Any]) -> dict[str, Any]:
+        name = f"{raw['__key__']} in {raw.get('__url__')}"
+        suffix = next((key for key in raw if f".{key.lower()}" in SUFFIXES), None)
+        if suffix is None or "cls" not in raw:
+            raise ValueError(f"data: sample {name} has {sorted(raw)}, expected an image (jpg, png, …) and cls")
+        try:
+            with Image.open(io.BytesIO(raw[suffix])) as file:
+                image = to_rgb(ImageOps.exif_transpose(file))
+        except OSError as error:
+            raise ValueError(f"data: the image of sample {name} cannot be read ({error})") from error
+        return {"image": prepare(image), "label": int(raw["cls"]), "id": raw["__key__"]}
+
+    splitters = {"nodesplitter": wds.split_by_node, "workersplitter": wds.split_by_worker}
+    return wds.WebDataset(urls, shardshuffle=False, empty_check=False, **splitters).map(sample)
+
+
 class _Prepared(Dataset[dict[str, Any]]):
     """Images of a data set at their positions, ready for a network; the position in the data set is the id."""
 
@@ -177,7 +213,7 @@ class _Prepared(Dataset[dict[str, Any]]):
 
 
 class ZeroShotDataModule(L.LightningDataModule):
-    """A test set for zero-shot classification: of torchvision by its name, or a folder with a folder for each class.
+    """A test set for zero-shot classification: of torchvision by its name, folders of images, or shards.
 
     Images are resized (shortest edge, bicubic), centre cropped, and scaled to [-1, 1]. The id of an image is its
     position in the whole data set, so that subsets agree with it.
@@ -185,7 +221,8 @@ class ZeroShotDataModule(L.LightningDataModule):
     Args:
         name: ``food101``, ``cifar10``, ``cifar100``, ``aircraft``, ``pets``, ``flowers102``, ``stl10``, ``mnist``,
             ``caltech101``, ``eurosat``; ``imagenet`` (also -V2 and -A: folders by WordNet id or number) and
-            ``objectnet``, from folders; or ``folder``, for images in ``root``, one folder for each class.
+            ``objectnet``, from folders; ``folder``, for images in ``root``, one folder for each class; or
+            ``webdataset``, for tar shards (``root``: a pattern or a folder), with ``class_names`` or a CSV of prompts.
         root: Folder of the data.
         size: Height and width of the images.
         eval_batch_size: Images in a batch of one process.
@@ -217,8 +254,10 @@ class ZeroShotDataModule(L.LightningDataModule):
         border: int = 0,
     ) -> None:
         super().__init__()
-        if name != "folder" and name not in SOURCES:
-            raise ValueError(f"data: {name!r}, expected 'folder' or one of {sorted(SOURCES)}")
+        if name not in ("folder", "webdataset", *SOURCES):
+            raise ValueError(f"data: {name!r}, expected 'folder', 'webdataset' or one of {sorted(SOURCES)}")
+        if name == "webdataset" and (per_class is not None or subset is not None):
+            raise ValueError("data: shards are read in order, expected no subset and no per_class with 'webdataset'")
         for what, value, least in (("eval_batch_size", eval_batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise ValueError(f"{what}: {value}, expected at least {least}")
@@ -249,13 +288,21 @@ class ZeroShotDataModule(L.LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Name of each class, as prompts want them."""
+        if self.name == "webdataset":
+            if self._names is None:
+                raise ValueError("class_names: none given, expected a name for each class of the shards")
+            return self._names
         own = list(self.source.classes if self.name == "folder" else SOURCES[self.name].names(self.source))
         if self._names is not None and len(self._names) != len(own):
             raise ValueError(f"class_names: {len(self._names)}, expected {len(own)}, as {self.name!r} has classes")
         return list(self._names or own)
 
     def setup(self, stage: str | None = None) -> None:
-        self.test = _Prepared(self.source, self._positions(), transform(*self.size))
+        prepare = transform(*self.size)
+        if self.name == "webdataset":
+            self.test: Any = webdataset_of(self.root, prepare)
+        else:
+            self.test = _Prepared(self.source, self._positions(), prepare)
 
     def _positions(self) -> list[int]:
         count = len(self.source)
@@ -282,6 +329,8 @@ class ZeroShotDataModule(L.LightningDataModule):
         return sorted(chosen)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        if self.name == "webdataset":
+            return DataLoader(self.test, self.eval_batch_size, num_workers=self.num_workers, collate_fn=stacked)
         ranks = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None:
             ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}

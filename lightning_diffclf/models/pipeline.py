@@ -194,13 +194,22 @@ class PipelineDenoiser:
         return output
 
 
-def load(pretrained: str, revision: str | None = None, dtype: torch.dtype = torch.float32, **others: Any) -> Any:
+def load(
+    pretrained: str,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    lora: str | None = None,
+    attention: str | None = None,
+    **others: Any,
+) -> Any:
     """Load a diffusers pipeline from a folder or from the Hub.
 
     Args:
         pretrained: Folder in diffusers' format, or repository on the Hub.
         revision: Branch, tag or commit of the repository.
         dtype: Of the weights in memory.
+        lora: Folder, file or repository with LoRA weights, which are merged into the network's.
+        attention: Attention of diffusers by its name (``native``, ``flash``, ``xformers``, …); its default if omitted.
         **others: For ``DiffusionPipeline.from_pretrained``, such as ``text_encoder_3=None``.
 
     Raises:
@@ -217,7 +226,7 @@ def load(pretrained: str, revision: str | None = None, dtype: torch.dtype = torc
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older versions know no other
-            return DiffusionPipeline.from_pretrained(pretrained, revision=revision, torch_dtype=dtype, **others)
+            pipeline = DiffusionPipeline.from_pretrained(pretrained, revision=revision, torch_dtype=dtype, **others)
     except (OSError, ValueError) as error:
         if folder.exists():
             raise ValueError(f"pretrained: {pretrained!r} cannot be loaded ({_first_line(error)})") from error
@@ -227,6 +236,21 @@ def load(pretrained: str, revision: str | None = None, dtype: torch.dtype = torc
             "the name; accept the licence of gated models on their page and log in (`hf auth login`); or, without a "
             "network, give a folder with a downloaded pipeline"
         ) from error
+
+    network = getattr(pipeline, family_of(pipeline).NETWORK)
+    if lora is not None:
+        try:
+            pipeline.load_lora_weights(lora)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"lora: {lora!r} cannot be loaded into {pretrained!r} ({_first_line(error)})") from error
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    if attention is not None:
+        try:
+            network.set_attention_backend(attention)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(f"attention: {attention!r} cannot be used ({_first_line(error)})") from error
+    return pipeline
 
 
 def _first_line(error: BaseException) -> str:

@@ -32,6 +32,8 @@ class ZeroShotStableDiffusion(L.LightningModule):
         dtype: Of the weights; ``auto`` is float16 on a GPU, else float32.
         offload: Keep on the device only what is at work; see :class:`~lightning_diffclf.models.pipeline
             .PipelineDenoiser`.
+        lora: Folder, file or repository with LoRA weights, which are merged into the network's.
+        attention: Attention of diffusers by its name; its default if omitted. ``classifier.compile`` compiles.
         drop_t5: Leave the T5 text encoder of Stable Diffusion 3 out: 10 GB less.
 
     Raises:
@@ -47,12 +49,14 @@ class ZeroShotStableDiffusion(L.LightningModule):
         revision: str | None = None,
         dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
         offload: bool = False,
+        lora: str | None = None,
+        attention: str | None = None,
         drop_t5: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.dtype_name, self.offload, self.drop_t5 = dtype, offload, drop_t5
-        self.pretrained, self.revision = pretrained, revision
+        self.pretrained, self.revision, self.lora, self.attention = pretrained, revision, lora, attention
         # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
         self._denoiser: list[PipelineDenoiser] = []
         self._given = prompts, class_names
@@ -65,7 +69,7 @@ class ZeroShotStableDiffusion(L.LightningModule):
             chosen = torch.float16 if torch.cuda.is_available() else torch.float32
             others: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if self.drop_t5 else {}
             dtype = chosen if self.dtype_name == "auto" else DTYPES[self.dtype_name]
-            pipeline = load(self.pretrained, self.revision, dtype, **others)
+            pipeline = load(self.pretrained, self.revision, dtype, self.lora, self.attention, **others)
             self._denoiser.append(PipelineDenoiser(pipeline, *prompt_set, offload=self.offload))
         return self._denoiser[0]
 
@@ -75,7 +79,9 @@ class ZeroShotStableDiffusion(L.LightningModule):
         if hasattr(data, "prompt_set"):  # the data say it all
             found: PromptSet = data.prompt_set
             return found
-        return make_prompts(prompts, getattr(data, "class_names", None) if class_names is None else class_names)
+        if class_names is None and not is_csv(prompts):
+            class_names = getattr(data, "class_names", None)
+        return make_prompts(prompts, class_names)
 
     @property
     def frozen(self) -> list[nn.Module]:
@@ -113,9 +119,14 @@ class ZeroShotStableDiffusion(L.LightningModule):
         """Nothing is trained."""
 
 
+def is_csv(prompts: str | Sequence[str]) -> bool:
+    """Whether ``prompts`` is the name of a CSV file."""
+    return isinstance(prompts, str) and prompts.endswith(".csv")
+
+
 def make_prompts(prompts: str | Sequence[str], class_names: Sequence[str] | None) -> PromptSet:
     """Candidates and their prompts; see :class:`ZeroShotStableDiffusion`."""
-    if isinstance(prompts, str) and prompts.endswith(".csv"):
+    if isinstance(prompts, str) and is_csv(prompts):
         return from_csv(prompts)
     templates = [TEMPLATES.get(one, one) for one in ([prompts] if isinstance(prompts, str) else prompts)]
     for template in templates:

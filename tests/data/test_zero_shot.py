@@ -125,7 +125,7 @@ def test_names_of_pets_have_their_species():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "cifar"}, "data: 'cifar', expected 'folder' or one of"),
+        ({"name": "cifar"}, "data: 'cifar', expected 'folder', 'webdataset' or one of"),
         ({"eval_batch_size": 0}, "eval_batch_size: 0"),
         ({"per_class": 0}, "per_class: 0"),
         ({"per_class": 1, "subset": "x"}, "no subset file beside it"),
@@ -144,3 +144,42 @@ def test_missing_folders(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(ValueError, match=r"cat' has no image"):
         module(str(tmp_path))
+
+
+def shards(folder, count=7, per_shard=3):
+    from webdataset import ShardWriter
+
+    rng = np.random.default_rng(0)
+    with ShardWriter(f"{folder}/val-%06d.tar", maxcount=per_shard, verbose=0) as writer:
+        for i in range(count):
+            pixels = Image.fromarray(rng.integers(0, 255, (10, 12, 3), dtype=np.uint8))
+            writer.write({"__key__": f"image{i:03d}", "png": pixels, "cls": i % 2})
+    return str(folder)
+
+
+def test_shards_of_webdataset(tmp_path):
+    root = shards(tmp_path)
+    for pattern in (root, f"{root}/val-{{000000..000002}}.tar"):
+        data = module(pattern, name="webdataset", class_names=["cat", "dog"], eval_batch_size=3)
+        batches = list(data.test_dataloader())
+        assert [i for b in batches for i in b["id"]] == [f"image{i:03d}" for i in range(7)]
+        assert torch.cat([b["label"] for b in batches]).tolist() == [0, 1, 0, 1, 0, 1, 0]
+        assert batches[0]["image"].shape == (3, 3, 8, 8)
+    many = ZeroShotDataModule("webdataset", root, size=8, num_workers=2, class_names=["cat", "dog"])
+    many.setup()
+    assert sorted(i for b in many.test_dataloader() for i in b["id"]) == [f"image{i:03d}" for i in range(7)]
+    with pytest.raises(FileNotFoundError, match=r"no shard .*val-000003.tar"):
+        module(f"{root}/val-{{000000..000003}}.tar", name="webdataset")
+    with pytest.raises(ValueError, match="class_names: none given"):
+        _ = ZeroShotDataModule("webdataset", root).class_names
+    with pytest.raises(ValueError, match="expected no subset and no per_class"):
+        ZeroShotDataModule("webdataset", root, per_class=3)
+
+
+def test_shards_without_labels_are_named(tmp_path):
+    from webdataset import ShardWriter
+
+    with ShardWriter(f"{tmp_path}/x-%06d.tar", verbose=0) as writer:
+        writer.write({"__key__": "lonely", "png": Image.new("RGB", (9, 9))})
+    with pytest.raises(ValueError, match=r"sample lonely in .*expected an image \(jpg, png, …\) and cls"):
+        list(module(str(tmp_path), name="webdataset").test_dataloader())

@@ -184,3 +184,35 @@ def test_other_networks_are_refused(folder):
     with pytest.raises(ValueError, match=r"expected a network among \['DiTTransformer2DModel', "):
         PipelineDenoiser(pipeline, Candidates(["cat"]), ["cat"])
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_lora_weights_are_merged(folder, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = load(str(folder))
+    plain = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights="gaussian"))
+    for name, value in pipeline.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    layers = get_peft_model_state_dict(pipeline.unet)
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    merged = load(str(folder), lora=str(tmp_path / "lora")).unet.state_dict()
+    changed = {name for name in plain if not torch.allclose(merged[name], plain[name])}
+    assert changed == {name for name in plain if "to_q.weight" in name}
+    name = sorted(changed)[0]
+    base = name.removesuffix(".weight")
+    pairs = {k: v for k, v in layers.items() if base in k}
+    product = next(v for k, v in pairs.items() if "lora_B" in k) @ next(v for k, v in pairs.items() if "lora_A" in k)
+    torch.testing.assert_close(merged[name], plain[name] + product, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"lora: '.*nothing' cannot be loaded"):
+        load(str(folder), lora=str(tmp_path / "nothing"))
+
+
+def test_attention_is_chosen_by_name(folder):
+    load(str(folder), attention="native")
+    with pytest.raises(ValueError, match="attention: 'quantum' cannot be used"):
+        load(str(folder), attention="quantum")

@@ -118,3 +118,18 @@ def test_the_model_is_small():
     files = list(Path(MODEL).rglob("*.safetensors"))
     assert len(files) == 3
     assert sum(os.path.getsize(path) for path in files) <= 2_000_000
+
+
+def test_prompts_of_a_csv_need_no_class_names(tmp_path):
+    path = tmp_path / "prompts.csv"
+    lines = [f"a photo of a {word},{word},{number}" for number, word in enumerate(WORDS)]
+    path.write_text("\n".join(["prompt,classname,classidx", *lines]))
+
+    class Unnamed(DigitScenesDataModule):
+        @property
+        def class_names(self):
+            raise ValueError("not asked for")
+
+    rows, _, module = evaluate(tmp_path / "out", Unnamed(eval_batch_size=8), 1, draws=8, model={"prompts": str(path)})
+    assert module.candidates.names == WORDS
+    assert sum(a == b for a, b in zip(rows["prediction"], rows["label"], strict=True)) >= 7
