@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from lightning_diffclf import ClassConditionalDiT
-from lightning_diffclf.cli import CONFIGS, DiffClfCLI, evaluate, main, read_checkpoint, train
+from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,17 +55,6 @@ def fails(capsys, command, args) -> str:
     with pytest.raises(SystemExit) as exit_info:
         command(args)
     return f"{exit_info.value.code if isinstance(exit_info.value.code, str) else ''}{capsys.readouterr().err}"
-
-
-@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_every_config_parses(config, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        train([f"--config={config}", "--print_config"])
-    assert exit_info.value.code == 0
-    shown, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load((CONFIGS / config).read_text())
-    for key in ("model", "data"):
-        assert shown[key]["class_path"] == written[key]["class_path"]
-        assert shown[key]["init_args"].items() >= written[key]["init_args"].items()
 
 
 def test_training_leaves_everything_behind(run_dir):
@@ -269,7 +258,7 @@ def test_replay_is_in_the_help(capsys):
         with pytest.raises(SystemExit) as exit_info:
             main(args)
         assert exit_info.value.code == 0
-        assert word in capsys.readouterr().out
+        assert word in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_plan_writes_nothing(run_dir, capsys):

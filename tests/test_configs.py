@@ -37,6 +37,10 @@ def test_it_parses(name, capsys):
     assert values["run_dir"] == f"runs/{Path(name).stem}"
     text = (CONFIGS / name).read_text()
     assert f"--config {name}" in text  # says how it is used
+    written = yaml.safe_load(text)
+    for key in ("model", "data"):
+        assert values[key]["class_path"] == written[key]["class_path"]
+        assert values[key]["init_args"].items() >= written[key].get("init_args", {}).items()
 
 
 @pytest.mark.parametrize("name", PAPER)

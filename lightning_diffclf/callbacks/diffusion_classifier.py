@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import platform
-import shlex
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_diffclf.callbacks.pictures import log_picture
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
+from lightning_diffclf.callbacks.run_settings import class_names, run_settings
+from lightning_diffclf.callbacks.sharding import BATCH_LIMITS, batches_within_limit, images_on_this_rank
 from lightning_diffclf.classifier import (
     Classification,
     DiffusionClassifier,
@@ -41,11 +38,8 @@ from lightning_diffclf.results.figures import save_confusion_matrix, save_timest
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.plan import Measurement, Plan, measure
 from lightning_diffclf.results.predictions import Row, from_table
-from lightning_diffclf.results.store import Settings, Store, claim, finish
+from lightning_diffclf.results.store import Store, claim, finish
 from lightning_diffclf.results.thumbnails import thumbnail
-from lightning_diffclf.schedule import NoiseSchedule
-
-BATCH_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
 
 
 class DiffusionClassifierCallback(L.Callback):
@@ -279,7 +273,7 @@ class DiffusionClassifierCallback(L.Callback):
 
     def _open_store(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, folder: Path) -> None:
         """Before long work: fails here if the folder cannot be used. All ranks agree on it."""
-        settings = self.settings(trainer, pl_module, loader)
+        settings = run_settings(self, trainer, pl_module, loader)
         outcome: Path | Exception | None = None
         if trainer.is_global_zero:
             try:
@@ -541,124 +535,3 @@ class DiffusionClassifierCallback(L.Callback):
                 self._store.flush()  # what was decided before the error is not lost
             except OSError as second:
                 print(f"error: the last decisions could not be written: {second}", file=sys.stderr)
-
-    def settings(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any) -> Settings:
-        """What an evaluation's results depend on, and what else its reader may want to know."""
-        c, denoiser = self.classifier, self.classifier.denoiser
-        dataset: Any = getattr(loader, "dataset", None)
-        names = json.dumps([denoiser.candidates.names, denoiser.candidates.classes]).encode()
-        root = getattr(dataset, "root", None)
-        identity = {
-            "model": type(pl_module).__qualname__,
-            "weights_of_network": fingerprint(pl_module),
-            "schedule": schedule_name(denoiser.schedule),
-            "data": type(dataset).__qualname__,
-            "root": None if root is None else str(root),
-            "images_in_data": len(dataset) if hasattr(dataset, "__len__") else None,
-            "names": hashlib.blake2b(names, digest_size=8).hexdigest(),
-            "draws": len(c.timesteps_S),
-            "seed": c.draws.seed,
-            "loss": self.loss,
-            "elimination": repr(c.rule),
-            "weights": self.weights,
-            "budget": self.budget,
-            "abstain": self.abstain,
-            "proposal": None if self.proposal is None else name_of(self.proposal),
-            "candidates": self.candidates,
-            "ensemble": self.ensemble,
-            "precision": str(trainer.precision),
-            "keep_errors": self.keep_errors,
-            "keep_distances": self.keep_distances,
-        }
-        cuda = trainer.strategy.root_device.type == "cuda"
-        info = {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
-            "microbatch": self.microbatch,
-            "compile": self.compile,
-            "ranks": trainer.world_size,
-            "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-            "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
-            "candidate_names": list(denoiser.candidates.names),
-            "candidate_classes": list(denoiser.candidates.classes),
-            "class_names": class_names(denoiser),
-            "timesteps_S": c.timesteps_S.tolist(),
-            "log_snr_S": c.log_snr_S.tolist(),
-        }
-        return Settings(identity, info)
-
-
-def class_names(module: ConditionalDenoiser) -> list[str]:
-    """A name for each class: that of its first candidate."""
-    names = [str(i) for i in range(module.candidates.num_classes)]
-    for name, c in reversed(list(zip(module.candidates.names, module.candidates.classes, strict=True))):
-        names[c] = name
-    return names
-
-
-def name_of(thing: Any) -> str:
-    """Name of a function, or of the class of an object."""
-    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
-
-
-def schedule_name(schedule: NoiseSchedule) -> str:
-    """A short name of a schedule, by what it does at a few timesteps."""
-    log_snr = [round(value, 4) for value in schedule.log_snr(schedule.timesteps(5)).tolist()]
-    return f"{type(schedule).__name__}, {schedule.prediction}, log SNR {log_snr}"
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """A short name of a network's weights: that of up to 1,000 values of each parameter and buffer."""
-    digest = hashlib.blake2b(digest_size=8)
-    # Frozen networks are not parts of their module, or they would be averaged and saved with it.
-    parts = [module, *getattr(module, "frozen", [])]
-    for name, value in [item for part in parts for item in sorted(part.state_dict().items())]:
-        if isinstance(value, Tensor):
-            some = value.detach().flatten()[:: max(1, value.numel() // 1000)].float().cpu()
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(some.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def batches_within_limit(trainer: L.Trainer, loader: Any) -> int | None:
-    """How many batches of ``loader`` this rank would see under the Trainer's limit; None if there is no limit."""
-    assert trainer.state.fn is not None
-    limit = getattr(trainer, BATCH_LIMITS[trainer.state.fn])
-    if isinstance(limit, int):
-        return limit
-    return None if limit == 1.0 else int(limit * len(loader))
-
-
-def images_on_this_rank(loader: Any, rank: int, world_size: int, cap: int | None) -> int | None:
-    """How many images of ``loader`` this rank has to count, so that all ranks together count each image once.
-
-    A DistributedSampler gives every world_size-th image to a rank and pads short shards at their end with images
-    that other ranks have too: what comes after the number returned here is such padding.
-
-    Args:
-        loader: A DataLoader.
-        rank: This process.
-        world_size: Number of processes.
-        cap: Images over all ranks at most; None for no limit.
-
-    Returns:
-        Number of images, None if unknown (an iterable data set, which must shard itself without repeats).
-
-    Raises:
-        ValueError: if several ranks would all see the same images, or images are dropped.
-    """
-    share = None if cap is None else len(range(rank, cap, world_size))
-    sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        return share
-    if isinstance(sampler, DistributedSampler):
-        if sampler.drop_last and len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
-            raise ValueError("dataloader: its DistributedSampler drops images (drop_last), expected all of them")
-        count = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-    elif world_size > 1 and isinstance(sampler, (SequentialSampler, RandomSampler)):
-        raise ValueError(
-            f"dataloader: each of {world_size} ranks would see all images; set use_distributed_sampler or shard it"
-        )
-    else:
-        count = len(dataset)  # type: ignore[arg-type]
-    return count if share is None else min(count, share)

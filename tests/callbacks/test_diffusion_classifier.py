@@ -26,7 +26,7 @@ from lightning_diffclf import (
     LikelihoodRatio,
     Stages,
 )
-from lightning_diffclf.callbacks.diffusion_classifier import images_on_this_rank
+from lightning_diffclf.callbacks.sharding import images_on_this_rank
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.results.errors import StoredErrors
 from lightning_diffclf.results.store import read_table

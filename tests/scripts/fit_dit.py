@@ -35,4 +35,6 @@ if __name__ == "__main__":
     )
     trainer.fit(model, DigitsDataModule(batch_size=32))
     weight = model.net.final_layer.linear.weight.double().abs().sum().item()
-    print(f"RANK {trainer.global_rank} " + json.dumps({"drawn": model.drawn, "weight": weight}), flush=True)
+    line = f"RANK {trainer.global_rank} " + json.dumps({"drawn": model.drawn, "weight": weight}) + "\n"
+    sys.stdout.write(line)  # at once: ranks share the pipe, and print may write the end of the line apart
+    sys.stdout.flush()

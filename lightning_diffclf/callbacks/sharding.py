@@ -1,0 +1,54 @@
+"""How much of a loader a rank has to count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+
+BATCH_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+
+
+def batches_within_limit(trainer: L.Trainer, loader: Any) -> int | None:
+    """How many batches of ``loader`` this rank would see under the Trainer's limit; None if there is no limit."""
+    assert trainer.state.fn is not None
+    limit = getattr(trainer, BATCH_LIMITS[trainer.state.fn])
+    if isinstance(limit, int):
+        return limit
+    return None if limit == 1.0 else int(limit * len(loader))
+
+
+def images_on_this_rank(loader: Any, rank: int, world_size: int, cap: int | None) -> int | None:
+    """How many images of ``loader`` this rank has to count, so that all ranks together count each image once.
+
+    A DistributedSampler gives every world_size-th image to a rank and pads short shards at their end with images
+    that other ranks have too: what comes after the number returned here is such padding.
+
+    Args:
+        loader: A DataLoader.
+        rank: This process.
+        world_size: Number of processes.
+        cap: Images over all ranks at most; None for no limit.
+
+    Returns:
+        Number of images, None if unknown (an iterable data set, which must shard itself without repeats).
+
+    Raises:
+        ValueError: if several ranks would all see the same images, or images are dropped.
+    """
+    share = None if cap is None else len(range(rank, cap, world_size))
+    sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return share
+    if isinstance(sampler, DistributedSampler):
+        if sampler.drop_last and len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
+            raise ValueError("dataloader: its DistributedSampler drops images (drop_last), expected all of them")
+        count = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    elif world_size > 1 and isinstance(sampler, (SequentialSampler, RandomSampler)):
+        raise ValueError(
+            f"dataloader: each of {world_size} ranks would see all images; set use_distributed_sampler or shard it"
+        )
+    else:
+        count = len(dataset)  # type: ignore[arg-type]
+    return count if share is None else min(count, share)
