@@ -28,7 +28,8 @@ from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.callbacks.ema import EMA
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.samples import SampleGrid
-from lightning_diffclf.commands import COMMANDS, Parser
+from lightning_diffclf.commands import COMMANDS
+from lightning_diffclf.commands.parser import Parser
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

