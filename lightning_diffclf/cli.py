@@ -28,6 +28,7 @@ from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.callbacks.ema import EMA
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.samples import SampleGrid
+from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.parser import Parser
 
@@ -238,6 +239,11 @@ def evaluate(args: Sequence[str] | None = None) -> None:
     own.add_argument("-c", "--config", action="append", default=[], help="YAML file, or the name of one in configs/")
     own.add_argument("--out", help="folder for the results (default: `evaluation` in the folder of the run)")
     own.add_argument(
+        "--part",
+        metavar="I/N",
+        help="classify only the I-th of N parts of the images, as the jobs of an array do; `diffclf merge` joins them",
+    )
+    own.add_argument(
         "--keep-errors",
         nargs="?",
         const=True,
@@ -254,7 +260,8 @@ def evaluate(args: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         configs = [evaluation_config(known.ckpt)] if not known.config else known.config
-        out = known.out or str(default_output(known.ckpt, configs))
+        part = f"-{parse_part(known.part)[0]}of{parse_part(known.part)[1]}" if known.part else ""
+        out = known.out or f"{default_output(known.ckpt, configs)}{part}"
         kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[known.keep_errors]
         from_checkpoint = [f"--ckpt_path={known.ckpt}"] if known.ckpt else []
         DiffClfCLI(
@@ -267,6 +274,7 @@ def evaluate(args: Sequence[str] | None = None) -> None:
                 f"--run_dir={Path(out).parent}",
                 *[f"--classifier.keep_{what}=true" for what in kept],
                 *(["--classifier.plan=true"] if known.plan else []),
+                *([f"--classifier.part={known.part}"] if known.part else []),
                 *from_checkpoint,
                 *flags,
             ]

@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,16 +9,18 @@ from sklearn.datasets import load_digits
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
 
 
-def module(world_size: int = 1, rank: int = 0, **settings) -> DigitsDataModule:
+def module(world_size: int = 1, rank: int = 0, step: int = 0, **settings) -> DigitsDataModule:
     data = DigitsDataModule(**settings)
-    data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
+    cpu = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(
+        world_size=world_size, global_rank=rank, accumulate_grad_batches=1, global_step=step, max_steps=9, strategy=cpu
+    )
     data.setup()
     return data
 
 
-def ids(loader, epoch: int = 0) -> list[int]:
-    loader.sampler.set_epoch(epoch)
-    return [i for batch in loader for i in batch["id"].tolist()]
+def ids(loader, batches: int | None = None) -> list[int]:
+    return [i for batch in itertools.islice(loader, batches) for i in batch["id"].tolist()]
 
 
 def test_the_split_is_fixed_disjoint_and_stratified():
@@ -35,13 +38,14 @@ def test_the_split_is_fixed_disjoint_and_stratified():
     assert test["id"][:3].tolist() == module().test.parts["id"][:3].tolist()
 
 
-def test_training_order_depends_on_seed_and_epoch_only():
+def test_training_order_depends_on_seed_and_step_only():
     torch.manual_seed(0)
-    first = ids(module().train_dataloader())
+    first = ids(module(batch_size=479).train_dataloader(), 3)
     torch.manual_seed(1)
-    assert ids(module().train_dataloader()) == first
-    assert ids(module().train_dataloader(), epoch=1) != first
-    assert ids(module(seed=1).train_dataloader()) != first
+    assert ids(module(batch_size=479).train_dataloader(), 3) == first
+    assert ids(module(batch_size=479, step=3).train_dataloader(), 3) != first
+    assert ids(module(batch_size=479, step=2).train_dataloader(), 1) == first[2 * 479 :]
+    assert ids(module(batch_size=479, seed=1).train_dataloader(), 3) != first
     assert sorted(first) == sorted(module().train.parts["id"].tolist())
 
 
@@ -50,8 +54,9 @@ def test_ranks_share_without_repeats(world_size):
     loaders = [module(world_size, rank) for rank in range(world_size)]
     evaluated = [i for data in loaders for i in ids(data.test_dataloader())]
     assert sorted(evaluated) == sorted(loaders[0].test.parts["id"].tolist())
-    trained = {i for data in loaders for i in ids(data.train_dataloader())}
-    assert trained == set(loaders[0].train.parts["id"].tolist())
+    loaders = [module(world_size, rank, batch_size=42) for rank in range(world_size)]
+    trained = [i for data in loaders for i in ids(data.train_dataloader(), 34)]  # 1,428 of 1,437
+    assert len(set(trained)) == len(trained) == 34 * 42
 
 
 def test_batches():

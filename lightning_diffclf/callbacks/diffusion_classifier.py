@@ -21,7 +21,13 @@ from torch import Tensor
 from lightning_diffclf.callbacks.pictures import log_picture
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.run_settings import class_names, run_settings
-from lightning_diffclf.callbacks.sharding import BATCH_LIMITS, batches_within_limit, images_on_this_rank
+from lightning_diffclf.callbacks.sharding import (
+    BATCH_LIMITS,
+    batches_within_limit,
+    images_on_this_rank,
+    in_part,
+    parse_part,
+)
 from lightning_diffclf.classifier import (
     Classification,
     DiffusionClassifier,
@@ -80,6 +86,8 @@ class DiffusionClassifierCallback(L.Callback):
             written if omitted. Results of the same settings that it already holds are gone on with: finished images are
             skipped. Of other settings, they are an error.
         elsewhere: In place of that error, use the next free of ``…-2``, ``…-3``.
+        part: ``i/n``: outside ``fit``, classify only the i-th of n parts of the images, 1 … n, in a folder of its own.
+            Parts are about equal and depend on ids only; ``diffclf merge`` joins them.
         flush_every: Images after which decisions are written to the disk, at most; also after a minute. What a kill
             may cost.
         error_maps: Of so many wrongly decided images, also find out where in the image the class decided for fits
@@ -123,6 +131,7 @@ class DiffusionClassifierCallback(L.Callback):
         every_n_validations: int = 1,
         output_dir: str | None = None,
         elsewhere: bool = False,
+        part: str | None = None,
         flush_every: int = 100,
         error_maps: int = 24,
         keep_errors: bool = False,
@@ -151,6 +160,8 @@ class DiffusionClassifierCallback(L.Callback):
         self.proposal, self.compile, self.ensemble = proposal, compile, ensemble
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.output_dir, self.elsewhere, self.flush_every = output_dir, elsewhere, flush_every
+        self.part = part
+        self._part = None if part is None else parse_part(part)  # of this evaluation
         self.error_maps = error_maps
         self.keep_errors, self.keep_distances, self.plan = keep_errors, keep_distances, plan
         self.name = name
@@ -267,6 +278,7 @@ class DiffusionClassifierCallback(L.Callback):
                 raise ValueError("keep_errors: no folder to write to, expected output_dir as well")
             if self.output_dir is not None:
                 self._open_store(trainer, pl_module, loaders[0], Path(self.output_dir))
+        self._part = None if self.part is None or trainer.state.fn == "fit" else parse_part(self.part)
         self._active = True
         if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
             trainer.progress_bar_callback.start_images(self._remaining)
@@ -328,20 +340,22 @@ class DiffusionClassifierCallback(L.Callback):
                 if self._batches is not None:
                     most = self._batches * batch_size
                     self._remaining = most if self._remaining is None else min(most, self._remaining)
+                if self._part is not None and self._remaining is not None:
+                    self._remaining = round(self._remaining / self._part[1])
                 with trainer.precision_plugin.forward_context():  # hooks run outside autocast
                     self._measured = measure(self.classifier, images, ids, self.candidates)
                 return
             keys = ids if keys is None else list(keys)[:count]
             if self._remaining is not None:
                 self._remaining -= count
+            new = [i for i in range(count) if self._is_due(ids[i])]
+            if len(new) < count:
+                images, known = images[new], [known[i] for i in new]
+                ids, keys = [ids[i] for i in new], [keys[i] for i in new]
+                lists = None if lists is None else [lists[i] for i in new]
+                if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
+                    trainer.progress_bar_callback.skip_images(count - len(new))
             if self._store is not None:
-                new = [i for i in range(count) if str(ids[i]) not in self._store.finished]
-                if len(new) < count:
-                    images, known = images[new], [known[i] for i in new]
-                    ids, keys = [ids[i] for i in new], [keys[i] for i in new]
-                    lists = None if lists is None else [lists[i] for i in new]
-                    if isinstance(trainer.progress_bar_callback, ClassifierProgressBar):
-                        trainer.progress_bar_callback.skip_images(count - len(new))
                 for image, label in zip(images, known, strict=True):
                     for_map = self._maps > 0 and label is not None
                     self._pictures.append((thumbnail(image), image.cpu() if for_map else None))
@@ -355,6 +369,11 @@ class DiffusionClassifierCallback(L.Callback):
         # callbacks may change the weights there.
         if last or self._remaining == 0:
             self._decide(trainer, pl_module, self._run.finish())
+
+    def _is_due(self, image_id: int | str) -> bool:
+        """Whether an image belongs to this run's part of the data and was not decided before."""
+        finished = self._store is not None and str(image_id) in self._store.finished
+        return not finished and (self._part is None or in_part(image_id, *self._part))
 
     def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, decisions: Iterator[Classification]) -> None:
         bar, begun = trainer.progress_bar_callback, len(self.results)

@@ -53,6 +53,7 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
     info = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+        "part": callback.part,
         "microbatch": callback.microbatch,
         "compile": callback.compile,
         "ranks": trainer.world_size,

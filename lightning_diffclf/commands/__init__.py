@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lightning_diffclf.commands.classify import classify_command
+from lightning_diffclf.commands.data import encode_command, shards_command
 from lightning_diffclf.commands.results import compare_command, merge_command, replay_command, report_command
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -13,4 +14,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "merge": merge_command,
     "compare": compare_command,
     "report": report_command,
+    "shards": shards_command,
+    "encode": encode_command,
 }

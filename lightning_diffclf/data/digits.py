@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 import torch
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_diffclf.data.stream import evaluation_loader, training_loader
 
 TEST_SIZE = 360
 
@@ -37,22 +36,18 @@ class InMemoryImages(Dataset[dict[str, Tensor]]):
         return {name: part[torch.tensor(indices)] for name, part in self.parts.items()}
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 class DigitsDataModule(L.LightningDataModule):
     """The 1,797 handwritten digits of scikit-learn (8 × 8 pixels, 17 grey levels), 1,437 to train on and 360 to test.
 
     The split is fixed and stratified. The 360 test images also serve ``validate`` and ``predict``; nothing is selected
     on them as long as the last checkpoint is used, as the demo does. Batches are mappings with ``image`` (B, 1, 8, 8),
     float32 in [-1, 1], ``label`` (B,) and ``id`` (B,), the row in scikit-learn's data set, both int64. Under DDP,
-    evaluation shares are disjoint and complete; training shares are made equal by repeating at most one image per rank.
+    evaluation shares are disjoint and complete. Training has no epochs: see :mod:`~lightning_diffclf.data.stream`.
 
     Args:
-        batch_size: Training images in a batch of one process.
+        batch_size: Training images in one optimizer step, over all processes and accumulated batches.
         eval_batch_size: Test images in a batch of one process.
-        seed: The order of training images depends on (seed, epoch) only.
+        seed: Key of the order of training images.
 
     Raises:
         ValueError: if a batch size is below 1.
@@ -76,21 +71,16 @@ class DigitsDataModule(L.LightningDataModule):
         rows = train_test_split(torch.arange(len(labels)), test_size=TEST_SIZE, random_state=0, stratify=digits)
         self.train, self.test = (InMemoryImages(images[part], labels[part], part) for part in rows)
 
-    def _ranks(self) -> dict[str, Any]:
-        if self.trainer is None:
-            return {"num_replicas": 1, "rank": 0}
-        return {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        # Lightning keeps a DistributedSampler that it is given, and tells it the epoch.
-        sampler: DistributedSampler[dict[str, Tensor]] = DistributedSampler(
-            self.train, shuffle=True, seed=self.seed, **self._ranks()
-        )
-        return DataLoader(self.train, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_it_is)
+        train = self.train
+
+        def take(indices: list[int], positions: list[int]) -> dict[str, Tensor]:
+            return train.__getitems__(indices)
+
+        return training_loader(len(train), take, self.batch_size, self.seed, self.trainer)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        sampler = UnrepeatedDistributedSampler(self.test, shuffle=False, **self._ranks())
-        return DataLoader(self.test, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=_as_it_is)
+        return evaluation_loader(self.test, self.eval_batch_size, self.trainer)
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return self.val_dataloader()
@@ -109,9 +99,9 @@ class DigitPairsDataModule(DigitsDataModule):
     Args:
         train_pairs: Pairs to train on.
         test_pairs: Pairs to test on.
-        batch_size: Training images in a batch of one process.
+        batch_size: Training images in one optimizer step, over all processes and accumulated batches.
         eval_batch_size: Test images in a batch of one process.
-        seed: The order of training images depends on (seed, epoch) only.
+        seed: Key of the order of training images.
 
     Raises:
         ValueError: if a number is below 1.

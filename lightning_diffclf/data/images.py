@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,20 +49,50 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def transform(height: int, width: int) -> Callable[[Image.Image], Tensor]:
-    """RGB images to (3, height, width) in [-1, 1]: shortest edge resized (bicubic), centre cropped, as in the paper.
+def covering_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resized (bicubic) until it just covers (height, width), and cropped at its centre: as in the paper."""
+    scale = max(height / image.height, width / image.width)
+    size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
+    resized = v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    return v2.functional.center_crop(resized, [height, width])
 
-    Where the target is not square, the image is resized so that it covers it.
+
+def published_crop(image: Image.Image, size: int) -> Image.Image:
+    """The square crop that the published DiT networks were trained on.
+
+    The image is halved by averaging while its shorter side is at least twice ``size``, then resized (bicubic) until
+    that side is ``size``, then cropped at its centre (Dhariwal & Nichol 2021; Peebles & Xie 2023).
     """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
-    def apply(image: Image.Image) -> Tensor:
-        scale = max(height / image.height, width / image.width)
-        size = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
-        resized = v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        pixels = v2.functional.pil_to_tensor(v2.functional.center_crop(resized, [height, width]))
-        return pixels.float() / 127.5 - 1
 
-    return apply
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image to (3, H, W), float32 in [-1, 1]."""
+    return v2.functional.pil_to_tensor(image).float() / 127.5 - 1
+
+
+def transform(
+    height: int, width: int, crop: Literal["covering", "published"] = "covering"
+) -> Callable[[Image.Image], Tensor]:
+    """RGB images to (3, height, width) in [-1, 1], by one of the crops above.
+
+    Raises:
+        ValueError: if ``crop`` is none of them, or ``published`` and the target is not square.
+    """
+    if crop not in ("covering", "published"):
+        raise ValueError(f"crop: {crop!r}, expected 'covering' or 'published'")
+    if crop == "published" and height != width:
+        raise ValueError(f"size: {height} x {width}, expected a square with crop 'published'")
+    return partial(_prepare, height=height, width=width, crop=crop)
+
+
+def _prepare(image: Image.Image, height: int, width: int, crop: str) -> Tensor:
+    return to_tensor(published_crop(image, height) if crop == "published" else covering_crop(image, height, width))
 
 
 def find_images(names: Iterable[str]) -> list[Path]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,6 +17,7 @@ from lightning_diffclf.data.digit_scenes import caption_of_two, two_digits
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.images import open_image, stacked, transform
 from lightning_diffclf.data.prompts import PromptSet
+from lightning_diffclf.data.stream import evaluation_loader
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.results.statistics import wilson
 
@@ -195,13 +195,7 @@ class WinogroundDataModule(L.LightningDataModule):
         self.test = _Images(self.groups, self.size, self.source)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        ranks = {"num_replicas": 1, "rank": 0}
-        if self.trainer is not None:
-            ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-        sampler = UnrepeatedDistributedSampler(self.test, shuffle=False, **ranks)
-        return DataLoader(
-            self.test, self.eval_batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=stacked
-        )
+        return evaluation_loader(self.test, self.eval_batch_size, self.trainer, self.num_workers, stacked)
 
     def score(self, rows: Sequence[Any]) -> dict[str, float]:
         """Text, image and group score, overall and by tag; see :func:`winoground_scores`."""

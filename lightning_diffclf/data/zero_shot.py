@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
-import webdataset as wds
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-from lightning_diffclf.data.images import SUFFIXES, find_images, open_image, stacked, to_rgb, transform
+from lightning_diffclf.data.images import find_images, open_image, stacked, to_rgb, transform
+from lightning_diffclf.data.shards import ShardImages, Shards
+from lightning_diffclf.data.stream import Share, evaluation_loader
 
 CATS = (
     "Abyssinian", "Bengal", "Birman", "Bombay", "British Shorthair", "Egyptian Mau", "Maine Coon", "Persian", "Ragdoll",
@@ -111,7 +110,7 @@ class ImageNetFolders(FolderImages):
     """ImageNet's validation set, ImageNet-V2 or ImageNet-A: folders are called by WordNet id, or by number (V2).
 
     Attributes:
-        imagenet: Which of the 1,000 classes each class is.
+        imagenet: Which of the 1,000 classes each class is, as a list of one.
 
     Raises:
         ValueError: also if a folder is none of the 1,000 classes.
@@ -124,13 +123,14 @@ class ImageNetFolders(FolderImages):
         strange = [name for name in self.classes if name not in index]
         if strange:
             raise ValueError(f"data: folder {strange[0]!r} in {root!r} is no class of ImageNet (WordNet id or 0 … 999)")
-        self.imagenet = [index[name] for name in self.classes]
+        which = [index[name] for name in self.classes]
         if all(name.isdecimal() for name in self.classes):  # "10" sorts before "2"
-            order = sorted(range(len(self.classes)), key=lambda c: self.imagenet[c])
+            order = sorted(range(len(self.classes)), key=lambda c: which[c])
             rank = {c: r for r, c in enumerate(order)}
             self.files = sorted(((path, rank[c]) for path, c in self.files), key=lambda one: (one[1], one[0]))
-            self.imagenet = [self.imagenet[c] for c in order]
-        self.classes = [IMAGENET_NAMES[c] for c in self.imagenet]
+            which = [which[c] for c in order]
+        self.classes = [IMAGENET_NAMES[c] for c in which]
+        self.imagenet = [[c] for c in which]
 
 
 class ObjectNet(FolderImages):
@@ -160,40 +160,27 @@ class ObjectNet(FolderImages):
         rank = {c: r for r, c in enumerate(kept)}
         self.files = [(path, rank[c]) for path, c in self.files if c in rank]
         self.classes = [str(names[c]) for c in kept]
+        self._shared = {name: shared[name].split("; ") for name in self.classes}
+        self._mappings = Path(root) / "mappings"
 
+    @property
+    def imagenet(self) -> list[list[int]]:
+        """Which of ImageNet's 1,000 classes each class is: one or several.
 
-def webdataset_of(pattern: str, prepare: Callable[[Image.Image], Any]) -> Any:
-    """Samples of tar shards, each on one rank and in one worker; ``__key__`` is the id, ``cls`` the label.
-
-    Args:
-        pattern: Shards, such as ``data/val-{000000..000063}.tar``, or a folder with ``*.tar``.
-        prepare: RGB image to tensor.
-
-    Raises:
-        FileNotFoundError: if there are no shards.
-    """
-    folder = Path(pattern)
-    urls = (
-        sorted(str(path) for path in folder.glob("*.tar")) if folder.is_dir() else wds.shardlists.expand_urls(pattern)
-    )
-    missing = [url for url in urls if "://" not in url and not Path(url).is_file()]
-    if missing or not urls:
-        raise FileNotFoundError(f"data: no shard {missing[0] if missing else pattern!r}")
-
-    def sample(raw: dict[str, Any]) -> dict[str, Any]:
-        name = f"{raw['__key__']} in {raw.get('__url__')}"
-        suffix = next((key for key in raw if f".{key.lower()}" in SUFFIXES), None)
-        if suffix is None or "cls" not in raw:
-            raise ValueError(f"data: sample {name} has {sorted(raw)}, expected an image (jpg, png, …) and cls")
+        Raises:
+            FileNotFoundError: if a file of the mapping is not there.
+            ValueError: if the files do not fit together.
+        """
+        names, order = self._mappings / "imagenet_to_label_2012_v2", self._mappings / "pytorch_to_imagenet_2012_id.json"
+        for path in (names, order):
+            if not path.is_file():
+                raise FileNotFoundError(f"data: no {str(path)!r}, which belongs to ObjectNet")
+        line_of = {name.strip(): line for line, name in enumerate(names.read_text().splitlines())}
+        class_of = {line: int(c) for c, line in json.loads(order.read_text()).items()}
         try:
-            with Image.open(io.BytesIO(raw[suffix])) as file:
-                image = to_rgb(ImageOps.exif_transpose(file))
-        except OSError as error:
-            raise ValueError(f"data: the image of sample {name} cannot be read ({error})") from error
-        return {"image": prepare(image), "label": int(raw["cls"]), "id": raw["__key__"]}
-
-    splitters = {"nodesplitter": wds.split_by_node, "workersplitter": wds.split_by_worker}
-    return wds.WebDataset(urls, shardshuffle=False, empty_check=False, **splitters).map(sample)
+            return [[class_of[line_of[name]] for name in self._shared[one]] for one in self.classes]
+        except KeyError as error:
+            raise ValueError(f"data: {error} of ObjectNet's mapping is no class in {str(names)!r}") from error
 
 
 class _Prepared(Dataset[dict[str, Any]]):
@@ -233,6 +220,8 @@ class ZeroShotDataModule(L.LightningDataModule):
         per_class: So many images of each class, chosen by ``seed``.
         seed: For ``per_class``.
         border: Pixels to cut off each side of an image in a folder, before resizing.
+        crop: ``covering``: shortest edge resized, centre cropped, as for Stable Diffusion; ``published``: as the
+            published DiT networks want it (:func:`~lightning_diffclf.data.images.published_crop`).
 
     Raises:
         ValueError: if the name is unknown, numbers are out of range, or names are not as many as classes.
@@ -252,6 +241,7 @@ class ZeroShotDataModule(L.LightningDataModule):
         per_class: int | None = None,
         seed: int = 0,
         border: int = 0,
+        crop: Literal["covering", "published"] = "covering",
     ) -> None:
         super().__init__()
         if name not in ("folder", "webdataset", *SOURCES):
@@ -268,6 +258,7 @@ class ZeroShotDataModule(L.LightningDataModule):
         self.root, self.size = root, (size, size) if isinstance(size, int) else tuple(size)
         self.eval_batch_size, self.num_workers, self.download = eval_batch_size, num_workers, download
         self._names, self.subset, self.per_class, self.seed, self.border = class_names, subset, per_class, seed, border
+        self.crop: Any = crop
         self._source: Any = None
 
     @property
@@ -297,10 +288,16 @@ class ZeroShotDataModule(L.LightningDataModule):
             raise ValueError(f"class_names: {len(self._names)}, expected {len(own)}, as {self.name!r} has classes")
         return list(self._names or own)
 
+    @property
+    def network_classes(self) -> list[list[int]] | None:
+        """For ImageNet and what is made like it: which of its 1,000 classes each class is; else None."""
+        return getattr(self.source, "imagenet", None) if self.name != "webdataset" else None
+
     def setup(self, stage: str | None = None) -> None:
-        prepare = transform(*self.size)
+        prepare = transform(self.size[0], self.size[1], self.crop)
         if self.name == "webdataset":
-            self.test: Any = webdataset_of(self.root, prepare)
+            share = Share.of(self.trainer)
+            self.test: Any = ShardImages(Shards(self.root), prepare, share.rank, share.world_size)
         else:
             self.test = _Prepared(self.source, self._positions(), prepare)
 
@@ -331,18 +328,7 @@ class ZeroShotDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         if self.name == "webdataset":
             return DataLoader(self.test, self.eval_batch_size, num_workers=self.num_workers, collate_fn=stacked)
-        ranks = {"num_replicas": 1, "rank": 0}
-        if self.trainer is not None:
-            ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-        sampler = UnrepeatedDistributedSampler(self.test, shuffle=False, **ranks)
-        return DataLoader(
-            self.test,
-            self.eval_batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=stacked,
-            persistent_workers=False,
-        )
+        return evaluation_loader(self.test, self.eval_batch_size, self.trainer, self.num_workers, stacked)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self.test_dataloader()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -14,10 +14,15 @@ from torch import Tensor
 
 from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.stream import Share
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.models.dit import DiT
+from lightning_diffclf.modules.conditions import Conditions, conditions
 from lightning_diffclf.schedule import DiscreteSchedule, NoiseSchedule
 from lightning_diffclf.variational import hybrid_loss
+
+if TYPE_CHECKING:
+    from lightning_diffclf.models.autoencoder import Autoencoder
 
 VALIDATION_TIMESTEPS = 100  # the validation loss is taken at this many noise levels, a fixed one for each image
 
@@ -32,8 +37,9 @@ class ClassConditionalDiT(L.LightningModule):
     """A class-conditional DiT (Peebles & Xie 2023): training, sampling, and the four members of a ConditionalDenoiser.
 
     Batches are mappings with ``image`` (B, C, H, W) and ``label`` (B,), or (image, label) pairs; images are pixels in
-    [-1, 1], or latents. Noise and timesteps of a training step depend on (seed, rank, step) only: ranks draw different
-    noise, and a resumed run draws what it would have drawn. Validation logs the loss at fixed noise for each image.
+    [-1, 1], or latents. Noise, timesteps and dropped labels of an optimizer step depend on (seed, step) only, and each
+    process and accumulated batch takes its own part of them: so losses do not depend on how many there are, and a
+    resumed run draws what it would have drawn. Validation logs the loss at fixed noise for each image.
 
     Args:
         model: A published size such as ``DiT-XL/2``, which then sets width, depth, heads and patch size.
@@ -51,7 +57,12 @@ class ClassConditionalDiT(L.LightningModule):
             discrete schedule.
         schedule: Noise schedule.
         prediction: What the network predicts; ``velocity`` for the rectified flow and ``epsilon`` otherwise if omitted.
-        latents: Whether images are latents, of any range. Pixels are checked to lie in [-1, 1].
+        latents: Whether the network works on latents, of any range. Pixels are checked to lie in [-1, 1].
+        vae: With ``latents``: folder or Hub repository of the autoencoder, which makes latents of pixels (B, 3, H, W)
+            and pixels of generated latents. Loaded when it is needed; latents made beforehand do not need it.
+        compile: Compile the network for training (torch.compile).
+        checkpointing: Compute activations again in the backward pass rather than keep them: less memory, a third more
+            time.
         lr: Learning rate of AdamW.
         betas: Its moment decay rates.
         weight_decay: Its weight decay.
@@ -80,6 +91,9 @@ class ClassConditionalDiT(L.LightningModule):
         schedule: Literal["linear", "scaled_linear", "cosine", "rectified_flow"] = "linear",
         prediction: Literal["epsilon", "sample", "v_prediction", "velocity"] | None = None,
         latents: bool = True,
+        vae: str | None = None,
+        compile: bool = False,
+        checkpointing: bool = False,
         lr: float = 1e-4,
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.0,
@@ -100,7 +114,8 @@ class ClassConditionalDiT(L.LightningModule):
         for name, value in (("lr", lr), ("num_classes", num_classes)):
             if value <= 0:
                 raise ValueError(f"{name}: {value}, expected a positive number")
-        self.candidates = Candidates(class_names or [str(i) for i in range(num_classes)])
+        if vae is not None and not latents:
+            raise ValueError(f"vae: {vae!r} given, but latents is false: the network works on pixels")
         size = input_size if isinstance(input_size, int) else (input_size[0], input_size[1])
         shared: dict[str, Any] = {
             "input_size": size,
@@ -115,28 +130,101 @@ class ClassConditionalDiT(L.LightningModule):
             if model
             else DiT(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads, **shared)
         )
+        self.net.checkpointing = checkpointing
         height, width = (size, size) if isinstance(size, int) else size
         self.image_shape = (in_channels, height, width)
         self._validation_noise = KeyedNoise(seed)
+        # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
+        self._autoencoder: list[Autoencoder] = []
+        self._conditions: tuple[Any, Conditions] | None = None  # of one data module
+
+    def setup(self, stage: str) -> None:
+        """Check the data module against the network, before long work."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        num_classes = self.hparams["num_classes"]
+        if stage == "fit":
+            if getattr(data, "num_classes", None) not in (None, num_classes):
+                raise ValueError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
+            groups = getattr(data, "network_classes", None)
+            if groups is not None and len(groups) != num_classes:
+                raise ValueError(f"data: {len(groups)} classes to validate on, expected {num_classes} as in training")
+            if self.hparams["compile"]:
+                self.net.compile()
+        for one in data.latents(stage) if hasattr(data, "latents") else []:
+            if one.index.shape != self.image_shape:
+                raise ValueError(f"latents: {one.root!r} has {one.index.shape}, the network takes {self.image_shape}")
+            if self.hparams["vae"] not in (None, one.index.vae):
+                vae = self.hparams["vae"]
+                raise ValueError(f"latents: {one.root!r} was made with {one.index.vae!r}, expected {vae!r} (model.vae)")
+
+    def _asked(self, device: torch.device | None = None) -> Conditions:
+        """What the network is asked about: by the data module, if there is one."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if self._conditions is None or self._conditions[0] is not data:
+            self._conditions = data, conditions(self.hparams["num_classes"], self.hparams["class_names"], data)
+        found = self._conditions[1]
+        if found.rows is not None and device is not None and found.rows.device != device:
+            found = found._replace(rows=found.rows.to(device))  # once: not in every call
+            self._conditions = data, found
+        return found
+
+    @property
+    def candidates(self) -> Candidates:
+        """One for each class; where the data have fewer classes than the network, those that make them up."""
+        return self._asked().candidates
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """What makes latents of pixels and back; loaded when it is asked for first.
+
+        Raises:
+            ValueError: if ``vae`` was not given.
+        """
+        if not self._autoencoder:
+            from lightning_diffclf.models.autoencoder import Autoencoder  # slow to import
+
+            if self.hparams["vae"] is None:
+                raise ValueError("vae: none given, expected an autoencoder between pixels and latents (model.vae)")
+            self._autoencoder.append(Autoencoder.load(self.hparams["vae"]))
+        return self._autoencoder[0].to(self.device)
+
+    @property
+    def frozen(self) -> list[torch.nn.Module]:
+        """Networks that decisions depend on although they are not saved."""
+        return [one.vae for one in self._autoencoder]
 
     # --- ConditionalDenoiser ---------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor) -> Tensor:
-        """The images themselves, (B, C, H, W), after a check of shape and range.
+        """The images themselves (B, C, H, W); of pixels for a network on latents, the mean of their posterior.
 
         Raises:
-            ValueError: if the shape is not that of the network, or pixels are outside [-1, 1].
+            ValueError: if the shape is not that of the network, pixels are outside [-1, 1], or there is no autoencoder.
         """
-        self._check_shape(images)
-        if not self.hparams["latents"]:
+        self._check_pixels(images)
+        return self._to_x0(images)
+
+    def _check_pixels(self, images: Tensor) -> None:
+        if not self.hparams["latents"] or self._are_pixels(images):
             low, high = (float(v) for v in images.aminmax())
             if not (low >= -1.001 and high <= 1.001):  # also refuses NaN
                 raise ValueError(f"images: values in [{low:.4g}, {high:.4g}], expected pixels in [-1, 1]")
+
+    def _are_pixels(self, images: Tensor) -> bool:
+        return bool(self.hparams["latents"]) and images.shape[1] == 3 != self.image_shape[0]
+
+    def _to_x0(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images or latents to what the network sees; of pixels, the posterior's mean or, with noise, a sample."""
+        if self._are_pixels(images):
+            mean, std = self.autoencoder.moments(images)
+            images = self.autoencoder.to_latents(mean if noise is None else mean + std * noise)
+        self._check_shape(images)
         return images
 
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Output of the network (N, C or 2C, H, W) for noisy inputs (N, C, H, W), times (N,) and classes (N,)."""
-        return self.net(x_t.to(self.dtype), t, candidate)
+        rows = self._asked(x_t.device).rows
+        return self.net(x_t.to(self.dtype), t, candidate if rows is None else rows[candidate])
 
     def _check_shape(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != self.image_shape:
@@ -165,22 +253,35 @@ class ClassConditionalDiT(L.LightningModule):
         return {"loss": loss, "mse": mse, "vb": vb}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x0, labels = self._training_batch(batch, check=batch_idx == 0)
-        generator = keyed_generator(x0.device, self.hparams["seed"], self.global_rank, self.global_step, batch_idx)
-        t = self.schedule.random_timesteps(len(x0), generator)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        drop = None
-        if self.hparams["class_dropout_prob"] > 0:
-            chance = torch.rand(len(x0), generator=generator, device=x0.device)
-            drop = chance < self.hparams["class_dropout_prob"]
+        images, labels = self._training_batch(batch, check=batch_idx == 0)
+        t, noise, drop, of_posterior = self._training_draws(images, batch_idx)
+        x0 = self._to_x0(images, of_posterior)
         losses = {name: value.mean() for name, value in self.losses(x0, labels, t, noise, drop).items()}
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
 
+    def _training_draws(self, images: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """This batch's part of the step's timesteps (B,), noise (B, C, H, W), labels to drop (B,), posterior noise.
+
+        The latter two are None where there is nothing to drop or to encode.
+        """
+        share, device, count = Share.of(self._trainer), images.device, len(images)
+        total, rows = count * share.world_size * share.accumulate, share.rows(count, batch_idx)
+        generator = keyed_generator(device, self.hparams["seed"], self.global_step)
+        t = self.schedule.random_timesteps(total, generator)[rows]
+        noise = torch.randn((total, *self.image_shape), generator=generator, device=device)[rows]
+        drop = of_posterior = None
+        if self.hparams["class_dropout_prob"] > 0:
+            drop = torch.rand(total, generator=generator, device=device)[rows] < self.hparams["class_dropout_prob"]
+        if self._are_pixels(images):
+            of_posterior = torch.randn((total, *self.image_shape), generator=generator, device=device)[rows]
+        return t, noise, drop, of_posterior
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         ids = unpack(batch).ids
-        x0, labels = self._training_batch(batch, check=True)
-        keys = [self._validation_noise.key(i) for i in (content_ids(x0) if ids is None else ids)]
+        images, labels = self._training_batch(batch, check=True)
+        x0 = self._to_x0(images)
+        keys = [self._validation_noise.key(i) for i in (content_ids(images) if ids is None else ids)]
         noise = np.empty(x0.shape, dtype=np.float32)
         for out, key in zip(noise, keys, strict=True):
             self._validation_noise.fill(out, key, 0)
@@ -203,13 +304,11 @@ class ClassConditionalDiT(L.LightningModule):
         images, labels = unpack(batch)[:2]
         if labels is None:
             raise ValueError("batch: no labels, expected a label for each image to train on")
-        if check:  # the values are looked at once an epoch: each look waits for the device
-            images = self.encode(images)
+        if check:  # the values are looked at once: each look waits for the device
+            self._check_pixels(images)
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.hparams["num_classes"]:
                 raise ValueError(f"labels: {low} … {high}, expected 0 … {self.hparams['num_classes'] - 1}")
-        else:
-            self._check_shape(images)
         return images, labels
 
     def configure_optimizers(self) -> Any:

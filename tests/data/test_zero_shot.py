@@ -56,12 +56,12 @@ def test_subsets_keep_the_ids(tmp_path):
 def test_imagenet_by_wordnet_id_and_by_number(tmp_path):
     wordnet = ImageNetInfo().label_names()
     data = module(folder(tmp_path / "a", [wordnet[7], wordnet[3]]), name="imagenet")
-    assert sorted(data.source.imagenet) == [3, 7]
+    assert sorted(data.source.imagenet) == [[3], [7]]
     assert set(data.class_names) == {"tiger shark", "cock"}
     for position, label in ((0, 0), (3, 1)):
         assert data.source[position][1] == label
     numbered = module(folder(tmp_path / "v2", ["10", "2", "0"], each=1), name="imagenet")
-    assert numbered.source.imagenet == [0, 2, 10]
+    assert numbered.source.imagenet == [[0], [2], [10]]
     assert [row["label"] for row in numbered.test] == [0, 1, 2]
     assert [path.parent.name for path, _ in numbered.source.files] == ["0", "2", "10"]
     with pytest.raises(ValueError, match=r"folder 'cats' in .* is no class of ImageNet"):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -60,7 +61,7 @@ def test_a_resumed_run_draws_and_learns_what_it_would_have(tmp_path):
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
         saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
         fitting = trainer(6, enable_checkpointing=True, callbacks=[saving])
-        fitting.fit(module, DigitsDataModule(batch_size=500), ckpt_path=ckpt_path)  # three steps an epoch
+        fitting.fit(module, DigitsDataModule(batch_size=500), ckpt_path=ckpt_path)
         return module
 
     whole = run()
@@ -71,14 +72,30 @@ def test_a_resumed_run_draws_and_learns_what_it_would_have(tmp_path):
         assert torch.equal(drop, drop2)
     assert not torch.equal(whole.drawn[0][0], whole.drawn[1][0])
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+        assert torch.equal(a, b)
 
 
 @pytest.mark.ddp
-def test_ranks_draw_different_noise_and_keep_equal_weights():
+def test_ranks_draw_different_noise_and_learn_what_one_process_would():
+    alone = fit_on(1)[0]
+    for devices, accumulate in ((1, 2), (2, 2), (3, 1)):
+        ranks = fit_on(devices, accumulate)
+        for a, b in itertools.combinations(ranks, 2):
+            for x, y in zip(a["drawn"], b["drawn"], strict=True):
+                assert all(p != q for p, q in zip(x, y, strict=True))
+            assert a["weight"] == b["weight"] != 0
+        # the same global batch, the same noise: the loss curve of one process, but for the order of summation
+        batches = [sum(rank) / devices for rank in zip(*(one["losses"] for one in ranks), strict=True)]
+        steps = [sum(batches[i : i + accumulate]) / accumulate for i in range(0, len(batches), accumulate)]
+        assert steps == pytest.approx(alone["losses"], rel=1e-4)
+        assert ranks[0]["weight"] == pytest.approx(alone["weight"], rel=1e-3)
+
+
+def fit_on(devices: int, accumulate: int = 1) -> list[dict]:
+    """What each rank of a run saw."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "tests/scripts/fit_dit.py", "2"],
+        [sys.executable, "tests/scripts/fit_dit.py", str(devices), str(accumulate)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -87,11 +104,8 @@ def test_ranks_draw_different_noise_and_keep_equal_weights():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = sorted(line[5:] for line in done.stdout.splitlines() if line.startswith("RANK"))
-    ranks = [json.loads(line[2:]) for line in lines]
-    assert len(ranks) == 2
-    for a, b in zip(ranks[0]["drawn"], ranks[1]["drawn"], strict=True):
-        assert all(x != y for x, y in zip(a, b, strict=True))
-    assert ranks[0]["weight"] == ranks[1]["weight"] != 0
+    assert len(lines) == devices
+    return [json.loads(line[2:]) for line in lines]
 
 
 @pytest.mark.parametrize("settings", [{}, FLOW, V_PREDICTION])

@@ -1,4 +1,4 @@
-"""Fit a tiny DiT on N processes and print what each rank drew: fit_dit.py DEVICES."""
+"""Fit a tiny DiT on N processes and print what each rank drew and the losses: fit_dit.py DEVICES [ACCUMULATE]."""
 
 import json
 import sys
@@ -12,29 +12,38 @@ from lightning_diffclf.data.digits import DigitsDataModule
 
 class Recording(ClassConditionalDiT):
     drawn: list
+    seen: list  # mean loss of each batch
 
     def losses(self, x0, labels, t, noise, drop):
         if self.training:
-            self.drawn.append([t[:4].tolist(), noise[0, 0, 0, :3].tolist(), drop[:20].tolist()])
-        return super().losses(x0, labels, t, noise, drop)
+            self.drawn.append([t[:4].tolist(), noise[0, 0, 0, :3].tolist()])
+        losses = super().losses(x0, labels, t, noise, drop)
+        if self.training:
+            self.seen.append(losses["loss"].mean().item())
+        return losses
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     model = Recording(input_size=8, in_channels=1, num_classes=10, hidden_size=16, depth=1, num_heads=2, latents=False)
-    model.drawn = []
+    model.drawn, model.seen = [], []
     trainer = L.Trainer(
         accelerator="cpu",
         devices=int(sys.argv[1]),
         strategy="ddp",
-        max_steps=2,
+        max_steps=6,
+        accumulate_grad_batches=int((sys.argv[2:] or ["1"])[0]),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         callbacks=[EMA(0.9)],
     )
-    trainer.fit(model, DigitsDataModule(batch_size=32))
+    trainer.fit(model, DigitsDataModule(batch_size=96))
     weight = model.net.final_layer.linear.weight.double().abs().sum().item()
-    line = f"RANK {trainer.global_rank} " + json.dumps({"drawn": model.drawn, "weight": weight}) + "\n"
+    line = (
+        f"RANK {trainer.global_rank} "
+        + json.dumps({"drawn": model.drawn, "losses": model.seen, "weight": weight})
+        + "\n"
+    )
     sys.stdout.write(line)  # at once: ranks share the pipe, and print may write the end of the line apart
     sys.stdout.flush()

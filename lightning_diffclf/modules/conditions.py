@@ -1,0 +1,48 @@
+"""Which of a class-conditional network's classes it is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_diffclf.denoiser import Candidates
+
+
+class Conditions(NamedTuple):
+    """What a network is asked about.
+
+    Attributes:
+        candidates: One for each condition.
+        rows: The network's class for each candidate (K,); None if they are the same.
+    """
+
+    candidates: Candidates
+    rows: Tensor | None = None
+
+
+def conditions(num_classes: int, class_names: Sequence[str] | None, data: Any = None) -> Conditions:
+    """What to ask a network with ``num_classes`` about some data.
+
+    Args:
+        num_classes: Classes of the network.
+        class_names: Their names, if known.
+        data: A data module. One with fewer classes than the network may say in ``network_classes`` which of the
+            network's make up each of its own (ImageNet-A: one of 1,000; ObjectNet: one or several).
+
+    Raises:
+        ValueError: if a class of the data is none of the network's.
+    """
+    names = list(getattr(data, "class_names", None) or [])
+    groups: list[list[int]] | None = getattr(data, "network_classes", None)
+    if groups is None or len(groups) == num_classes:
+        names = list(class_names or (names if len(names) == num_classes else map(str, range(num_classes))))
+        return Conditions(Candidates(names))
+    pairs = [(c, row) for c, group in enumerate(groups) for row in group]
+    highest = max(row for _, row in pairs)
+    if highest >= num_classes:
+        raise ValueError(f"data: classes up to {highest} of the network, but it has {num_classes}")
+    names = [names[c] if len(groups[c]) == 1 else f"{names[c]} ({row})" for c, row in pairs]
+    return Conditions(Candidates(names, [c for c, _ in pairs]), torch.tensor([row for _, row in pairs]))
