@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -260,6 +261,11 @@ class DiffusionClassifierCallback(L.Callback):
         self._begin(trainer, pl_module, trainer.predict_dataloaders, cap=None)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, loaders: Any, cap: int | None) -> None:
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"{self.name}: weights are sharded ({type(trainer.strategy).__name__}), but each process makes its own "
+                "number of network calls; evaluate with ddp, and set fit_images to 0 in training"
+            )
         loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
         if len(loaders) != 1:
             raise ValueError(f"dataloaders: {len(loaders)}, expected one to classify")

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_diffclf.callbacks.pictures import log_picture
@@ -29,8 +30,8 @@ class SampleGrid(L.Callback):
         seed: Key of the initial noise.
 
     Raises:
-        ValueError: if ``columns`` or ``classes`` is out of range.
-        TypeError: from ``setup``, if the module is no ClassConditionalDiT on pixels (latents would need a decoder).
+        ValueError: if ``columns`` or ``classes`` is out of range; from ``setup``, if weights are sharded.
+        TypeError: from ``setup``, if the module is no ClassConditionalDiT, or one on latents without ``vae``.
     """
 
     def __init__(
@@ -51,9 +52,14 @@ class SampleGrid(L.Callback):
         self.steps, self.seed = steps, seed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        on_pixels = isinstance(pl_module, ClassConditionalDiT) and not pl_module.hparams["latents"]
-        if self.columns and stage == "fit" and not on_pixels:
-            raise TypeError(f"samples: {type(pl_module).__name__}, expected a ClassConditionalDiT with latents: false")
+        if not self.columns or stage != "fit":
+            return
+        if not isinstance(pl_module, ClassConditionalDiT):
+            raise TypeError(f"samples: {type(pl_module).__name__}, expected a ClassConditionalDiT")
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError("samples: weights are sharded, but one process draws alone; expected columns: 0")
+        if pl_module.hparams["latents"] and pl_module.hparams["vae"] is None:
+            raise TypeError("samples: pictures of latents need an autoencoder, expected model.vae, or columns: 0")
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -76,6 +82,8 @@ class SampleGrid(L.Callback):
         labels = torch.arange(len(names), device=pl_module.device).repeat_interleave(self.columns)
         guidance_scale = self.guidance_scale if pl_module.hparams["class_dropout_prob"] > 0 else 1.0
         images = pl_module.sample(labels, guidance_scale, self.steps, self.seed)
+        if pl_module.hparams["latents"]:
+            images = torch.cat([pl_module.autoencoder.decode(some) for some in images.split(8)])
         path = Path(trainer.default_root_dir) / "samples.png"
         save_image_grid(images, names, path)
         log_picture(trainer, "samples", path)

@@ -15,6 +15,7 @@ from lightning_diffclf.data.imagenet import classes_of, network_classes_of, open
 from lightning_diffclf.data.latents import Latents, LatentsIndex, LatentsWriter
 from lightning_diffclf.data.shards import ShardIndex, pack, plan_shards
 from lightning_diffclf.data.zero_shot import FolderImages
+from lightning_diffclf.models.autoencoder import DEFAULT, Autoencoder
 
 
 def progress(**settings: Any) -> Progress:
@@ -68,9 +69,7 @@ def encode_command(args: Sequence[str]) -> None:
     parser.add_argument("--data", type=str, required=True, help="folder with a folder for each class, or tar shards")
     parser.add_argument("--out", type=str, required=True, help="folder for the latents")
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
-    parser.add_argument(
-        "--vae", type=str, default="stabilityai/sd-vae-ft-ema", help="folder or Hub repository of the autoencoder"
-    )
+    parser.add_argument("--vae", type=str, default=DEFAULT, help="folder or Hub repository of the autoencoder")
     parser.add_argument("--batch_size", type=int, default=32, help="images that are encoded at once")
     parser.add_argument("--num_workers", type=int, default=4, help="processes that read images, for each device")
     parser.add_argument("--accelerator", type=str, default="auto", help="gpu, cpu, …")
@@ -80,8 +79,6 @@ def encode_command(args: Sequence[str]) -> None:
     for name in ("size", "batch_size"):
         if given[name] < 1:
             raise ValueError(f"{name}: {given[name]}, expected at least 1")
-    from lightning_diffclf.models.autoencoder import Autoencoder  # slow to import
-
     source = open_source(given.data)
     if isinstance(source, Latents):
         raise ValueError(f"data: {given.data!r} are latents already, expected images or shards")

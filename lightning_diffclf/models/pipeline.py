@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
+from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.schedule import NoiseSchedule
 
 Conditions = dict[str, Tensor]
@@ -146,11 +147,11 @@ class PipelineDenoiser:
         if self.offload:
             self.network.to("cpu")
         vae.to(device)
-        mean = vae.encode(images.to(vae.dtype)).latent_dist.mean.float()
+        autoencoder = Autoencoder(vae)
+        x0 = autoencoder.to_latents(autoencoder.moments(images)[0])
         if self.offload:
             vae.to("cpu")
         self.network.to(device)
-        x0: Tensor = (mean - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
         if not self._shared:
             self._shared = {n: v.to(device) for n, v in self.family.shared(self.pipeline, x0).items()}
         return x0

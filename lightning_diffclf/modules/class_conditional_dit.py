@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.data.stream import Share
 from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.conditions import Conditions, conditions
 from lightning_diffclf.schedule import DiscreteSchedule, NoiseSchedule
 from lightning_diffclf.variational import hybrid_loss
-
-if TYPE_CHECKING:
-    from lightning_diffclf.models.autoencoder import Autoencoder
 
 VALIDATION_TIMESTEPS = 100  # the validation loss is taken at this many noise levels, a fixed one for each image
 
@@ -136,7 +137,7 @@ class ClassConditionalDiT(L.LightningModule):
         self._validation_noise = KeyedNoise(seed)
         # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
         self._autoencoder: list[Autoencoder] = []
-        self._conditions: tuple[Any, Conditions] | None = None  # of one data module
+        self._conditions: tuple[Callable[[], Any], Conditions] | None = None  # of one data module
 
     def setup(self, stage: str) -> None:
         """Check the data module against the network, before long work."""
@@ -157,15 +158,24 @@ class ClassConditionalDiT(L.LightningModule):
                 vae = self.hparams["vae"]
                 raise ValueError(f"latents: {one.root!r} was made with {one.index.vae!r}, expected {vae!r} (model.vae)")
 
+    def configure_model(self) -> None:
+        """Shard the weights over processes, block by block, where the Trainer's strategy asks for it (FSDP)."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            for part in (*self.net.blocks, self.net):
+                fully_shard(part, mesh=mesh)
+
     def _asked(self, device: torch.device | None = None) -> Conditions:
         """What the network is asked about: by the data module, if there is one."""
         data: Any = getattr(self._trainer, "datamodule", None)
-        if self._conditions is None or self._conditions[0] is not data:
-            self._conditions = data, conditions(self.hparams["num_classes"], self.hparams["class_names"], data)
-        found = self._conditions[1]
+        if self._conditions is None or self._conditions[0]() is not data:
+            # Weakly: EMA copies all attributes of the module, and a data module knows the Trainer.
+            found = conditions(self.hparams["num_classes"], self.hparams["class_names"], data)
+            self._conditions = (lambda: None) if data is None else weakref.ref(data), found
+        whose, found = self._conditions
         if found.rows is not None and device is not None and found.rows.device != device:
             found = found._replace(rows=found.rows.to(device))  # once: not in every call
-            self._conditions = data, found
+            self._conditions = whose, found
         return found
 
     @property
@@ -181,8 +191,6 @@ class ClassConditionalDiT(L.LightningModule):
             ValueError: if ``vae`` was not given.
         """
         if not self._autoencoder:
-            from lightning_diffclf.models.autoencoder import Autoencoder  # slow to import
-
             if self.hparams["vae"] is None:
                 raise ValueError("vae: none given, expected an autoencoder between pixels and latents (model.vae)")
             self._autoencoder.append(Autoencoder.load(self.hparams["vae"]))

@@ -139,7 +139,7 @@ def test_damaged_shards_are_named_skipped_and_counted(tmp_path, capsys):
     assert len(ids) >= 21 - 4
     assert f"warning: data: shard '{path}'" in capsys.readouterr().err
     truncated(out, "shard-000003.tar")
-    with pytest.raises(ValueError, match="2 of 6 shards are damaged, expected at most a share of 0.2"):
+    with pytest.raises(ValueError, match=r"2 of 6 shards are damaged, expected at most a share of 0.2"):
         take(stream(out, buffer=3, skip_bad=0.2), 200)
 
 
@@ -184,9 +184,9 @@ def test_bad_samples(tmp_path, capsys):
                     tar.addfile(member, io.BytesIO(content))
 
     rewrite(lambda i, name, content: (name, b"no image" if name == "00000005.png" else content))
-    with pytest.raises(ValueError, match="sample 00000005 in .* cannot be read"):
+    with pytest.raises(ValueError, match=r"sample 00000005 in .* cannot be read"):
         read(out)
-    with pytest.raises(ValueError, match="1 of .* images are damaged"):
+    with pytest.raises(ValueError, match=r"1 of .* images are damaged"):
         take(stream(out, buffer=3), 30)
     assert 5 not in take(stream(out, buffer=3, skip_bad=0.1), 200)
     assert "sample 00000005" in capsys.readouterr().err
