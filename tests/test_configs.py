@@ -7,7 +7,8 @@ import yaml
 
 from lightning_diffclf.cli import CONFIGS, main
 
-LAYERS = {"likelihood_ratio.yaml"}  # which go on top of another
+# which go on top of another
+LAYERS = {"likelihood_ratio.yaml", "gpus_8.yaml", "compile.yaml", "small_memory.yaml", "fsdp.yaml"}
 WHOLE = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in LAYERS)
 
 # Li et al. 2023, table 6 (schedule) and its code (loss).
@@ -55,7 +56,42 @@ def test_cells_of_table_1_have_the_papers_settings(name, capsys):
     assert "95 % interval" in (CONFIGS / f"sd_{name}.yaml").read_text()
 
 
-@pytest.mark.parametrize("name", ["sd_cifar10.yaml", "dit_digits.yaml"])
+@pytest.mark.parametrize("size", [256, 512])
+@pytest.mark.parametrize("data", ["imagenet", "imagenetv2", "imagenet_a", "objectnet"])
+def test_cells_of_table_4_have_the_papers_settings(data, size, capsys):
+    values = parsed(capsys, f"dit_{size}_{data}.yaml")
+    assert values["classifier"]["draws"] == 250
+    assert values["classifier"]["loss"] == "l2"
+    assert values["classifier"]["elimination"] is None
+    assert values["data"]["init_args"]["size"] == 8 * values["model"]["init_args"]["input_size"] == size
+    assert values["data"]["init_args"]["crop"] == "published"
+    assert values["trainer"]["precision"] == "32-true"
+    assert "95 % interval" in (CONFIGS / f"dit_{size}_{data}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["dit_imagenet", "dit_imagenet_512", "dit_b2_imagenet", "dit_s2_imagenet"])
+def test_training_is_as_published(name, capsys):
+    values = parsed(capsys, f"{name}.yaml")
+    model, data = values["model"]["init_args"], values["data"]["init_args"]
+    assert (model["lr"], model["weight_decay"], model["warmup_steps"], model["decay"]) == (1e-4, 0, 0, "none")
+    assert (model["schedule"], model["learn_sigma"], model["class_dropout_prob"]) == ("linear", True, 0.1)
+    assert (data["batch_size"], data["size"], data["flip"]) == (256, 8 * model["input_size"], True)
+    assert (values["ema"]["decay"], values["trainer"]["precision"]) == (0.9999, "bf16-mixed")
+
+
+def test_layers_of_training(capsys):
+    below = parsed(capsys, "dit_imagenet.yaml")
+    values = parsed(capsys, "dit_imagenet.yaml", "gpus_8.yaml", "compile.yaml", "small_memory.yaml")
+    assert (values["trainer"]["devices"], values["trainer"]["accumulate_grad_batches"]) == (8, 8)
+    changed = {"compile": True, "checkpointing": True}
+    assert values["model"]["init_args"] == below["model"]["init_args"] | changed
+    assert values["data"] == below["data"]
+    sharded = parsed(capsys, "dit_imagenet.yaml", "gpus_8.yaml", "fsdp.yaml")
+    assert sharded["trainer"]["strategy"]["class_path"].endswith("ModelParallelStrategy")
+    assert sharded["ema"]["decay"] is None
+
+
+@pytest.mark.parametrize("name", ["sd_cifar10.yaml", "dit_digits.yaml", "dit_256_imagenet.yaml"])
 def test_the_rule_can_be_laid_on_top(name, capsys):
     below, values = parsed(capsys, name), parsed(capsys, name, "likelihood_ratio.yaml")
     assert values["classifier"]["elimination"]["class_path"].endswith("LikelihoodRatio")

@@ -5,27 +5,16 @@ import os
 import tarfile
 from collections import Counter
 
-import numpy as np
 import pytest
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from lightning_diffclf.data.images import transform
 from lightning_diffclf.data.shards import ShardImages, ShardIndex, Shards, ShardStream, pack, plan_shards
-
-
-def folder_of(root, classes=("cat", "dog", "owl"), each=7, size=(12, 10)):
-    rng = np.random.default_rng(0)
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for number in range(each):
-            pixels = rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return [(path, label) for label, name in enumerate(sorted(classes)) for path in sorted((root / name).glob("*.png"))]
+from tests.photos import photos
 
 
 def packed(tmp_path, images_per_shard=4, each=7, processes=1):
-    files = folder_of(tmp_path / "images", each=each)
+    files = photos(tmp_path / "images", each=each)
     plans = plan_shards(files, tmp_path / "shards", images_per_shard)
     counts = {plan.path.name: len(plan.files) for plan in plans}
     index = ShardIndex(counts, ["cat", "dog", "owl"], positions=True, seed=0)

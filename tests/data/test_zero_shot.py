@@ -8,6 +8,7 @@ from timm.data import ImageNetInfo
 from torchvision import datasets
 
 from lightning_diffclf.data.zero_shot import CATS, SOURCES, ZeroShotDataModule
+from lightning_diffclf.modules.conditions import conditions
 
 
 def folder(root, classes, each=3, size=(12, 10)):
@@ -81,6 +82,19 @@ def test_objectnet_without_its_frame(tmp_path):
     assert data.class_names == ["Alarm clock", "Backpack"]
     assert [row["label"] for row in data.test] == [0, 0, 1, 1]
     assert data.source[0][0].size == (20, 16)
+    # the 1,000 classes by way of ObjectNet's own numbers of them, which are not torchvision's
+    with pytest.raises(FileNotFoundError, match="imagenet_to_label_2012_v2"):
+        data.network_classes  # noqa: B018
+    (tmp_path / "mappings" / "imagenet_to_label_2012_v2").write_text("backpack\ndigital clock\nanalog clock\n")
+    (tmp_path / "mappings" / "pytorch_to_imagenet_2012_id.json").write_text('{"409": 2, "530": 1, "414": 0}')
+    assert data.network_classes == [[409, 530], [414]]
+    asked = conditions(1000, None, data)
+    assert asked.rows.tolist() == [409, 530, 414]
+    assert asked.candidates.classes == (0, 0, 1)
+    assert asked.candidates.names == ("Alarm clock (409)", "Alarm clock (530)", "Backpack")
+    (tmp_path / "mappings" / "pytorch_to_imagenet_2012_id.json").write_text('{"409": 2}')
+    with pytest.raises(ValueError, match="is no class in"):
+        data.network_classes  # noqa: B018
 
 
 def test_torchvisions_sets_open_as_torchvision_has_them(tmp_path):
