@@ -16,9 +16,7 @@ def photos(root: Path, classes=("cat", "dog", "owl"), each=7, size=(12, 10)) -> 
         for number in range(each):
             pixels = rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return [
-        (path, label) for label, name in enumerate(sorted(classes)) for path in sorted((root / name).glob("*.png"))
-    ]
+    return [(path, label) for label, name in enumerate(sorted(classes)) for path in sorted((root / name).glob("*.png"))]
 
 
 def autoencoder(folder: Path) -> AutoencoderKL:

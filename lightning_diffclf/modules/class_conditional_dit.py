@@ -159,9 +159,17 @@ class ClassConditionalDiT(L.LightningModule):
                 raise ValueError(f"latents: {one.root!r} was made with {one.index.vae!r}, expected {vae!r} (model.vae)")
 
     def configure_model(self) -> None:
-        """Shard the weights over processes, block by block, where the Trainer's strategy asks for it (FSDP)."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+        """Shard the weights over processes, block by block, where the Trainer's strategy asks for it (FSDP).
+
+        Raises:
+            ValueError: if the strategy would not share the data among all processes.
+        """
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            mesh = strategy.device_mesh["data_parallel"]
+            if mesh.size() != strategy.world_size:
+                found, expected = mesh.size(), strategy.world_size
+                raise ValueError(f"strategy: data_parallel_size {found}, expected {expected}, the number of processes")
             for part in (*self.net.blocks, self.net):
                 fully_shard(part, mesh=mesh)
 

@@ -55,7 +55,9 @@ def test_the_published_crop():
     expected = Image.fromarray(half).resize((33, 20), Image.Resampling.BICUBIC).crop((6, 0, 26, 20))
     found = published_crop(image, 20)
     assert found.size == (20, 20)
-    assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 3  # Pillow rounds between passes
+    assert (
+        np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 3
+    )  # Pillow rounds between passes
     assert published_crop(image.resize((7, 9)), 20).size == (20, 20)
 
 
@@ -158,7 +160,7 @@ def test_encoding_says_what_is_wrong(forms, tmp_path):
         encode(forms / "photos", tmp_path / "out", size=20)
     with pytest.raises(ValueError, match="are latents already"):
         encode(forms / "latents_of_photos", tmp_path / "out")
-    with pytest.raises(ValueError, match="holds others .*size: 16 there, 24 here"):
+    with pytest.raises(ValueError, match=r"holds others .*size: 16 there, 24 here"):
         encode(forms / "photos", forms / "latents_of_photos", size=24)
     with pytest.raises(ValueError, match=r"vae: no folder 'no/such', and the Hub did not give it"):
         encode(forms / "photos", tmp_path / "out", vae="no/such")
@@ -167,6 +169,6 @@ def test_encoding_says_what_is_wrong(forms, tmp_path):
     with pytest.raises(ValueError, match=r"1.png' cannot be read"):
         encode(tmp_path / "bad", tmp_path / "out", num_workers=0)
     (tmp_path / "bad" / "dog" / "1.png").unlink()
-    with pytest.raises(ValueError, match="holds others .*chunk_ends"):
+    with pytest.raises(ValueError, match=r"holds others .*chunk_ends"):
         encode(tmp_path / "bad", tmp_path / "out", num_workers=0)
     assert json.loads((tmp_path / "out" / "index.json").read_text())["complete"] is False

@@ -91,7 +91,9 @@ def test_damage_is_found_and_written_anew(tmp_path):
     assert len(list(writer.verify())) == 3
 
 
-@pytest.mark.parametrize(("name", "value"), [("vae", "other/vae"), ("size", 32), ("chunk_ends", [4, 8]), ("scaling", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("vae", "other/vae"), ("size", 32), ("chunk_ends", [4, 8]), ("scaling", 1.0)]
+)
 def test_a_folder_of_other_latents_is_refused(tmp_path, name, value):
     written(tmp_path)
     with pytest.raises(ValueError, match=f"holds others .*{name}: "):

@@ -13,9 +13,13 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from lightning_diffclf import ClassConditionalDiT, DiT
+from lightning_diffclf.cli import read_checkpoint
+from lightning_diffclf.commands.data import encode_command
 from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.modules.class_conditional_dit import keyed_generator
 from tests.conftest import GOLDEN
+from tests.photos import autoencoder, photos
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -77,9 +81,9 @@ def test_a_resumed_run_draws_and_learns_what_it_would_have(tmp_path):
 
 @pytest.mark.ddp
 def test_ranks_draw_different_noise_and_learn_what_one_process_would():
-    alone = fit_on(1)[0]
+    alone = run_ranks("fit_dit.py", 1)[0]
     for devices, accumulate in ((1, 2), (2, 2), (3, 1)):
-        ranks = fit_on(devices, accumulate)
+        ranks = run_ranks("fit_dit.py", devices, accumulate)
         for a, b in itertools.combinations(ranks, 2):
             for x, y in zip(a["drawn"], b["drawn"], strict=True):
                 assert all(p != q for p, q in zip(x, y, strict=True))
@@ -91,11 +95,11 @@ def test_ranks_draw_different_noise_and_learn_what_one_process_would():
         assert ranks[0]["weight"] == pytest.approx(alone["weight"], rel=1e-3)
 
 
-def fit_on(devices: int, accumulate: int = 1) -> list[dict]:
-    """What each rank of a run saw."""
+def run_ranks(script: str, devices: int, *args: object) -> list[dict]:
+    """What each rank of a script printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "tests/scripts/fit_dit.py", str(devices), str(accumulate)],
+        [sys.executable, f"tests/scripts/{script}", str(devices), *map(str, args)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -106,6 +110,23 @@ def fit_on(devices: int, accumulate: int = 1) -> list[dict]:
     lines = sorted(line[5:] for line in done.stdout.splitlines() if line.startswith("RANK"))
     assert len(lines) == devices
     return [json.loads(line[2:]) for line in lines]
+
+
+@pytest.mark.ddp
+def test_sharded_weights_learn_what_whole_ones_would(tmp_path):
+    alone, shared = run_ranks("fit_fsdp.py", 1, 6, tmp_path)[0], run_ranks("fit_fsdp.py", 2, 6, tmp_path)
+    assert [sum(pair) / 2 for pair in zip(*(one["losses"] for one in shared), strict=True)] == pytest.approx(
+        alone["losses"], rel=1e-4
+    )
+    assert all(one["share"] < 0.75 for one in shared)  # of two: some small ones are whole between steps
+    whole, sharded = (read_checkpoint(tmp_path / f"{n}-6.ckpt")["state_dict"] for n in (1, 2))
+    assert whole.keys() == sharded.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(sharded[name], value, rtol=1e-2, atol=1e-3)
+    # a checkpoint of sharded weights is one like any other: one process goes on with it
+    resumed = run_ranks("fit_fsdp.py", 1, 8, tmp_path, tmp_path / "2-6.ckpt")[0]
+    straight = run_ranks("fit_fsdp.py", 1, 8, tmp_path)[0]
+    assert resumed["losses"] == pytest.approx(straight["losses"][6:], rel=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, FLOW, V_PREDICTION])
@@ -227,3 +248,97 @@ def test_generators_are_keyed():
     assert draw(0, 1, 2, 3) == draw(0, 1, 2, 3)
     assert len({draw(a, b, c, d) for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)}) == 16
     assert draw(1, 11) != draw(11, 1)
+
+
+# --- latents and pixels --------------------------------------------------------------------------------------------
+
+
+LATENT = {"input_size": 8, "in_channels": 4, "num_classes": 3, "hidden_size": 16, "depth": 1, "num_heads": 2}
+
+
+def test_pixels_become_latents(tmp_path):
+    vae = autoencoder(tmp_path / "vae")
+    module = ClassConditionalDiT(**LATENT, vae=str(tmp_path / "vae"))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(images).latent_dist
+    torch.testing.assert_close(module.encode(images), (posterior.mean - 0.1) * 0.5)
+    latents = torch.randn(2, 4, 8, 8)
+    assert module.encode(latents) is latents  # made beforehand
+    noise = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(module._to_x0(images, noise), (posterior.mean + posterior.std * noise - 0.1) * 0.5)
+    assert len(list(module.parameters())) == len(list(module.net.parameters()))  # not a part of it
+    assert len(module.frozen) == 1
+    for wrong, message in (
+        (images * 2, r"expected pixels in \[-1, 1\]"),
+        (images[:, :, :60], "multiples of 8"),
+        (images[:, :, :32, :32], r"expected \(B, 4, 8, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.encode(wrong)
+    with pytest.raises(ValueError, match="vae: none given"):
+        ClassConditionalDiT(**LATENT).encode(images)
+    with pytest.raises(ValueError, match="works on pixels"):
+        ClassConditionalDiT(**TINY, vae="some/vae")
+
+
+def test_training_on_pixels_is_keyed(tmp_path):
+    autoencoder(tmp_path / "vae")
+
+    def losses(accumulate):
+        torch.manual_seed(0)
+        module = ClassConditionalDiT(**LATENT, vae=str(tmp_path / "vae"))
+        seen = []
+        whole = module._training_draws
+
+        def recording(images, batch_idx):
+            seen.append(whole(images, batch_idx))
+            return seen[-1]
+
+        module._training_draws = recording
+        images = torch.linspace(-1, 1, 4 * 3 * 64 * 64).view(4, 3, 64, 64)
+        batches = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in images.chunk(accumulate)]
+        trainer(1, accumulate_grad_batches=accumulate).fit(module, DataLoader(batches, batch_size=None))
+        return [torch.cat(parts) for parts in zip(*seen, strict=True)]
+
+    for one, other in zip(losses(1), losses(2), strict=True):
+        assert len(one) == 4
+        assert torch.equal(one, other)
+
+
+def test_data_must_fit_the_network(tmp_path):
+    photos(tmp_path / "photos", each=4, size=(70, 66))
+    autoencoder(tmp_path / "vae")
+    latents, vae = str(tmp_path / "latents"), str(tmp_path / "vae")
+    encode_command(
+        ["--data", str(tmp_path / "photos"), "--out", latents, "--size", "64", "--vae", vae, "--accelerator", "cpu"]
+    )
+
+    def fit(settings, data):
+        data = ImageNetDataModule(**{"train": latents, "val": latents, "size": 64, "num_workers": 0} | data)
+        trainer(1, limit_val_batches=0).fit(ClassConditionalDiT(**LATENT | settings), data)
+
+    fit({"vae": vae}, {"batch_size": 4})
+    for settings, data, message in (
+        ({"num_classes": 1000}, {}, "num_classes: 1000, but the training data have 3 classes"),
+        ({"input_size": 16}, {}, r"has \(4, 8, 8\), the network takes \(4, 16, 16\)"),
+        ({"vae": "other/vae"}, {}, r"was made with .*, expected 'other/vae' \(model.vae\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(settings, {"batch_size": 4} | data)
+
+
+def test_checkpointing_and_compile_change_nothing(tmp_path):
+    def weights(**settings):
+        torch.manual_seed(0)
+        module = ClassConditionalDiT(**TINY, **settings)
+        trainer(3).fit(module, DigitsDataModule(batch_size=64))
+        return [p.detach().clone() for p in module.parameters()], module
+
+    plain, _ = weights()
+    again, _ = weights(checkpointing=True)
+    compiled, module = weights(compile=True)
+    for a, b, c in zip(plain, again, compiled, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-5)
+    assert not any("_orig_mod" in name for name in module.state_dict())

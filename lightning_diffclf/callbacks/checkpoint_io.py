@@ -1,0 +1,42 @@
+"""Checkpoint files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that a kill or a full disk leaves the old file intact.
+
+    Lightning writes into the temporary folder of the machine and moves the file from there: a copy, wherever that is
+    another file system than that of the checkpoint, as on most clusters. It also holds the whole file in memory first.
+
+    Pass it to the Trainer: ``plugins=[AtomicCheckpointIO()]``. Addresses such as ``s3://…`` are left to Lightning.
+
+    Raises:
+        OSError: from ``save_checkpoint``, if the file cannot be written.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write ``checkpoint`` to ``path``, for which there must be room beside the file of that name."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        part = f"{path}.part"
+        try:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            torch.save(checkpoint, part)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            if os.path.exists(part):
+                os.remove(part)
+            raise OSError(
+                f"checkpoint: {str(path)!r} could not be written, what was there is intact ({error})"
+            ) from error

@@ -1,0 +1,51 @@
+"""Fit a tiny DiT on N processes with sharded weights and save it: fit_fsdp.py DEVICES STEPS FOLDER [CHECKPOINT]."""
+
+import json
+import sys
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_diffclf import EMA, ClassConditionalDiT
+from lightning_diffclf.data.digits import DigitsDataModule
+
+
+class Recording(ClassConditionalDiT):
+    seen: list  # mean loss of each batch
+    share: float  # of the weights, on this process
+
+    def on_train_start(self):
+        local = sum(getattr(p, "_local_tensor", p).numel() for p in self.parameters())
+        self.share = local / sum(p.numel() for p in self.parameters())
+
+    def losses(self, x0, labels, t, noise, drop):
+        losses = super().losses(x0, labels, t, noise, drop)
+        if self.training:
+            self.seen.append(losses["loss"].mean().item())
+        return losses
+
+
+if __name__ == "__main__":
+    devices, steps, folder, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0]
+    torch.manual_seed(0)
+    model = Recording(
+        input_size=8, in_channels=1, num_classes=10, hidden_size=16, depth=2, num_heads=2, latents=False, lr=1e-2
+    )
+    model.seen = []
+    sharding = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False, process_group_backend="gloo")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=sharding if devices > 1 else "auto",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[EMA(None)],
+    )
+    trainer.fit(model, DigitsDataModule(batch_size=96), ckpt_path=checkpoint)
+    trainer.save_checkpoint(f"{folder}/{devices}-{steps}.ckpt")
+    found = {"losses": model.seen, "share": model.share}
+    sys.stdout.write(f"RANK {trainer.global_rank} " + json.dumps(found) + "\n")
+    sys.stdout.flush()
