@@ -22,11 +22,14 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 import lightning_diffclf  # noqa: F401  (checkpoints may only name classes that are imported)
+from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.callbacks.ema import EMA
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
+from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
@@ -107,6 +110,7 @@ class DiffClfCLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleGrid, "samples")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Requeue, "requeue")
         parser.set_defaults({"samples.columns": 0, "checkpoint.save_last": True})
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments(
@@ -132,6 +136,8 @@ class DiffClfCLI(LightningCLI):
             kwargs["logger"] = False
             if self._fits:
                 kwargs["logger"] = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]
+        if not isinstance(config.get("strategy"), ModelParallelStrategy):  # which writes checkpoints itself
+            kwargs["plugins"] = [*(config.get("plugins") or []), AtomicCheckpointIO()]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     @property
