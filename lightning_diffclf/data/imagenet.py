@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -97,8 +97,8 @@ class _Take:
 
 def cropped(image: Image.Image, rng: np.random.Generator, size: int, flip: bool) -> Tensor:
     """The published crop as (3, size, size) in [-1, 1]; with ``flip``, every other time mirrored."""
-    tensor = to_tensor(published_crop(image, size))
-    return tensor.flip(2) if flip and rng.integers(2) else tensor
+    image = published_crop(image, size)
+    return to_tensor(ImageOps.mirror(image) if flip and rng.integers(2) else image)
 
 
 class ImageNetDataModule(L.LightningDataModule):

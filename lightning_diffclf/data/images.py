@@ -31,9 +31,16 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"image: {str(path)!r} is empty")
     try:
         with Image.open(path) as file:
-            return to_rgb(ImageOps.exif_transpose(file))
+            return upright_rgb(file)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, by format
         raise ValueError(f"image: {str(path)!r} cannot be read ({error})") from error
+
+
+def upright_rgb(file: Image.Image) -> Image.Image:
+    """An opened file as an image in RGB, turned as its camera says."""
+    file.load()
+    ImageOps.exif_transpose(file, in_place=True)
+    return to_rgb(file)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -46,7 +53,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
         image = opaque
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies in any case
 
 
 def covering_crop(image: Image.Image, height: int, width: int) -> Image.Image:

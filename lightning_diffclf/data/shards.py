@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import webdataset as wds
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lightning_diffclf.data.images import SUFFIXES, to_rgb
+from lightning_diffclf.data.images import SUFFIXES, upright_rgb
 
 INDEX = "index.json"
 
@@ -129,7 +129,7 @@ class Shards:
         try:
             label = int(sample["cls"])
             with Image.open(io.BytesIO(sample[suffix])) as file:
-                image = to_rgb(ImageOps.exif_transpose(file))
+                image = upright_rgb(file)
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's, by format
             raise ValueError(f"data: sample {name} cannot be read ({error})") from error
         key = sample["__key__"]
