@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import lightning_diffclf  # noqa: F401  (checkpoints may only name classes that are imported)
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -38,6 +39,8 @@ from lightning_diffclf.commands.parser import Parser
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
+
+PROCESSES_KEY = "diffclf_processes"  # and how many processes it was trained on
 
 KEPT_FOR_EVALUATION = (
     "seed_everything",
@@ -72,6 +75,13 @@ class KeepConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = self.parser.dump(self.config, skip_none=False)
+        checkpoint[PROCESSES_KEY] = trainer.world_size
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        before = checkpoint.get(PROCESSES_KEY, trainer.world_size)
+        if trainer.state.fn == "fit" and before != trainer.world_size:
+            # What is seen in a step depends on the step only (data/stream.py).
+            rank_zero_info(f"going on with {trainer.world_size} processes in place of {before}, by the same batches")
 
 
 class DiffClfCLI(LightningCLI):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -106,6 +107,48 @@ def test_the_same_command_again_goes_on(run_dir, tmp_path, capsys):
     assert again["global_step"] == 4
     assert sorted(p.name for p in (folder / "logs").iterdir()) == ["version_0", "version_1"]
     assert again["state_dict"].keys() == straight["state_dict"].keys()
+
+
+def test_parts_are_disjoint_and_make_up_the_whole(run_dir, tmp_path, capsys):
+    quiet = "--trainer.enable_progress_bar=false"
+    evaluate([f"--ckpt={last(run_dir)}", f"--out={tmp_path / 'whole'}", quiet])
+    for i in (1, 2, 3):
+        evaluate([f"--ckpt={last(run_dir)}", f"--out={tmp_path / str(i)}", f"--part={i}/3", quiet])
+    parts = [pq.read_table(tmp_path / str(i) / "predictions.parquet") for i in (1, 2, 3)]
+    assert sum(part.num_rows for part in parts) == 360
+    assert all(90 < part.num_rows < 150 for part in parts)
+    main(["merge", *(str(tmp_path / str(i)) for i in (1, 2, 3)), f"--out={tmp_path / 'merged'}"])
+    whole, merged = (pq.read_table(tmp_path / name / "predictions.parquet").to_pydict() for name in ("whole", "merged"))
+    assert all(whole[name] == merged[name] for name in ("id", "label", "prediction", "nfe"))
+    np.testing.assert_allclose(whole["scores_K"], merged["scores_K"], rtol=1e-4)
+    evaluate([f"--ckpt={last(run_dir)}", "--part=2/3", quiet])  # folders of their own, if none is named
+    assert (run_dir / "evaluation-2of3" / "predictions.parquet").is_file()
+    for wrong in ("4/3", "0/3", "two/3", "3"):
+        assert f"part: '{wrong}', expected i/n" in fails(
+            capsys, evaluate, [f"--ckpt={last(run_dir)}", f"--part={wrong}"]
+        )
+
+
+@pytest.mark.ddp
+def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path):
+    settings = ["--model.decay=none", "--samples.columns=0", "--classifier.fit_images=0", "--trainer.accelerator=cpu"]
+    settings += ["--trainer.val_check_interval=2", "--checkpoint.every_n_train_steps=2"]
+
+    def run(folder, steps, devices):
+        flags = [f"--run_dir={folder}", f"--trainer.max_steps={steps}", f"--trainer.devices={devices}"]
+        command = [sys.executable, str(ROOT / "train.py"), *QUICK, *settings, *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    run("straight", 4, 1)
+    run("changed", 2, 2)
+    assert "going on with 1 processes in place of 2, by the same batches" in run("changed", 4, 1)
+    straight, changed = (read_checkpoint(tmp_path / d / "checkpoints" / "last.ckpt") for d in ("straight", "changed"))
+    assert straight["global_step"] == changed["global_step"] == 4
+    for name, value in straight["current_model_state"].items():
+        torch.testing.assert_close(changed["current_model_state"][name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.ddp

@@ -1,0 +1,71 @@
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
+
+
+def test_writes_what_torch_reads(tmp_path):
+    path = tmp_path / "new" / "last.ckpt"
+    for step in (1, 2):
+        AtomicCheckpointIO().save_checkpoint({"step": step, "weight": torch.full((3,), float(step))}, path)
+        found = torch.load(path, weights_only=True)
+        assert found["step"] == step
+        assert found["weight"].tolist() == [step] * 3
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def in_child(function) -> int:
+    """Run ``function`` in a process of its own; returns its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_a_kill_while_saving_leaves_the_old_file(tmp_path):
+    path, part = tmp_path / "last.ckpt", tmp_path / "last.ckpt.part"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    many = {"step": 2, "weights": [torch.zeros(1_000_000) for _ in range(200)]}  # 800 MB are not written at once
+    child = in_child(lambda: AtomicCheckpointIO().save_checkpoint(many, path))
+    while not (part.exists() and part.stat().st_size > 0):
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    with pytest.raises(RuntimeError):
+        torch.load(part, weights_only=True)  # it was in the middle
+    AtomicCheckpointIO().save_checkpoint({"step": 3}, path)
+    assert torch.load(path, weights_only=True) == {"step": 3}
+    assert not part.exists()
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+
+    def save() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # as a full disk
+        try:
+            AtomicCheckpointIO().save_checkpoint({"step": 2, "weights": torch.zeros(10_000)}, path)
+        except OSError as error:
+            (tmp_path / "error").write_text(str(error))
+
+    os.waitpid(in_child(save), 0)
+    said = (tmp_path / "error").read_text()
+    assert said.startswith(f"checkpoint: '{path}' could not be written, what was there is intact (")
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["error", "last.ckpt"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"checkpoint: '.*last.ckpt' could not be written"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "last.ckpt")

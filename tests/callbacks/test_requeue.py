@@ -1,0 +1,276 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_diffclf import EMA, ClassConditionalDiT, DiffusionClassifierCallback
+from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
+from lightning_diffclf.callbacks.requeue import SIGNALS, Requeue
+from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.results.store import read_table
+from tests.gaussians import Gaussians, loader
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "fit_requeue.py"
+
+ONE_TASK = {"NTASKS": 1, "NTASKS_PER_NODE": 1, "NNODES": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NAME": "dit"}
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """A run that is left by SystemExit leaves its handlers to a process that is about to end."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A ``scontrol`` that writes down what it was told; returns the file."""
+    told, folder = tmp_path / "told", tmp_path / "bin"
+    folder.mkdir()
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>"{told}"\n')
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    return told
+
+
+@pytest.fixture
+def job(scontrol, monkeypatch):
+    """As in a job of one task, for Lightning as well."""
+    for name, value in ({"JOB_ID": 12} | ONE_TASK).items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    return scontrol
+
+
+class Signalling(L.Callback):
+    """Sends this process a signal at the start of a batch of training, or of the first one of a validation."""
+
+    def __init__(self, batch: int | str | None, number: int = signal.SIGUSR1) -> None:
+        self.batch, self.number = batch, number
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if self.batch == "validation" and batch_idx == 0:
+            os.kill(os.getpid(), self.number)
+
+
+def fit(folder: Path, batch: int | str | None = None, number: int = signal.SIGUSR1, every_n_steps: int = 1, **kwargs):
+    """Eight steps, with validation after the fourth; goes on from last.ckpt if there is one."""
+    torch.manual_seed(0)
+    last = folder / "last.ckpt"
+    checkpoint = ModelCheckpoint(dirpath=folder, save_last=True, every_n_train_steps=8)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1,
+        max_steps=8,
+        max_epochs=-1,
+        default_root_dir=folder,
+        # The averaging comes last on purpose: Lightning has to put it before the others.
+        callbacks=[Signalling(batch, number), checkpoint, Requeue(every_n_steps), EMA(0.9)],
+        plugins=[AtomicCheckpointIO()],
+        **kwargs,
+    )
+    dit = ClassConditionalDiT(
+        input_size=8, in_channels=1, num_classes=10, latents=False, hidden_size=16, depth=1, num_heads=2
+    )
+    trainer.fit(dit, DigitsDataModule(batch_size=16), ckpt_path=str(last) if last.exists() else None)
+
+
+def read(folder: Path) -> dict:
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def assert_same_training(first: dict, second: dict) -> None:
+    assert first["global_step"] == second["global_step"]
+    for part in ("state_dict", "current_model_state"):
+        assert first[part].keys() == second[part].keys()
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), (part, name)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "settings", "step"),
+    [
+        (2, {}, 3),
+        (2, {"number": signal.SIGUSR2}, 3),
+        ("validation", {}, 5),  # average and trained weights have changed places there
+        (2, {"accumulate_grad_batches": 2}, 2),  # in the first batch of the second step
+        (1, {"every_n_steps": 3}, 3),
+    ],
+    ids=["step", "other signal", "validation", "accumulation", "every third step"],
+)
+def test_saves_at_the_step_and_goes_on_as_if_nothing_had_been(tmp_path, job, capsys, batch, settings, step):
+    with pytest.raises(SystemExit) as left:
+        fit(tmp_path / "run", batch, **settings)
+    assert left.value.code == 0
+    assert job.read_text() == "requeue 12\n"
+    assert f"step {step} is saved in {tmp_path}/run/last.ckpt; job 12 is in the queue again" in capsys.readouterr().out
+    saved = read(tmp_path / "run")
+    assert saved["global_step"] == step
+    settings.pop("number", None)
+    fit(tmp_path / "run", **settings)
+    fit(tmp_path / "undisturbed", **settings)
+    assert_same_training(read(tmp_path / "run"), read(tmp_path / "undisturbed"))
+    # Neither Lightning's own files nor a second last.ckpt beside that of the requeue.
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["epoch=0-step=8.ckpt", "last.ckpt"]
+    names = read(tmp_path / "run")["state_dict"].keys()
+    assert any(not torch.equal(saved["state_dict"][name], saved["current_model_state"][name]) for name in names)
+
+
+def test_all_processes_leave_when_one_is_told(tmp_path, job):
+    """Two processes, of which the second one gets the signal."""
+    done = run_script(tmp_path, "2", SLURM_NTASKS=None)
+    assert done.returncode == 0, done.stderr
+    assert job.read_text() == "requeue 12\n"
+    assert read(tmp_path)["global_step"] == 3
+    assert "job 12 is in the queue again" in done.stdout
+
+
+def run_script(folder: Path, *args: str, **changes: str | None) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in (os.environ | changes).items() if value is not None}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), *args],
+        env=env | {"PYTHONPATH": str(SCRIPT.parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_job_ends_with_an_error(tmp_path, job):
+    with pytest.raises(SystemExit):
+        fit(tmp_path, 0)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    done = run_script(tmp_path, "1", "full")
+    assert done.returncode != 0
+    assert f"checkpoint: '{tmp_path}/last.ckpt' could not be written, what was there is intact" in done.stderr
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+    assert list(tmp_path.glob("*.part")) == []
+    assert job.read_text() == "requeue 12\n"  # that of the first run
+
+
+def test_outside_of_slurm_the_same_command_goes_on(tmp_path, scontrol, capsys):
+    with pytest.raises(SystemExit) as left:
+        fit(tmp_path / "run", 2)
+    assert left.value.code == 0
+    assert "not in a SLURM job: the same command goes on" in capsys.readouterr().out
+    assert not scontrol.exists()
+
+
+def test_a_task_of_an_array_requeues_itself_only(tmp_path, job, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "run", 0)
+    assert job.read_text() == "requeue 10_3\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (
+            "#!/bin/sh\necho 'Requested operation is presently disabled' >&2; exit 1\n",
+            "operation is presently disabled",
+        ),
+        ("#!/nowhere\n", "No such file or directory"),
+    ],
+)
+def test_a_requeue_that_fails_is_an_error_with_its_remedy(tmp_path, job, capsys, command, complaint):
+    (tmp_path / "bin" / "scontrol").write_text(command)
+    with pytest.raises(SystemExit) as left:
+        fit(tmp_path / "run", 2)
+    assert left.value.code == 1
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert f"step 3 is saved in {tmp_path}/run/last.ckpt, but SLURM did not requeue job 12" in error
+    assert "Submit the same job script again" in error
+
+
+def test_handlers_are_put_back(tmp_path, job):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    fit(tmp_path / "run")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_bad_settings(tmp_path):
+    with pytest.raises(ValueError, match="requeue: every_n_steps 0, expected at least 1"):
+        Requeue(every_n_steps=0)
+    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[Requeue()], default_root_dir=tmp_path)
+    with pytest.raises(
+        ValueError, match="requeue: the first checkpoint callback is Requeue, expected a ModelCheckpoint"
+    ):
+        trainer.fit(Gaussians(), loader(4))
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+class SignallingEvaluation(L.Callback):
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
+
+
+def evaluate(stage: str, out: Path, *callbacks: L.Callback) -> None:
+    classifier = DiffusionClassifierCallback(draws=5, microbatch=16, output_dir=str(out))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[classifier, *callbacks],
+    )
+    options = {} if stage == "predict" else {"verbose": False}
+    getattr(trainer, stage)(Gaussians(), loader(20), **options)
+
+
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+def test_an_evaluation_keeps_what_is_decided_and_goes_on(tmp_path, job, stage):
+    with pytest.raises(SystemExit) as left:
+        evaluate(stage, tmp_path / "out", SignallingEvaluation(), Requeue())
+    assert left.value.code == 0
+    assert job.read_text() == "requeue 12\n"
+    assert 8 <= read_table(tmp_path / "out").num_rows <= 12
+    evaluate(stage, tmp_path / "out")
+    evaluate(stage, tmp_path / "undisturbed")
+    columns = ["id", "prediction", "nfe"]
+    first, second = (read_table(tmp_path / name).select(columns).sort_by("id") for name in ("out", "undisturbed"))
+    assert first.num_rows == 20
+    assert first.equals(second)
+
+
+def test_an_evaluation_that_stores_nothing_does_not_listen(tmp_path, job):
+    before = signal.getsignal(signal.SIGUSR1)
+    seen = []
+
+    class Looking(L.Callback):
+        def on_test_start(self, trainer, pl_module):
+            seen.append(signal.getsignal(signal.SIGUSR1))
+
+    requeue = Requeue()
+    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[requeue, Looking()], default_root_dir=tmp_path)
+    trainer.test(Gaussians(), loader(4), verbose=False)
+    assert seen[0] != requeue._note
+    assert signal.getsignal(signal.SIGUSR1) == before
