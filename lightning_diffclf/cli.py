@@ -35,6 +35,8 @@ from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.models.published import is_published, load_published
+from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -116,6 +118,12 @@ class DiffClfCLI(LightningCLI):
         parser.add_argument(
             "--run_dir", type=str, default="runs/default", help="Folder for checkpoints, logs and results of this run"
         )
+        parser.add_argument(
+            "--warm_start",
+            type=str | None,
+            default=None,
+            help="Weights that fit begins with where run_dir has no checkpoint yet: a checkpoint, or published ones",
+        )
         parser.add_lightning_class_args(DiffusionClassifierCallback, "classifier")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleGrid, "samples")
@@ -164,8 +172,28 @@ class DiffClfCLI(LightningCLI):
             else:
                 path = self.config_init[subcommand]["ckpt_path"] = None
         if path is not None and path not in ("best", "hpc", "registry"):
-            check_checkpoint(self.model, read_checkpoint(path), path)
+            if is_published(path):
+                self._load_weights(path)
+                self.config_init[subcommand]["ckpt_path"] = None
+            else:
+                check_checkpoint(self.model, read_checkpoint(path), path)
+        elif path is None and self._fits and (start := self._get(self.config, "warm_start")) is not None:
+            self._load_weights(start)
         super()._run_subcommand(subcommand)
+
+    def _load_weights(self, path: str) -> None:
+        """Put published weights, or the averaged ones of a checkpoint, into the module."""
+        if not isinstance(self.model, ClassConditionalDiT):
+            raise ValueError(
+                f"checkpoint: {path!r} has weights for a ClassConditionalDiT, not {type(self.model).__name__}"
+            )
+        if is_published(path):
+            load_published(self.model.net, self.model.schedule, path)
+        else:
+            checkpoint = read_checkpoint(path)
+            check_checkpoint(self.model, checkpoint, path)
+            self.model.load_state_dict(checkpoint["state_dict"])
+        print(f"weights of {path}")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -217,11 +245,11 @@ def evaluation_config(path: str | Path) -> str:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read or was not written by this package's command line.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = {} if is_published(path) else read_checkpoint(path)
     if CONFIG_KEY not in checkpoint:
         raise ValueError(
             f"checkpoint: {str(path)!r} does not say how it was made (no {CONFIG_KEY!r}, which `diffclf fit` writes); "
-            "give --config as well"
+            "give --config as well, such as dit_256_imagenet.yaml for published weights"
         )
     config = yaml.safe_load(checkpoint[CONFIG_KEY])
     kept = {key: config[key] for key in KEPT_FOR_EVALUATION}
@@ -300,8 +328,8 @@ def evaluate(args: Sequence[str] | None = None) -> None:
 
 
 def default_output(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
-    """Folder for results: beside ``checkpoints/`` of the checkpoint, else in the last ``run_dir`` of the files."""
-    if ckpt is None:
+    """Folder for results: beside ``checkpoints/`` of a run's checkpoint, else in the last ``run_dir`` of the files."""
+    if ckpt is None or is_published(ckpt):
         run_dir = Path()
         for config in configs:
             path = Path(config) if Path(config).is_file() else CONFIGS / config

@@ -99,7 +99,7 @@ class Requeue(Checkpoint):
         path = os.path.join(checkpoint.dirpath, "last.ckpt")
         # In the state that is saved. A last.ckpt that it does not know would make it write last-v1.ckpt from then on.
         checkpoint.last_model_path = path
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         return path
 
     # --- evaluation ------------------------------------------------------------------------------------------------

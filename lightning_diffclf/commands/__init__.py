@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_diffclf.commands.classify import classify_command
 from lightning_diffclf.commands.data import encode_command, shards_command
+from lightning_diffclf.commands.export import export_command
 from lightning_diffclf.commands.results import compare_command, merge_command, replay_command, report_command
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -16,4 +17,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": report_command,
     "shards": shards_command,
     "encode": encode_command,
+    "export": export_command,
 }

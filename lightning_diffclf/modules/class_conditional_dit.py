@@ -56,7 +56,8 @@ class ClassConditionalDiT(L.LightningModule):
         class_dropout_prob: Share of labels replaced by the null label in training, for classifier-free guidance.
         learn_sigma: Also predict the variance, trained by the variational bound. Only with epsilon prediction on a
             discrete schedule.
-        schedule: Noise schedule.
+        schedule: Noise schedule. ``sit`` is the rectified flow as SiT has it: time runs from noise to data, and the
+            network sees it unscaled (Ma et al. 2024).
         prediction: What the network predicts; ``velocity`` for the rectified flow and ``epsilon`` otherwise if omitted.
         latents: Whether the network works on latents, of any range. Pixels are checked to lie in [-1, 1].
         vae: With ``latents``: folder or Hub repository of the autoencoder, which makes latents of pixels (B, 3, H, W)
@@ -89,7 +90,7 @@ class ClassConditionalDiT(L.LightningModule):
         mlp_ratio: float = 4.0,
         class_dropout_prob: float = 0.1,
         learn_sigma: bool = True,
-        schedule: Literal["linear", "scaled_linear", "cosine", "rectified_flow"] = "linear",
+        schedule: Literal["linear", "scaled_linear", "cosine", "rectified_flow", "sit"] = "linear",
         prediction: Literal["epsilon", "sample", "v_prediction", "velocity"] | None = None,
         latents: bool = True,
         vae: str | None = None,
@@ -422,11 +423,13 @@ def learning_rate_factor(step: int, warmup_steps: int, total: float, decay: str)
 def _schedule(name: str, prediction: Any) -> NoiseSchedule:
     if name == "rectified_flow":  # the network embeds times of 0 … 1000, as in SD3
         return NoiseSchedule.rectified_flow(time_scale=1000.0, prediction=prediction or "velocity")
+    if name == "sit":
+        return NoiseSchedule.rectified_flow(noise_at=0, time_scale=1.0, prediction=prediction or "velocity")
     makers: dict[str, Callable[..., NoiseSchedule]] = {
         "linear": NoiseSchedule.linear,
         "scaled_linear": NoiseSchedule.scaled_linear,
         "cosine": NoiseSchedule.cosine,
     }
     if name not in makers:
-        raise ValueError(f"schedule: {name!r}, expected one of {[*makers, 'rectified_flow']}")
+        raise ValueError(f"schedule: {name!r}, expected one of {[*makers, 'rectified_flow', 'sit']}")
     return makers[name](prediction=prediction or "epsilon")

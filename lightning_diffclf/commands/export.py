@@ -1,0 +1,36 @@
+"""``diffclf export``: a trained network as a folder of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.models.autoencoder import DEFAULT
+from lightning_diffclf.models.published import export_pipeline
+from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+
+
+def export_command(args: Sequence[str]) -> None:
+    """``diffclf export``: a DiTPipeline that others load without this package."""
+    parser = Parser(
+        prog="diffclf export",
+        description="Write a trained DiT as a DiTPipeline folder of diffusers, to publish or to sample from: the "
+        "averaged weights of a checkpoint.",
+    )
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of a training")
+    parser.add_argument("--out", type=str, required=True, help="folder for the pipeline; new or empty")
+    parser.add_argument(
+        "--vae", type=str | None, default=None, help="folder or Hub repository of the autoencoder (default: its own)"
+    )
+    given = parser.parse_args(list(args))
+    if not Path(given.ckpt).is_file():
+        raise FileNotFoundError(f"checkpoint: no file {given.ckpt!r}")
+    module = ClassConditionalDiT.load_from_checkpoint(given.ckpt, map_location=torch.device("cpu"))
+    if not module.hparams["latents"]:
+        raise ValueError(f"export: {given.ckpt!r} works on pixels, but diffusers' DiTPipeline works on latents")
+    vae = given.vae or module.hparams["vae"] or DEFAULT
+    export_pipeline(module.net, module.schedule, Path(given.out), vae, module.candidates.names)
+    print(f"DiTPipeline: {given.out}")
