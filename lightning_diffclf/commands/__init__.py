@@ -8,6 +8,7 @@ from lightning_diffclf.commands.classify import classify_command
 from lightning_diffclf.commands.data import encode_command, shards_command
 from lightning_diffclf.commands.export import export_command
 from lightning_diffclf.commands.results import compare_command, merge_command, replay_command, report_command
+from lightning_diffclf.commands.sample import sample_command
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "classify": classify_command,
@@ -17,5 +18,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": report_command,
     "shards": shards_command,
     "encode": encode_command,
+    "sample": sample_command,
     "export": export_command,
 }

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.data.encoding import chunk_ends, encode
 from lightning_diffclf.data.imagenet import classes_of, network_classes_of, open_source
 from lightning_diffclf.data.latents import Latents, LatentsIndex, LatentsWriter
 from lightning_diffclf.data.shards import ShardIndex, pack, plan_shards
 from lightning_diffclf.data.zero_shot import FolderImages
 from lightning_diffclf.models.autoencoder import DEFAULT, Autoencoder
-
-
-def progress(**settings: Any) -> Progress:
-    """A progress bar that says when it will be done."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), **settings)
 
 
 def shards_command(args: Sequence[str]) -> None:
@@ -101,15 +94,7 @@ def encode_command(args: Sequence[str]) -> None:
     fabric = L.Fabric(accelerator=given.accelerator, devices=given.devices, num_nodes=given.num_nodes)
     fabric.launch()
     out = Path(given.out)
-    failure: Exception | None = None
-    if fabric.is_global_zero:
-        try:
-            LatentsWriter.create(out, index)
-        except (ValueError, OSError) as error:
-            failure = error
-    failure = fabric.broadcast(failure)
-    if failure is not None:
-        raise ValueError(str(failure)) from failure
+    on_first_process(fabric, lambda: LatentsWriter.create(out, index))
     writer = LatentsWriter(out)
     autoencoder = autoencoder.to(fabric.device)
     mine = range(fabric.global_rank, len(writer.chunks), fabric.world_size)

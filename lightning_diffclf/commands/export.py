@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.models.autoencoder import DEFAULT
-from lightning_diffclf.models.published import export_pipeline
+from lightning_diffclf.models.published import export_pipeline, read_file
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
 
@@ -17,18 +18,28 @@ def export_command(args: Sequence[str]) -> None:
     """``diffclf export``: a DiTPipeline that others load without this package."""
     parser = Parser(
         prog="diffclf export",
-        description="Write a trained DiT as a DiTPipeline folder of diffusers, to publish or to sample from: the "
-        "averaged weights of a checkpoint.",
+        description="Write a trained DiT as a DiTPipeline folder of diffusers, to publish or to sample from.",
     )
     parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of a training")
     parser.add_argument("--out", type=str, required=True, help="folder for the pipeline; new or empty")
     parser.add_argument(
         "--vae", type=str | None, default=None, help="folder or Hub repository of the autoencoder (default: its own)"
     )
+    parser.add_argument(
+        "--weights",
+        type=Literal["ema", "raw"],
+        default="ema",
+        help="the average, if there is one, or those in training",
+    )
     given = parser.parse_args(list(args))
     if not Path(given.ckpt).is_file():
         raise FileNotFoundError(f"checkpoint: no file {given.ckpt!r}")
-    module = ClassConditionalDiT.load_from_checkpoint(given.ckpt, map_location=torch.device("cpu"))
+    checkpoint = read_file(Path(given.ckpt))
+    if "net.final_layer.linear.weight" not in checkpoint.get("state_dict", {}):
+        raise ValueError(f"checkpoint: {given.ckpt!r} is of no ClassConditionalDiT, expected one that `fit` wrote")
+    module = ClassConditionalDiT.load_from_checkpoint(given.ckpt, map_location=torch.device("cpu"), weights_only=True)
+    if given.weights == "raw":
+        module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
     if not module.hparams["latents"]:
         raise ValueError(f"export: {given.ckpt!r} works on pixels, but diffusers' DiTPipeline works on latents")
     vae = given.vae or module.hparams["vae"] or DEFAULT

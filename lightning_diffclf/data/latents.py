@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_diffclf.files import write_json
+
 INDEX = "index.json"
 KIND = "diffclf latents 1"
 
@@ -96,16 +98,6 @@ def is_latents(folder: Path) -> bool:
     """Whether a folder holds latents, complete or not."""
     path = folder / INDEX
     return path.is_file() and KIND in path.read_text()[-2000:]
-
-
-def write_json(values: Any, path: Path) -> None:
-    """Write JSON under another name, sync and rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class LatentsWriter:

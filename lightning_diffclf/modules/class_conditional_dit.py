@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.conditions import Conditions, conditions
-from lightning_diffclf.schedule import DiscreteSchedule, NoiseSchedule
+from lightning_diffclf.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
 from lightning_diffclf.variational import hybrid_loss
 
 VALIDATION_TIMESTEPS = 100  # the validation loss is taken at this many noise levels, a fixed one for each image
@@ -351,58 +352,70 @@ class ClassConditionalDiT(L.LightningModule):
         steps: int = 50,
         seed: int = 0,
         guided_channels: int | None = None,
+        ids: Sequence[int | str] | None = None,
     ) -> Tensor:
-        """Generate images or latents of given classes through a diffusers scheduler (DDIM, or Euler for the flow).
+        """Generate images or latents of given classes: by DDIM, or Euler's method for a flow.
 
         Args:
             labels: Classes (B,), int64, on the module's device.
             guidance_scale: Classifier-free guidance: 1 is none. Needs ``class_dropout_prob > 0`` in training.
             steps: Denoising steps.
-            seed: Key of the initial noise; image i depends on (seed, i) only.
+            seed: Key of the initial noise.
             guided_channels: Number of channels that guidance acts on; all if None (3 in the published DiT samples).
+            ids: What the noise of each image depends on, beside the seed (B,); their positions if omitted.
 
         Returns:
             (B, C, H, W) float32; pixels are clipped to [-1, 1].
 
         Raises:
-            ValueError: if guidance is asked of a network without null label, or ``steps`` is out of range.
+            ValueError: if guidance is asked of a network without null label, ``steps`` is out of range, or a flow
+                predicts something else than velocities.
         """
         if guidance_scale != 1 and self.hparams["class_dropout_prob"] == 0:
             raise ValueError(f"guidance_scale: {guidance_scale}, but the network was trained without label dropout")
         if not 1 <= steps <= 1000:
             raise ValueError(f"steps: {steps}, expected 1 … 1000")
+        if isinstance(self.schedule, FlowSchedule) and self.schedule.prediction != "velocity":
+            raise ValueError(f"sampling from a flow that predicts {self.schedule.prediction!r}, expected 'velocity'")
         noise, keyed = np.empty((len(labels), *self.image_shape), dtype=np.float32), KeyedNoise(seed)
-        for i, out in enumerate(noise):
-            keyed.fill(out, keyed.key(i), 0)
-        x_t = torch.from_numpy(noise).to(self.device)
-        scheduler = self._diffusers_scheduler(steps)
-        training, _ = self.training, self.eval()
-        for time in scheduler.timesteps:
+        for out, image_id in zip(noise, range(len(labels)) if ids is None else ids, strict=True):
+            keyed.fill(out, keyed.key(image_id), 0)
+
+        def predict(x_t: Tensor, time: Tensor) -> Tensor:
             times = time.to(self.device).expand(len(labels))
             if guidance_scale == 1:
-                output = self.predict(x_t, times, labels)
+                output = self.net(x_t.to(self.dtype), times, labels)
             else:
                 output = self.net.forward_with_cfg(x_t.to(self.dtype), times, labels, guidance_scale, guided_channels)
-            x_t = scheduler.step(output[:, : self.image_shape[0]].float(), time, x_t).prev_sample
+            return output[:, : self.image_shape[0]].float()
+
+        training, _ = self.training, self.eval()
+        x_t = self._denoise(torch.from_numpy(noise).to(self.device), steps, predict)
         self.train(training)
         return x_t if self.hparams["latents"] else x_t.clamp(-1, 1)
 
-    def _diffusers_scheduler(self, steps: int) -> Any:
-        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # slow to import
+    def _denoise(self, x_t: Tensor, steps: int, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """From noise to data: DDIM by diffusers, or Euler's method along the straight line of a flow."""
+        if isinstance(self.schedule, FlowSchedule):
+            up = 1 if self.schedule.noise_at else -1  # whether sigma rises with time
+            for sigma, lower in itertools.pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)):
+                time = self.schedule.network_time(sigma if up == 1 else 1 - sigma).float()
+                x_t = x_t + up * float(lower - sigma) * predict(x_t, time)
+            return x_t
+        from diffusers import DDIMScheduler  # slow to import
 
-        if isinstance(self.schedule, DiscreteSchedule):
-            alphas = self.schedule.alphas_cumprod
-            scheduler = DDIMScheduler(
-                num_train_timesteps=len(alphas),
-                trained_betas=(1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])).float().numpy(),
-                clip_sample=not self.hparams["latents"],
-                prediction_type=self.schedule.prediction,
-                timestep_spacing="trailing",
-            )
-        else:
-            scheduler = FlowMatchEulerDiscreteScheduler()
+        alphas = cast(DiscreteSchedule, self.schedule).alphas_cumprod
+        scheduler = DDIMScheduler(
+            num_train_timesteps=len(alphas),
+            trained_betas=(1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])).float().numpy(),
+            clip_sample=not self.hparams["latents"],
+            prediction_type=self.schedule.prediction,
+            timestep_spacing="trailing",
+        )
         scheduler.set_timesteps(steps)
-        return scheduler
+        for time in scheduler.timesteps:
+            x_t = scheduler.step(predict(x_t, time), time, x_t).prev_sample
+        return x_t
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total: float, decay: str) -> float:

@@ -168,12 +168,14 @@ def test_sampling_is_keyed_and_keeps_the_mode(settings, guidance_scale):
     assert five.abs().max() <= 1
     torch.testing.assert_close(module.sample(torch.arange(2), guidance_scale, steps=4), five[:2])
     assert not torch.equal(module.sample(torch.arange(2), guidance_scale, steps=4, seed=1), five[:2])
+    torch.testing.assert_close(module.sample(torch.arange(3, 5), guidance_scale, steps=4, ids=[3, 4]), five[3:])
 
 
 def test_sampling_recovers_the_data_of_an_exact_network():
     """A network that knows the one image there is must lead every sampler to it."""
     target = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
-    for settings in ({"schedule": "linear"}, {"schedule": "rectified_flow"}, {"prediction": "v_prediction"}):
+    flows = {"schedule": "rectified_flow"}, {"schedule": "sit"}
+    for settings in ({"schedule": "linear"}, {"prediction": "v_prediction"}, *flows):
         module = ClassConditionalDiT(**TINY, **settings, learn_sigma=False)
         scale = getattr(module.schedule, "time_scale", None)
 
@@ -183,7 +185,7 @@ def test_sampling_recovers_the_data_of_an_exact_network():
             alpha, sigma = (v.view(-1, 1, 1, 1) for v in (module.schedule.alpha(time), module.schedule.sigma(time)))
             return module.schedule.target(x0, (x_t - alpha * x0) / sigma, time)
 
-        module.predict = exact
+        module.net.forward = exact
         images = module.sample(torch.zeros(3, dtype=torch.int64), steps=20)
         torch.testing.assert_close(images, target.expand(3, 1, 8, 8), rtol=0, atol=0.02)
 

@@ -1,0 +1,176 @@
+"""``diffclf sample``: images of given classes from a trained network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.commands.running import on_first_process, progress
+from lightning_diffclf.files import write_json
+from lightning_diffclf.models.autoencoder import DEFAULT
+from lightning_diffclf.models.published import config_of, is_published, load_published
+from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.results.figures import save_image_grid
+
+SETTINGS = "samples.json"
+
+
+def sample_command(args: Sequence[str]) -> None:
+    """``diffclf sample``: a grid, or a folder with one file for each image."""
+    parser = Parser(
+        prog="diffclf sample",
+        description="Generate images of given classes. An image depends on seed, class and number only, not on batch "
+        "size or devices. Into a folder, the same command goes on where it was stopped.",
+    )
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint (its averaged weights), or published ones")
+    parser.add_argument("--out", type=str, required=True, help="a .png for a grid, else a folder")
+    parser.add_argument("--classes", type=str, default="all", help="names or numbers with commas between them, or all")
+    parser.add_argument("--per_class", type=int, default=8, help="images of each class")
+    parser.add_argument("--guidance_scale", type=float, default=4.0, help="1 is no guidance")
+    parser.add_argument(
+        "--guided_channels", type=int | None, default=None, help="channels that are guided (3 as published for DiT)"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
+    parser.add_argument("--seed", type=int, default=0, help="key of the noise")
+    parser.add_argument("--batch_size", type=int, default=32, help="images that are generated at once on a device")
+    parser.add_argument(
+        "--vae", type=str | None, default=None, help=f"autoencoder (default: the network's own, else {DEFAULT})"
+    )
+    parser.add_argument("--schedule", type=str, default="linear", help="of published weights; sit for those of SiT")
+    parser.add_argument("--accelerator", type=str, default="auto", help="gpu, cpu, …")
+    parser.add_argument("--devices", type=int, default=1, help="devices of this machine")
+    parser.add_argument("--num_nodes", type=int, default=1, help="machines, under srun or torchrun")
+    parser.add_argument("--precision", type=str, default="32-true", help="32-true, bf16-mixed, …")
+    given = parser.parse_args(list(args))
+    for name in ("per_class", "batch_size"):
+        if given[name] < 1:
+            raise ValueError(f"{name}: {given[name]}, expected at least 1")
+    module = network_of(given.ckpt, given.vae, given.schedule).eval()
+    classes, out = chosen_classes(given.classes, module), Path(given.out)
+    guidance_scale = given.guidance_scale
+    if module.hparams["latents"]:
+        module.autoencoder  # noqa: B018  (fails here if it is not there)
+    fabric = L.Fabric(
+        accelerator=given.accelerator, devices=given.devices, num_nodes=given.num_nodes, precision=given.precision
+    )
+    fabric.launch()
+    module.to(fabric.device)
+    wanted = [(c, number) for c in classes for number in range(given.per_class)]
+    settings = {
+        name: given[name] for name in ("ckpt", "guidance_scale", "guided_channels", "steps", "seed", "vae", "precision")
+    }
+
+    def generate(some: list[tuple[int, int]]) -> Tensor:
+        labels = torch.tensor([c for c, _ in some], device=fabric.device)
+        ids = [f"{c}/{number}" for c, number in some]
+        with fabric.autocast():
+            x0 = module.sample(labels, guidance_scale, given.steps, given.seed, given.guided_channels, ids)
+        return module.autoencoder.decode(x0) if module.hparams["latents"] else x0
+
+    into_grid = out.suffix.lower() == ".png"
+    if into_grid:
+        todo = wanted if fabric.is_global_zero else []
+    else:
+        on_first_process(fabric, lambda: prepare_folder(out, settings))
+        todo = [one for one in wanted[fabric.global_rank :: fabric.world_size] if not file_of(out, *one).is_file()]
+    made = []
+    with progress(disable=not fabric.is_global_zero) as bar:
+        task = bar.add_task("sampling", total=len(todo))
+        for first in range(0, len(todo), given.batch_size):
+            some = todo[first : first + given.batch_size]
+            images = generate(some).cpu()
+            if into_grid:
+                made.append(images)
+            else:
+                for one, image in zip(some, images, strict=True):
+                    save_image(image, file_of(out, *one))
+            bar.advance(task, len(some))
+    if made:
+        save_image_grid(torch.cat(made), [module.candidates.names[c] for c in classes], out)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        print(f"{len(wanted)} images of {len(classes)} classes: {out}")
+
+
+def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT:
+    """The network of a checkpoint, with averaged weights; or published weights, with their sizes.
+
+    Args:
+        path: Checkpoint, published file, or folder of diffusers.
+        vae: Autoencoder in place of the network's own; the default one for published weights without it.
+        schedule: Of published weights.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: if it cannot be read.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"checkpoint: no file or folder {path!r}")
+    if not is_published(path):
+        others: dict[str, Any] = {} if vae is None else {"vae": vae}
+        return ClassConditionalDiT.load_from_checkpoint(path, map_location=torch.device("cpu"), **others)
+    config = config_of(path)
+    if schedule == "sit":
+        config["learn_sigma"] = False
+    own = f"{path}/vae" if (Path(path) / "vae").is_dir() else DEFAULT
+    module = ClassConditionalDiT(**config, schedule=schedule, vae=vae or own)  # type: ignore[arg-type]
+    load_published(module.net, module.schedule, path)
+    return module
+
+
+def chosen_classes(text: str, module: ClassConditionalDiT) -> list[int]:
+    """Numbers of classes that are given by name or number, or ``all``.
+
+    Raises:
+        ValueError: if one is unknown, or there is none.
+    """
+    names = module.candidates.names
+    if text == "all":
+        return list(range(len(names)))
+    number_of = {str(c): c for c in range(len(names))} | {name: c for c, name in reversed(list(enumerate(names)))}
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in words if word not in number_of]
+    if unknown or not words:
+        raise ValueError(f"classes: {unknown or text!r}, expected names or numbers 0 … {len(names) - 1}, or all")
+    return [number_of[word] for word in words]
+
+
+def prepare_folder(out: Path, settings: dict[str, object]) -> None:
+    """Note what is being generated, or check that it is what the folder has.
+
+    Raises:
+        ValueError: if the folder holds samples made otherwise.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / SETTINGS
+    if path.is_file():
+        there = json.loads(path.read_text())
+        names = [name for name in settings if there.get(name) != settings[name]]
+        different = [f"{name}: {there.get(name)!r} there, {settings[name]!r} here" for name in names]
+        if different:
+            raise ValueError(f"out: {str(out)!r} holds other samples ({'; '.join(different)}); give another folder")
+    elif any(out.iterdir()):
+        raise ValueError(f"out: {str(out)!r} is not empty, expected a new folder or one of samples")
+    write_json(settings, path)
+
+
+def file_of(out: Path, c: int, number: int) -> Path:
+    """Where an image goes."""
+    return out / f"{c:04d}" / f"{number:05d}.png"
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write an image (1 or 3, H, W) in [-1, 1] as PNG, whole or not at all."""
+    values = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(temporary, "PNG")
+    temporary.replace(path)

@@ -1,0 +1,165 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lightning_diffclf import ClassConditionalDiT
+from lightning_diffclf.commands.sample import chosen_classes, network_of, sample_command
+from lightning_diffclf.models.published import config_of, to_diffusers
+from tests.conftest import GOLDEN
+from tests.photos import autoencoder
+
+ROOT = Path(__file__).parents[2]
+
+
+def checkpoint(folder, **settings):
+    """A checkpoint of random weights, in Lightning's form."""
+    tiny = {"hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 4, "input_size": 8}
+    module = ClassConditionalDiT(**tiny | settings)
+    for i, p in enumerate(module.parameters()):
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+    saved = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    torch.save(saved | {"pytorch-lightning_version": "2.6.6"}, folder / "last.ckpt")
+    return module
+
+
+@pytest.fixture
+def digits(tmp_path):
+    return checkpoint(tmp_path, in_channels=1, latents=False, class_names=["zero", "one", "two", "three"])
+
+
+def sample(tmp_path, out="out", **settings):
+    settings = {"ckpt": tmp_path / "last.ckpt", "steps": 3, "per_class": 3, "accelerator": "cpu"} | settings
+    sample_command([f"--out={tmp_path / out}", *(f"--{name}={value}" for name, value in settings.items())])
+    return {str(path.relative_to(tmp_path / out)): path.read_bytes() for path in (tmp_path / out).glob("*/*.png")}
+
+
+def test_a_folder_of_images(digits, tmp_path, capsys):
+    files = sample(tmp_path, classes="one,3", guidance_scale=2.0)
+    assert sorted(files) == [f"{c:04d}/{number:05d}.png" for c in (1, 3) for number in range(3)]
+    assert "6 images of 2 classes" in capsys.readouterr().out
+    expected = digits.sample(torch.tensor([3]), 2.0, 3, ids=["3/1"])[0, 0]
+    found = np.asarray(Image.open(tmp_path / "out" / "0003" / "00001.png"))
+    assert found.shape == (8, 8)  # grey
+    np.testing.assert_allclose(found / 127.5 - 1, expected.numpy(), atol=0.005)
+
+
+def test_images_depend_on_seed_class_and_number_only(digits, tmp_path):
+    one = sample(tmp_path, "one", batch_size=100)
+    assert sample(tmp_path, "two", batch_size=2) == one
+    few = sample(tmp_path, "few", classes="2", per_class=2)
+    assert few == {name: one[name] for name in few}
+    other = sample(tmp_path, "other", seed=1)
+    assert all(other[name] != one[name] for name in one)
+
+
+def test_it_goes_on_where_it_was_stopped(digits, tmp_path):
+    whole = sample(tmp_path)
+    kept = tmp_path / "out" / "0000" / "00000.png"
+    before = kept.stat().st_mtime_ns
+    (tmp_path / "out" / "0002" / "00001.png").unlink()
+    (tmp_path / "out" / "0002" / "00001.tmp").write_bytes(b"half")
+    assert sample(tmp_path) == whole
+    assert kept.stat().st_mtime_ns == before
+    more = sample(tmp_path, per_class=4)
+    assert {name: more[name] for name in whole} == whole
+    with pytest.raises(ValueError, match=r"holds other samples \(steps: 3 there, 4 here\)"):
+        sample(tmp_path, steps=4)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match="is not empty"):
+        sample(tmp_path, "letters")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.ddp
+def test_processes_share_the_work(digits, tmp_path):
+    alone = sample(tmp_path, "alone", per_class=3)
+    command = ["sample", f"--ckpt={tmp_path / 'last.ckpt'}", f"--out={tmp_path / 'both'}", "--steps=3", "--per_class=3"]
+    command = [sys.executable, "-c", "from lightning_diffclf.cli import main; main()", *command]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    port = str(free_port())
+    # as torchrun starts them; Lightning's own launcher would run this "-c" again
+    ranks = [
+        subprocess.Popen(
+            [*command, "--accelerator=cpu", "--devices=2"],
+            env=environment
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "one"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=200)[0] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
+    both = {str(p.relative_to(tmp_path / "both")): p.read_bytes() for p in (tmp_path / "both").glob("*/*.png")}
+    assert both == alone
+    assert sum("12 images of 4 classes" in text for text in said) == 1
+
+
+def test_a_grid(digits, tmp_path):
+    assert sample(tmp_path, "grid.png") == {}
+    with Image.open(tmp_path / "grid.png") as image:
+        assert min(image.size) > 100
+
+
+def test_latents_are_decoded(tmp_path):
+    module = checkpoint(tmp_path, vae=str(tmp_path / "vae"))
+    vae = autoencoder(tmp_path / "vae")
+    sample(tmp_path, classes="1", per_class=1, guidance_scale=1.0)
+    with torch.no_grad():
+        latents = module.sample(torch.tensor([1]), 1.0, 3, ids=["1/0"])
+        expected = vae.decode(latents / 0.5 + 0.1).sample[0].clamp(-1, 1)
+    found = np.asarray(Image.open(tmp_path / "out" / "0001" / "00000.png"))
+    np.testing.assert_allclose(found.transpose(2, 0, 1) / 127.5 - 1, expected.numpy(), atol=0.005)
+    checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="vae: none given"):
+        sample(tmp_path, "other")
+    sample(tmp_path, "other", vae=tmp_path / "vae", per_class=1)
+
+
+def test_published_weights_say_their_sizes(tmp_path):
+    weights = load_file(GOLDEN / "dit" / "dit_tiny.safetensors")
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"wide, expected one of \[384, 768, 1024, 1152\]"):
+        config_of(tmp_path / "weights.pt")
+    module = checkpoint(tmp_path)
+    to_diffusers(module.net).save_pretrained(tmp_path / "pipeline" / "transformer")
+    autoencoder(tmp_path / "pipeline" / "vae")
+    again = network_of(str(tmp_path / "pipeline"), None, "linear")
+    for name, value in module.net.state_dict().items():
+        assert torch.equal(again.net.state_dict()[name], value)
+    assert again.hparams["vae"] == str(tmp_path / "pipeline/vae")
+    sample(tmp_path, ckpt=tmp_path / "pipeline", per_class=1)
+    flow = network_of(str(tmp_path / "pipeline"), None, "sit")
+    assert flow.schedule.prediction == "velocity"
+    assert flow.net.out_channels == 4
+
+
+def test_mistakes_are_told(digits, tmp_path):
+    assert chosen_classes("all", digits) == [0, 1, 2, 3]
+    assert chosen_classes("two, 0", digits) == [2, 0]
+    for settings, message in (
+        ({"classes": "five"}, r"classes: \['five'\], expected names or numbers 0 … 3, or all"),
+        ({"classes": ","}, "classes: ','"),
+        ({"per_class": 0}, "per_class: 0"),
+        ({"steps": 0}, "steps: 0, expected 1 … 1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(tmp_path, **settings)
+    with pytest.raises(FileNotFoundError, match=r"no file or folder 'nothing.ckpt'"):
+        sample(tmp_path, ckpt="nothing.ckpt")
