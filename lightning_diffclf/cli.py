@@ -129,7 +129,9 @@ class DiffClfCLI(LightningCLI):
         parser.add_lightning_class_args(SampleGrid, "samples")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Requeue, "requeue")
-        parser.set_defaults({"samples.columns": 0, "checkpoint.save_last": True})
+        parser.set_defaults(
+            {"samples.columns": 0, "checkpoint.save_last": True, "checkpoint.enable_version_counter": False}
+        )
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments(
             "run_dir", "checkpoint.dirpath", compute_fn=lambda folder: str(Path(folder) / "checkpoints")

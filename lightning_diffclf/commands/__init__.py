@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from lightning_diffclf.commands.classify import classify_command
 from lightning_diffclf.commands.data import encode_command, shards_command
 from lightning_diffclf.commands.export import export_command
+from lightning_diffclf.commands.fid import fid_command
 from lightning_diffclf.commands.results import compare_command, merge_command, replay_command, report_command
 from lightning_diffclf.commands.sample import sample_command
 
@@ -19,5 +20,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "shards": shards_command,
     "encode": encode_command,
     "sample": sample_command,
+    "fid": fid_command,
     "export": export_command,
 }

@@ -222,7 +222,7 @@ class ImageNetDataModule(L.LightningDataModule):
         batch_size = share.batch_size(self.batch_size)
         return DataLoader(
             stream,
-            batch_size,
+            batch_size=batch_size,
             num_workers=self.num_workers,
             collate_fn=stacked,
             pin_memory=torch.cuda.is_available(),
@@ -233,7 +233,7 @@ class ImageNetDataModule(L.LightningDataModule):
         source, share = self.source("val"), Share.of(self.trainer)
         if isinstance(source, Shards):
             images = ShardImages(source, transform(self.size, self.size, "published"), share.rank, share.world_size)
-            return DataLoader(images, self.eval_batch_size, num_workers=self.num_workers, collate_fn=stacked)
+            return DataLoader(images, batch_size=self.eval_batch_size, num_workers=self.num_workers, collate_fn=stacked)
         if isinstance(source, Latents):
             return evaluation_loader(source, self.eval_batch_size, self.trainer)
         photos = _Photos(source, self.size)

@@ -190,7 +190,13 @@ def evaluation_loader(
         count = len(data)  # type: ignore[arg-type]
         raise ValueError(f"data: {count} images for {share.world_size} processes, expected at least one for each")
     sampler = UnrepeatedDistributedSampler(data, num_replicas=share.world_size, rank=share.rank, shuffle=False)
-    return DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers, collate_fn=collate or as_it_is)
+    return DataLoader(
+        data,
+        batch_size=batch_size,  # by name: Lightning makes the loader anew for predict
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate or as_it_is,
+    )
 
 
 def as_it_is(batch: Any) -> Any:

@@ -327,7 +327,9 @@ class ZeroShotDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         if self.name == "webdataset":
-            return DataLoader(self.test, self.eval_batch_size, num_workers=self.num_workers, collate_fn=stacked)
+            return DataLoader(
+                self.test, batch_size=self.eval_batch_size, num_workers=self.num_workers, collate_fn=stacked
+            )
         return evaluation_loader(self.test, self.eval_batch_size, self.trainer, self.num_workers, stacked)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -40,7 +40,7 @@ def test_a_kill_while_saving_leaves_the_old_file(tmp_path):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert torch.load(path, weights_only=True) == {"step": 1}
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, OSError)):
         torch.load(part, weights_only=True)  # it was in the middle
     AtomicCheckpointIO().save_checkpoint({"step": 3}, path)
     assert torch.load(path, weights_only=True) == {"step": 3}

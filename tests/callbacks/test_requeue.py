@@ -117,8 +117,9 @@ def assert_same_training(first: dict, second: dict) -> None:
         ("validation", {}, 5),  # average and trained weights have changed places there
         (2, {"accumulate_grad_batches": 2}, 2),  # in the first batch of the second step
         (1, {"every_n_steps": 3}, 3),
+        (7, {}, 8),  # nothing is left to do when the job starts again
     ],
-    ids=["step", "other signal", "validation", "accumulation", "every third step"],
+    ids=["step", "other signal", "validation", "accumulation", "every third step", "last step"],
 )
 def test_saves_at_the_step_and_goes_on_as_if_nothing_had_been(tmp_path, job, capsys, batch, settings, step):
     with pytest.raises(SystemExit) as left:
@@ -138,6 +139,7 @@ def test_saves_at_the_step_and_goes_on_as_if_nothing_had_been(tmp_path, job, cap
     assert any(not torch.equal(saved["state_dict"][name], saved["current_model_state"][name]) for name in names)
 
 
+@pytest.mark.ddp
 def test_all_processes_leave_when_one_is_told(tmp_path, job):
     """Two processes, of which the second one gets the signal."""
     done = run_script(tmp_path, "2", SLURM_NTASKS=None)
