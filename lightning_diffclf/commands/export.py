@@ -23,7 +23,7 @@ def export_command(args: Sequence[str]) -> None:
     parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of a training")
     parser.add_argument("--out", type=str, required=True, help="folder for the pipeline; new or empty")
     parser.add_argument(
-        "--vae", type=str | None, default=None, help="folder or Hub repository of the autoencoder (default: its own)"
+        "--vae", type=str | None, default=None, help=f"autoencoder (default: the network's own, else {DEFAULT})"
     )
     parser.add_argument(
         "--weights",

@@ -8,18 +8,21 @@ of diffusers. Nothing is unpickled.
 from __future__ import annotations
 
 import json
+import math
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.serialization import safe_globals
 
-from lightning_diffclf.models.dit import DiT
+from lightning_diffclf.models.dit import SIZES, DiT, positions_2d
 from lightning_diffclf.schedule import DiscreteSchedule, NoiseSchedule
 
 Weights = dict[str, Tensor]
@@ -43,13 +46,25 @@ SHARED = {
     "y_embedder.embedding_table": "class_embedder.embedding_table",
 }  # of which diffusers has a copy in each block
 
+MEASURED = {
+    "pos_embed",
+    "x_embedder.proj.weight",
+    "y_embedder.embedding_table.weight",
+    "blocks.0.mlp.fc1.bias",
+    "final_layer.linear.weight",
+}  # tensors whose shapes give a network's size
+
+CLASSES = "rows for classes (one more with the null label)"
+
+OUTPUTS = "output channels (doubled by learn_sigma)"
+
 
 def is_published(path: str | Path) -> bool:
     """Whether ``path`` is a folder, or a file with weights only, rather than a checkpoint of a training of ours."""
     path = Path(path)
     if path.is_dir() or path.suffix == ".safetensors":
         return True
-    return path.is_file() and "state_dict" not in _read_file(path)
+    return path.is_file() and "state_dict" not in read_file(path)
 
 
 def read_published(path: str | Path) -> Weights:
@@ -64,15 +79,15 @@ def read_published(path: str | Path) -> Weights:
     """
     path = Path(path)
     if path.is_dir():
-        found: dict[str, Any] = dict(_from_diffusers(_read_folder(path)[0], path))
+        found: dict[str, Any] = dict(_from_diffusers(path))
     elif path.is_file():
-        found = _read_file(path)
+        found = read_file(path)
         for name in ("ema", "model"):  # of the published training scripts
             found = found[name] if isinstance(found.get(name), Mapping) else found
     else:
         raise FileNotFoundError(f"checkpoint: no file or folder {str(path)!r}")
     strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
-    if strange or "final_layer.linear.weight" not in found:
+    if strange or not found.keys() >= MEASURED:
         raise ValueError(f"checkpoint: {str(path)!r} has no weights of a DiT (it has {sorted(found)[:4]})")
     return {name: value.float() for name, value in found.items()}
 
@@ -101,15 +116,17 @@ def load_published(net: DiT, schedule: NoiseSchedule, path: str | Path) -> None:
             if len(weights[name]) == 2 * c * p * p:
                 weights[name] = weights[name].unflatten(0, (p * p, 2 * c))[:, :c].flatten(0, 1)
     ours = net.state_dict()
-    weights.setdefault("pos_embed", ours["pos_embed"])  # fixed; diffusers does not store it
-    wrong = [
-        f"{name} is {tuple(weights[name].shape)} there and {tuple(value.shape)} here"
-        for name, value in ours.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    missing, surplus = sorted(ours.keys() - weights.keys()), sorted(weights.keys() - ours.keys())
-    wrong += [f"{len(missing)} tensors are missing there, such as {missing[0]}"] if missing else []
-    wrong += [f"{len(surplus)} tensors are unknown here, such as {surplus[0]}"] if surplus else []
+    there, here = _sizes(weights), _sizes(ours)
+    wrong = [f"{name}: {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
+    if not wrong:  # nothing that has a plain name
+        wrong = [
+            f"{name} is {tuple(weights[name].shape)} there and {tuple(value.shape)} here"
+            for name, value in ours.items()
+            if name in weights and weights[name].shape != value.shape
+        ]
+        missing, surplus = sorted(ours.keys() - weights.keys()), sorted(weights.keys() - ours.keys())
+        wrong += [f"{len(missing)} tensors are missing there, such as {missing[0]}"] if missing else []
+        wrong += [f"{len(surplus)} tensors are unknown here, such as {surplus[0]}"] if surplus else []
     if wrong:
         few = "; ".join(wrong[:4])
         raise ValueError(f"checkpoint: {str(path)!r} does not fit the network as configured: {few}")
@@ -118,43 +135,119 @@ def load_published(net: DiT, schedule: NoiseSchedule, path: str | Path) -> None:
     net.load_state_dict(weights)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def config_of(path: str | Path) -> dict[str, Any]:
+    """Arguments of a :class:`~lightning_diffclf.models.dit.DiT` that weights are for, with a null label.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: if it cannot be read, or its number of attention heads is not known: shapes do not show it, folders
+            of diffusers and the published widths do.
+    """
+    weights, heads_of = read_published(path), {width: heads for width, _, heads in SIZES.values()}
+    sizes = _sizes(weights)
+    heads = heads_of.get(sizes["hidden_size"])
+    if Path(path).is_dir():
+        heads = _read_config(Path(path))["num_attention_heads"]
+    if heads is None:
+        raise ValueError(
+            f"checkpoint: {str(path)!r} is {sizes['hidden_size']} wide, expected one of {sorted(heads_of)}"
+        )
+    plain = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "mlp_ratio")
+    return {name: sizes[name] for name in plain} | {
+        "num_heads": heads,
+        "num_classes": sizes[CLASSES] - 1,
+        "learn_sigma": sizes[OUTPUTS] == 2 * sizes["in_channels"],
+    }
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a file of torch or safetensors holds, on the CPU; no code from it is run.
+
+    Raises:
+        ValueError: if it cannot be read, or holds no mapping.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"checkpoint: {str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
+        with safe_globals([Namespace]):  # the published training scripts save their arguments too
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # of a damaged file torch raises what comes: RuntimeError, IndexError, …
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if isinstance(error, UnpicklingError):  # of which torch says in many lines that the code could be run
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds {code[1]}, expected weights only" if code else "it is damaged or of another kind"
+        raise ValueError(f"checkpoint: {str(path)!r} cannot be read ({reason})") from error
     if not isinstance(found, dict):
         raise ValueError(f"checkpoint: {str(path)!r} holds a {type(found).__name__}, expected weights by name")
     return found
 
 
-def _read_folder(path: Path) -> tuple[Weights, dict[str, Any]]:
-    """Weights by the names of diffusers, and the network's configuration."""
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    if not (folder / "config.json").is_file():
+def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What shapes say of a network; the input is taken for a square if its tokens could be one."""
+    hidden_size, in_channels, patch_size = weights["x_embedder.proj.weight"].shape[:3]
+    tokens = weights["pos_embed"].shape[1]
+    side = math.isqrt(tokens)
+    return {
+        "input_size": side * patch_size if side**2 == tokens else f"that of {tokens} tokens",
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "mlp_ratio": len(weights["blocks.0.mlp.fc1.bias"]) / hidden_size,
+        CLASSES: len(weights["y_embedder.embedding_table.weight"]),
+        OUTPUTS: len(weights["final_layer.linear.weight"]) // patch_size**2,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {str(path)!r} cannot be read ({error})") from error
+    return found
+
+
+def _transformer(path: Path) -> Path:
+    return path / "transformer" if (path / "transformer").is_dir() else path
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Configuration of the network in a folder of diffusers."""
+    file = _transformer(path) / "config.json"
+    if not file.is_file():
         raise ValueError(f"checkpoint: {str(path)!r} has no transformer/config.json, expected a DiT of diffusers")
-    config = json.loads((folder / "config.json").read_text())
+    config = _read_json(file)
     if config.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise ValueError(f"checkpoint: {str(path)!r} is a {config.get('_class_name')}, expected DiTTransformer2DModel")
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise ValueError(f"checkpoint: no weights (*.safetensors, *.bin) in {str(folder)!r}")
-    return {name: value for file in files for name, value in _read_file(file).items()}, config
+    for name, expected in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):
+        if config.get(name) != expected:
+            raise ValueError(f"checkpoint: {str(path)!r} has {name} {config.get(name)!r}, expected {expected!r}")
+    for name in ("num_attention_heads", "sample_size"):
+        if not isinstance(config.get(name), int):
+            raise ValueError(f"checkpoint: {str(path)!r} has {name} {config.get(name)!r}, expected an integer")
+    return config
 
 
 def _check_folder(net: DiT, schedule: NoiseSchedule, path: Path) -> None:
     """What a folder says beside its weights, and shapes do not show."""
-    config = _read_folder(path)[1]
-    heads = _attention(net).num_heads
-    if config["num_attention_heads"] != heads:
-        raise ValueError(f"checkpoint: {str(path)!r} has {config['num_attention_heads']} heads, expected {heads}")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        prediction = json.loads(scheduler.read_text()).get("prediction_type", "epsilon")
-        if prediction != schedule.prediction:
-            raise ValueError(f"checkpoint: {str(path)!r} predicts {prediction!r}, expected {schedule.prediction!r}")
+    there, here = _read_config(path)["num_attention_heads"], _attention(net).num_heads
+    if there != here:
+        raise ValueError(f"checkpoint: {str(path)!r} has {there} heads, expected {here}")
+    if not (path / "scheduler" / "scheduler_config.json").is_file():
+        return
+    import diffusers  # slow to import
+
+    config = _read_json(path / "scheduler" / "scheduler_config.json")
+    name = str(config.get("_class_name"))
+    if not name.endswith("Scheduler") or not hasattr(diffusers, name):
+        raise ValueError(f"checkpoint: {str(path)!r} has a {name!r}, expected a scheduler of diffusers")
+    found = NoiseSchedule.from_diffusers(getattr(diffusers, name).from_config(config))
+    if found.prediction != schedule.prediction:
+        raise ValueError(f"checkpoint: {str(path)!r} predicts {found.prediction!r}, expected {schedule.prediction!r}")
+    if isinstance(found, DiscreteSchedule) and isinstance(schedule, DiscreteSchedule):
+        alphas, expected = found.alphas_cumprod, schedule.alphas_cumprod
+        if len(alphas) != len(expected) or not torch.allclose(alphas, expected, atol=1e-4):
+            raise ValueError(f"checkpoint: {str(path)!r} has other noise levels than the schedule as configured")
 
 
 def _attention(net: DiT) -> Any:
@@ -165,7 +258,12 @@ def _attention(net: DiT) -> Any:
 # --- diffusers -----------------------------------------------------------------------------------------------------
 
 
-def _from_diffusers(theirs: Weights, path: Path) -> Weights:
+def _from_diffusers(path: Path) -> Weights:
+    config, folder = _read_config(path), _transformer(path)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise ValueError(f"checkpoint: no weights (*.safetensors, *.bin) in {str(folder)!r}")
+    theirs: Weights = {name: value for file in files for name, value in read_file(file).items()}
     depth = 1 + max((int(m[1]) for name in theirs if (m := re.match(r"transformer_blocks\.(\d+)\.", name))), default=-1)
     ours: Weights = {}
     try:
@@ -189,6 +287,9 @@ def _from_diffusers(theirs: Weights, path: Path) -> Weights:
                         )
     except KeyError as error:
         raise ValueError(f"checkpoint: {str(path)!r} lacks {error}, which a DiT of diffusers has") from error
+    hidden_size, _, patch_size = ours["x_embedder.proj.weight"].shape[:3]
+    side = config["sample_size"] // patch_size
+    ours["pos_embed"] = positions_2d(side, side, hidden_size)[None]  # fixed; diffusers does not store it
     return ours
 
 
@@ -200,7 +301,8 @@ def to_diffusers(net: DiT) -> Any:
     published DiT folders. (With ``time_proj.downscale_freq_shift = 0`` they agree.)
 
     Raises:
-        ValueError: if the input is not square, or there is no null label, which diffusers' always has.
+        ValueError: if the input is not square, ``mlp_ratio`` is not 4, or there is no null label: diffusers' network
+            cannot be made otherwise.
     """
     from diffusers import DiTTransformer2DModel  # slow to import
 
@@ -209,6 +311,9 @@ def to_diffusers(net: DiT) -> Any:
     if net.null_label is None:
         raise ValueError("export: class_dropout_prob is 0, but diffusers' network has a null label")
     attention, hidden_size = _attention(net), net.pos_embed.shape[2]
+    mlp_size = len(net.state_dict()["blocks.0.mlp.fc1.bias"])
+    if mlp_size != 4 * hidden_size:
+        raise ValueError(f"export: mlp_ratio is {mlp_size / hidden_size:g}, but diffusers' network has 4")
     model = DiTTransformer2DModel(
         num_attention_heads=attention.num_heads,
         attention_head_dim=hidden_size // attention.num_heads,
@@ -246,7 +351,7 @@ def export_pipeline(net: DiT, schedule: NoiseSchedule, folder: Path, vae: str, c
         net: The network, on latents.
         schedule: What it was trained with.
         folder: Where to; new or empty.
-        vae: Folder or Hub repository of the autoencoder.
+        vae: Folder or Hub repository of the autoencoder, which is copied.
         class_names: By which the pipeline's users may ask for classes; a comma separates synonyms.
 
     Raises:
@@ -259,20 +364,27 @@ def export_pipeline(net: DiT, schedule: NoiseSchedule, folder: Path, vae: str, c
 
     if not isinstance(schedule, DiscreteSchedule):
         raise ValueError(f"export: a {type(schedule).__name__}, but diffusers' DiTPipeline has discrete timesteps only")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"export: {str(folder)!r} is not empty, expected a new folder")
-    transformer = to_diffusers(net)
-    alphas = schedule.alphas_cumprod
-    betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
-    linear = torch.linspace(float(betas[0]), float(betas[-1]), len(betas), dtype=torch.float64)
-    known: dict[str, Any] = {"trained_betas": betas.tolist()}
-    if torch.allclose(betas, linear, rtol=1e-4):  # by name, as others would write it
-        known = {"beta_start": round(float(betas[0]), 8), "beta_end": round(float(betas[-1]), 8)}
-        known["beta_schedule"] = "linear"
-    scheduler = DDIMScheduler(
-        num_train_timesteps=len(betas), prediction_type=schedule.prediction, clip_sample=False, **known
-    )
-    DiTPipeline(transformer, Autoencoder.load(vae).vae, scheduler).save_pretrained(folder)
+    transformer, autoencoder = to_diffusers(net), Autoencoder.load(vae)
+    if autoencoder.channels != net.in_channels:
+        raise ValueError(f"vae: {vae!r} has latents of {autoencoder.channels} channels, expected {net.in_channels}")
+    if autoencoder.shift:
+        raise ValueError(f"vae: {vae!r} has a shift_factor of {autoencoder.shift}, which DiTPipeline leaves out")
+    scheduler = DDIMScheduler(prediction_type=schedule.prediction, clip_sample=False, **_betas(schedule))
+    DiTPipeline(transformer, autoencoder.vae, scheduler).save_pretrained(folder)
     index = folder / "model_index.json"  # diffusers reads names from there, and does not write them
     names = {"id2label": {str(i): name for i, name in enumerate(class_names)}}
     index.write_text(json.dumps(json.loads(index.read_text()) | names, indent=2) + "\n")
+
+
+def _betas(schedule: DiscreteSchedule) -> dict[str, Any]:
+    """Noise levels as a scheduler of diffusers takes them: by name where there is one, as others would write them."""
+    alphas = schedule.alphas_cumprod
+    betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
+    ends = {"beta_start": round(float(betas[0]), 8), "beta_end": round(float(betas[-1]), 8)}
+    for name in ("linear", "scaled_linear"):
+        maker: Any = getattr(NoiseSchedule, name)
+        if torch.allclose(maker(len(alphas), **ends).alphas_cumprod, alphas, rtol=1e-4):
+            return {"num_train_timesteps": len(alphas), "beta_schedule": name, **ends}
+    return {"num_train_timesteps": len(alphas), "trained_betas": betas.tolist()}

@@ -1,3 +1,4 @@
+import argparse
 import json
 import pickle
 import shutil
@@ -78,29 +79,73 @@ def test_equal_to_diffusers_own_forward(learn_sigma, tmp_path):
 def test_how_far_diffusers_frequencies_are(tmp_path):
     """What the docstring of to_diffusers says about a DiTPipeline as it is."""
     net, (x, t, y) = network(), inputs()
-    difference = to_diffusers(net).eval()(x, timestep=t, class_labels=y).sample - net(x, t, y)
+    theirs = to_diffusers(net).eval()
+    difference = theirs(x, timestep=t, class_labels=y).sample - net(x, t, y)
     assert 1e-4 < difference.std() / net(x, t, y).std() < 0.5
+    t = torch.zeros_like(t)  # where frequencies do not matter
+    torch.testing.assert_close(theirs(x, timestep=t, class_labels=y).sample, net(x, t, y), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_pipeline_of_diffusers_and_back(schedule, tmp_path):
+def unshifted_autoencoder(folder):
+    vae = autoencoder(folder)
+    vae.register_to_config(shift_factor=None)
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "written"),
+    [
+        (NoiseSchedule.linear(), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
+        (NoiseSchedule.scaled_linear(), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        (NoiseSchedule.linear(500, prediction="v_prediction"), {"num_train_timesteps": 500}),
+        (NoiseSchedule.cosine(), {}),
+    ],
+    ids=["linear", "scaled_linear", "short", "cosine"],
+)
+def test_a_pipeline_of_diffusers_and_back(schedule, written, tmp_path):
     net, folder = network(), tmp_path / "pipeline"
-    autoencoder(tmp_path / "vae")
-    schedule = getattr(NoiseSchedule, schedule)()
+    vae = unshifted_autoencoder(tmp_path / "vae")
     names = [f"name {i}, synonym {i}" for i in range(10)]
-    export_pipeline(net, schedule, folder, str(tmp_path / "vae"), names)
+    export_pipeline(net, schedule, folder, vae, names)
     pipeline = DiTPipeline.from_pretrained(folder)
     assert pipeline.get_label_ids(["synonym 3"]) == [3]
-    found = NoiseSchedule.from_diffusers(pipeline.scheduler)
-    torch.testing.assert_close(found.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-3, atol=1e-7)
+    assert {name: pipeline.scheduler.config[name] for name in written} == written
+    assert pipeline.scheduler.config.prediction_type == schedule.prediction
+    torch.testing.assert_close(
+        pipeline.scheduler.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=1e-3, atol=1e-7
+    )
     images = pipeline([1, 2], guidance_scale=1.0, num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 64, 64, 3)
     back = read_published(folder)
+    assert back.keys() == net.state_dict().keys()
     for name, value in net.state_dict().items():
-        if name != "pos_embed":
-            assert torch.equal(back[name], value)
+        assert torch.equal(back[name], value)
+    again = network(seed=1)
+    load_published(again, schedule, folder)
+    for name, value in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
     with pytest.raises(ValueError, match="is not empty"):
-        export_pipeline(net, schedule, folder, str(tmp_path / "vae"), names)
+        export_pipeline(net, schedule, folder, vae, names)
+
+
+def test_the_pipeline_guides_a_network_of_1000_classes(tmp_path):
+    vae = unshifted_autoencoder(tmp_path / "vae")
+    export_pipeline(
+        network(num_classes=1000), NoiseSchedule.linear(), tmp_path / "out", vae, [str(i) for i in range(1000)]
+    )
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
+    one, two = (
+        pipeline(
+            [999],
+            guidance_scale=scale,
+            num_inference_steps=2,
+            output_type="np",
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        for scale in (1.0, 4.0)
+    )
+    assert (one != two).any()
 
 
 @pytest.mark.parametrize("wrapped", [None, "ema", "model"])
@@ -108,7 +153,10 @@ def test_a_pipeline_of_diffusers_and_back(schedule, tmp_path):
 def test_the_published_files(wrapped, tmp_path, golden_dit):
     weights = load_file(GOLDEN / "dit" / "dit_tiny.safetensors")
     path = tmp_path / "DiT-XL-2-8x8.pt"
-    torch.save(weights if wrapped is None else {wrapped: weights, "opt": {}}, path)
+    other = {name: value + 1 for name, value in weights.items()}
+    settings = argparse.Namespace(image_size=64)  # which the published training scripts save too
+    saved = {None: weights, "ema": {"model": other, "ema": weights}, "model": {"model": weights}}[wrapped]
+    torch.save(saved | ({"opt": {}, "args": settings} if wrapped else {}), path)
     assert is_published(path)
     net = DiT(**json.loads((GOLDEN / "dit" / "dit_golden.json").read_text())["model"]).eval()
     load_published(net, NoiseSchedule.linear(), path)
@@ -151,16 +199,42 @@ def written(tmp_path, net=None):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"input_size": 16}, r"pos_embed is \(1, 16, 32\) there and \(1, 64, 32\) here"),
-        ({"num_classes": 1000}, r"y_embedder.embedding_table.weight is \(11, 32\) there and \(1001, 32\) here"),
-        ({"depth": 3}, "10 tensors are missing there, such as blocks.2"),
-        ({"depth": 1}, "tensors are unknown here, such as blocks.1"),
-        ({"learn_sigma": False}, "final_layer.linear"),
+        ({"input_size": 16}, "input_size: 8 there, 16 here"),
+        ({"input_size": (8, 16)}, "input_size: 8 there, that of 32 tokens here"),
+        ({"patch_size": 4}, "input_size: 16 there, 8 here|patch_size: 2 there, 4 here"),
+        ({"in_channels": 3}, "in_channels: 4 there, 3 here"),
+        ({"hidden_size": 64, "depth": 3}, "hidden_size: 32 there, 64 here; depth: 2 there, 3 here"),
+        ({"depth": 1}, "depth: 2 there, 1 here"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio: 4.0 there, 2.0 here"),
+        ({"num_classes": 1000}, r"rows for classes \(one more with the null label\): 11 there, 1001 here"),
+        ({"class_dropout_prob": 0.0}, "11 there, 10 here"),
+        ({"learn_sigma": False}, r"output channels \(doubled by learn_sigma\): 8 there, 4 here"),
     ],
 )
-def test_other_sizes_are_refused(settings, message, tmp_path):
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_other_sizes_are_refused(form, settings, message, tmp_path):
+    path = written(tmp_path)
+    if form == "folder":  # which holds no position codes, so shapes alone do not show the input's size
+        path = tmp_path / "folder"
+        to_diffusers(network()).save_pretrained(path / "transformer")
+    net = network(seed=1, **settings)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        load_published(network(**settings), NoiseSchedule.linear(), written(tmp_path))
+        load_published(net, NoiseSchedule.linear(), path)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_missing_and_unknown_tensors_are_named(tmp_path):
+    weights = network().state_dict()
+    torch.save({name: value for name, value in weights.items() if name != "blocks.1.mlp.fc2.bias"}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"1 tensors are missing there, such as blocks.1.mlp.fc2.bias"):
+        load_published(network(), NoiseSchedule.linear(), tmp_path / "a.pt")
+    torch.save(weights | {"blocks.1.attn.q_norm.weight": torch.ones(8)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"1 tensors are unknown here, such as blocks.1.attn.q_norm.weight"):
+        load_published(network(), NoiseSchedule.linear(), tmp_path / "b.pt")
+    torch.save(weights | {"blocks.1.attn.proj.bias": torch.ones(8)}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"blocks.1.attn.proj.bias is \(8,\) there and \(32,\) here"):
+        load_published(network(), NoiseSchedule.linear(), tmp_path / "c.pt")
 
 
 def test_what_is_no_dit_is_refused(tmp_path):
@@ -174,12 +248,16 @@ def test_what_is_no_dit_is_refused(tmp_path):
         (written(tmp_path).read_bytes()[:2000], "cannot be read"),
     ):
         (tmp_path / "bad.pt").write_bytes(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as error:
             read_published(tmp_path / "bad.pt")
+        assert "\n" not in str(error.value)
     torch.save({"state": Harm()}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_published(tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"it holds (_?io.open|builtins.open|open), expected weights only") as error:
+        is_published(tmp_path / "bad.pt")
+    assert "weights_only" not in str(error.value)  # torch's advice is to run the code
     assert not (tmp_path / "harm").exists()
+    torch.save(network().state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert read_published(tmp_path / "old.pt").keys() == network().state_dict().keys()
     torch.save([1, 2], tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="holds a list, expected weights by name"):
         read_published(tmp_path / "bad.pt")
@@ -200,6 +278,12 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     DDIMScheduler(prediction_type="v_prediction").save_pretrained(folder / "scheduler")
     with pytest.raises(ValueError, match="predicts 'v_prediction', expected 'epsilon'"):
         load_published(network(), NoiseSchedule.linear(), folder)
+    load_published(network(), NoiseSchedule.linear(prediction="v_prediction"), folder)
+    with pytest.raises(ValueError, match="has other noise levels than the schedule as configured"):
+        load_published(network(), NoiseSchedule.cosine(prediction="v_prediction"), folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "OtherScheduler"}')
+    with pytest.raises(ValueError, match="has a 'OtherScheduler', expected a scheduler of diffusers"):
+        load_published(network(), NoiseSchedule.linear(), folder)
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(ValueError, match="has 4 heads, expected 2"):
         load_published(network(num_heads=2), NoiseSchedule.linear(), folder)
@@ -216,7 +300,20 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match="no weights"):
         read_published(folder)
-    (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    for changed, message in (
+        ({"activation_fn": "gelu"}, "has activation_fn 'gelu', expected 'gelu-approximate'"),
+        ({"norm_type": "ada_norm_single"}, "has norm_type 'ada_norm_single', expected 'ada_norm_zero'"),
+        ({"sample_size": None}, "has sample_size None, expected an integer"),
+    ):
+        file.write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=message):
+            read_published(folder)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"config.json' cannot be read"):
+        read_published(folder)
+    file.write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="is a UNet2DModel, expected DiTTransformer2DModel"):
         read_published(folder)
     with pytest.raises(ValueError, match=r"has no transformer/config.json"):
@@ -230,4 +327,14 @@ def test_what_diffusers_cannot_express_is_refused(tmp_path):
         to_diffusers(network(class_dropout_prob=0.0))
     with pytest.raises(ValueError, match="has discrete timesteps only"):
         export_pipeline(network(), NoiseSchedule.rectified_flow(), tmp_path / "out", "vae", [])
+    with pytest.raises(ValueError, match="mlp_ratio is 2, but diffusers' network has 4"):
+        to_diffusers(network(mlp_ratio=2.0))
+    linear = NoiseSchedule.linear()
+    with pytest.raises(ValueError, match="vae: no folder"):
+        export_pipeline(network(), linear, tmp_path / "out", str(tmp_path / "none"), [])
+    autoencoder(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"a shift_factor of 0.1, which DiTPipeline leaves out"):
+        export_pipeline(network(), linear, tmp_path / "out", str(tmp_path / "vae"), [])
+    with pytest.raises(ValueError, match="has latents of 4 channels, expected 3"):
+        export_pipeline(network(in_channels=3), linear, tmp_path / "out", str(tmp_path / "vae"), [])
     assert not (tmp_path / "out").exists()
