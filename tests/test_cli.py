@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
-from lightning_diffclf import ClassConditionalDiT
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
 from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
+from lightning_diffclf.data.digits import DigitsDataModule
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,6 +128,51 @@ def test_parts_are_disjoint_and_make_up_the_whole(run_dir, tmp_path, capsys):
         assert f"part: '{wrong}', expected i/n" in fails(
             capsys, evaluate, [f"--ckpt={last(run_dir)}", f"--part={wrong}"]
         )
+
+
+def test_published_weights_are_evaluated_and_trained_on(tmp_path, capsys):
+    small = ["--model.hidden_size=16", "--model.depth=1", "--model.num_heads=2"]
+    trained = ClassConditionalDiT(
+        input_size=8,
+        in_channels=1,
+        num_classes=10,
+        hidden_size=16,
+        depth=1,
+        num_heads=2,
+        patch_size=2,
+        latents=False,
+        learn_sigma=False,
+        schedule="rectified_flow",
+    )
+    for i, p in enumerate(trained.parameters()):
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+    torch.save(trained.net.state_dict(), "published.pt")
+    quiet = ["--trainer.enable_progress_bar=false", "--classifier.draws=3"]
+    config = ["--config=dit_digits.yaml", *small, *quiet, f"--out={tmp_path / 'out'}"]
+    evaluate(["--ckpt=published.pt", *config])
+    assert "weights of published.pt" in capsys.readouterr().out
+    rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pydict()
+    data = DigitsDataModule(eval_batch_size=360)
+    data.setup()
+    batch = next(iter(data.test_dataloader()))
+    expected = list(DiffusionClassifier(trained.eval(), draws=Draws(3))(batch["image"][:20], ids=batch["id"][:20]))
+    predictions = dict(zip(rows["id"], rows["prediction"], strict=True))
+    assert [predictions[str(one.image_id)] for one in expected] == [one.label for one in expected]
+    assert "give --config as well" in fails(capsys, evaluate, ["--ckpt=published.pt"])
+    said = fails(capsys, evaluate, ["--ckpt=published.pt", "--config=dit_digits.yaml", *quiet])
+    assert "does not fit the network as configured" in said
+    # training begins with them once, and then goes on from its own checkpoint
+    begin = [*QUICK, "--run_dir=run", "--warm_start=published.pt", "--samples.columns=0", "--model.lr=1e-12"]
+    train([*begin, "--trainer.max_steps=2", "--trainer.val_check_interval=2"])
+    assert "weights of published.pt" in capsys.readouterr().out
+    for name, value in read_checkpoint(last(Path("run")))["state_dict"].items():
+        torch.testing.assert_close(value, trained.state_dict()[name], atol=1e-6, rtol=0)
+    train(begin)
+    said = capsys.readouterr().out
+    assert "going on from run" in said
+    assert "weights of" not in said
+    torch.save({"state_dict": {}}, "empty.ckpt")
+    assert "does not fit" in fails(capsys, train, [*QUICK, "--run_dir=other", "--warm_start=empty.ckpt"])
 
 
 @pytest.mark.ddp

@@ -152,8 +152,7 @@ def training_loader(
     Raises:
         ValueError: if the batch size does not divide, or nothing says when training ends.
     """
-    if trainer is not None and trainer.max_steps < 0:
-        raise ValueError("trainer.max_steps: not set, expected a number of steps: training data have no epochs")
+    check_end(trainer)
     share = Share.of(trainer)
     return DataLoader(
         Endless(size, take, seed),
@@ -164,6 +163,12 @@ def training_loader(
         persistent_workers=num_workers > 0,
         pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
     )
+
+
+def check_end(trainer: L.Trainer | None) -> None:
+    """Raise ValueError if training would never end."""
+    if trainer is not None and trainer.max_steps < 0:
+        raise ValueError("trainer.max_steps: not set, expected a number of steps: training data have no epochs")
 
 
 def evaluation_loader(

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_diffclf import EMA
 from tests.gaussians import Gaussians, loader
@@ -102,3 +103,22 @@ def test_average_lives_on_the_training_device(tmp_path):
     trainer = L.Trainer(accelerator="gpu", devices=1, max_steps=2, logger=False, callbacks=[ema])
     trainer.fit(Walker(), loader(8))
     assert next(ema._average_model.parameters()).device.type == "cuda"
+
+
+def test_no_average(tmp_path):
+    trainer = fit(tmp_path, EMA(None), SaveEverywhere(tmp_path), enable_checkpointing=False)
+    assert trainer.model.unused.item() == 6
+    saved = torch.load(tmp_path / "step3.ckpt", weights_only=True)
+    assert saved["state_dict"]["unused"].item() == 3
+    assert "current_model_state" not in saved
+    resumed = fit(tmp_path, EMA(None), enable_checkpointing=False, ckpt_path=str(tmp_path / "step3.ckpt"))
+    assert resumed.model.unused.item() == 6
+    with pytest.raises(ValueError, match=r"decay 1.5, expected a number"):
+        EMA(1.5)
+
+
+def test_sharded_weights_are_refused():
+    trainer = L.Trainer(accelerator="cpu", strategy=ModelParallelStrategy(1, 1), logger=False, barebones=True)
+    with pytest.raises(ValueError, match=r"ema: decay 0.9999 with ModelParallelStrategy, expected null"):
+        EMA().setup(trainer, Gaussians(), "fit")
+    EMA(None).setup(trainer, Gaussians(), "fit")

@@ -224,6 +224,18 @@ def test_other_sizes_are_refused(form, settings, message, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_folders_of_two_sizes_are_told_apart(tmp_path):
+    """Their weights have the same shapes: position codes are not stored."""
+    large = network(input_size=16)
+    to_diffusers(large).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="input_size: 16 there, 8 here"):
+        load_published(network(), NoiseSchedule.linear(), tmp_path)
+    again = network(seed=1, input_size=16)
+    load_published(again, NoiseSchedule.linear(), tmp_path)
+    for name, value in large.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
 def test_missing_and_unknown_tensors_are_named(tmp_path):
     weights = network().state_dict()
     torch.save({name: value for name, value in weights.items() if name != "blocks.1.mlp.fc2.bias"}, tmp_path / "a.pt")
