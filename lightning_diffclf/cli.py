@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -35,7 +34,7 @@ from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.parser import Parser
-from lightning_diffclf.models.published import is_published, load_published
+from lightning_diffclf.models.published import is_published, load_published, read_file
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -207,11 +206,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint: no file {str(path)!r}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint: {str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    checkpoint = read_file(Path(path))
+    if "state_dict" not in checkpoint:
         raise ValueError(f"checkpoint: {str(path)!r} has no 'state_dict', expected a Lightning checkpoint")
     return checkpoint
 

@@ -116,7 +116,9 @@ def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT
         raise FileNotFoundError(f"checkpoint: no file or folder {path!r}")
     if not is_published(path):
         others: dict[str, Any] = {} if vae is None else {"vae": vae}
-        return ClassConditionalDiT.load_from_checkpoint(path, map_location=torch.device("cpu"), **others)
+        return ClassConditionalDiT.load_from_checkpoint(
+            path, map_location=torch.device("cpu"), weights_only=True, **others
+        )
     config = config_of(path)
     if schedule == "sit":
         config["learn_sigma"] = False

@@ -1,0 +1,1 @@
+"""A package, so that no other of this name comes before it."""
