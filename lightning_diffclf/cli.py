@@ -34,7 +34,7 @@ from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.parser import Parser
-from lightning_diffclf.models.published import is_published, load_published, read_file
+from lightning_diffclf.models.published import is_published, load_published, read_file, read_published
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -243,7 +243,7 @@ def evaluation_config(path: str | Path) -> str:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read or was not written by this package's command line.
     """
-    checkpoint = {} if is_published(path) else read_checkpoint(path)
+    checkpoint = read_published(path) if is_published(path) else read_checkpoint(path)
     if CONFIG_KEY not in checkpoint:
         raise ValueError(
             f"checkpoint: {str(path)!r} does not say how it was made (no {CONFIG_KEY!r}, which `diffclf fit` writes); "

@@ -244,7 +244,7 @@ def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
     Path("text.ckpt").write_text("hello")
     assert "'text.ckpt' cannot be read" in fails(capsys, evaluate, ["--ckpt=text.ckpt"])
     torch.save({"weights": torch.zeros(1)}, "foreign.ckpt")
-    assert "'foreign.ckpt' has no 'state_dict'" in fails(capsys, evaluate, ["--ckpt=foreign.ckpt"])
+    assert "'foreign.ckpt' has no weights of a DiT" in fails(capsys, evaluate, ["--ckpt=foreign.ckpt"])
     torch.save({"state_dict": {"layer.weight": torch.zeros(1)}}, "other.ckpt")
     assert "'other.ckpt' does not say how it was made" in fails(capsys, evaluate, ["--ckpt=other.ckpt"])
     told = fails(capsys, evaluate, ["--ckpt=other.ckpt", "--config=dit_digits.yaml", "--out=o"])
