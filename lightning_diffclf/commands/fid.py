@@ -18,14 +18,18 @@ from lightning_diffclf.results.sample_quality import (
     PUBLISHED,
     Extractor,
     Features,
+    Reference,
     cache_file,
+    check_writable,
+    digest_of,
     features_of,
     find_pictures,
     inception,
+    is_kept,
     joined,
-    load_features,
+    load_reference,
     sample_quality,
-    save_features,
+    save_reference,
 )
 
 
@@ -33,11 +37,22 @@ def fid_command(args: Sequence[str]) -> None:
     """``diffclf fid``: FID, Inception Score, precision and recall of a folder of images."""
     parser = Parser(
         prog="diffclf fid",
-        description="FID, Inception Score, precision and recall of generated images with regard to real ones. Features "
-        "of the real ones are kept in a file beside their folder.",
+        description="FID, Inception Score, precision and recall of generated images with regard to real ones. What is "
+        "needed of the real ones is kept in a file beside their folder.",
     )
     parser.add_argument("folder", type=str, help="generated images, also in folders below")
-    parser.add_argument("--reference", type=str, required=True, help="real images, or a file of features of them")
+    parser.add_argument(
+        "--reference",
+        type=str,
+        required=True,
+        help="folder of real images; or a .npz that was kept of them, or one with mu and sigma (then FID only)",
+    )
+    parser.add_argument(
+        "--size", type=int | None, default=None, help="crop real images to this many pixels, as for training"
+    )
+    parser.add_argument(
+        "--stats", type=str | None, default=None, help="what is kept of real images (default: FOLDER.fid.npz)"
+    )
     parser.add_argument(
         "--weights",
         type=str | None,
@@ -48,25 +63,35 @@ def fid_command(args: Sequence[str]) -> None:
     parser.add_argument("--device", type=str, default="auto", help="cuda, cpu, …")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(list(args))
-    if given.batch_size < 1:
-        raise ValueError(f"batch_size: {given.batch_size}, expected at least 1")
-    generated, reference = find_pictures(given.folder), Path(given.reference)
-    real = [] if reference.suffix == ".npz" else find_pictures(given.reference)
-    cached = reference if reference.suffix == ".npz" else cache_file(real, given.reference)
-    if not cached.is_file() and not real:
-        raise ValueError(f"reference: no file {given.reference!r}")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    extract = inception(given.weights, torch.device(automatic if given.device == "auto" else given.device))
-    if cached.is_file():
-        of_real = load_features(cached)
+    for name in ("batch_size", "size"):
+        if given[name] is not None and given[name] < 1:
+            raise ValueError(f"{name}: {given[name]}, expected at least 1")
+    device, generated = usable_device(given.device), find_pictures(given.folder)
+    if given.reference.endswith(".npz"):
+        for name in ("size", "stats"):
+            if given[name] is not None:
+                raise ValueError(f"{name}: {given[name]!r} needs a folder of real images, found {given.reference!r}")
+        of_real = load_reference(Path(given.reference))
+        extract = inception(given.weights, device)
     else:
-        of_real = extracted(real, extract, given.batch_size, "real images")
-        save_features(of_real, cached)
-    found = sample_quality(extracted(generated, extract, given.batch_size, "generated images"), of_real)
-    if min(found.images, found.reference_images) < PUBLISHED:
+        real = find_pictures(given.reference)
+        kept = Path(given.stats) if given.stats else cache_file(given.reference)
+        digest = digest_of(real, given.reference, given.size)
+        known = is_kept(kept, digest)
+        if not known:
+            check_writable(kept)
+        extract = inception(given.weights, device)
+        if known:
+            of_real = load_reference(kept)
+        else:
+            of_real = Reference.of(extracted(real, extract, given.batch_size, given.size, "real images").values)
+            save_reference(of_real, digest, kept)
+    found = sample_quality(extracted(generated, extract, given.batch_size, None, "generated images"), of_real)
+    few = min(found.images, PUBLISHED if found.reference_images is None else found.reference_images)
+    if few < PUBLISHED:
         print(
-            f"warning: FID of {found.images} images with regard to {found.reference_images} is larger than that of "
-            f"{PUBLISHED:,}, with which it is reported",
+            f"warning: with {few:,} images FID is larger than with {PUBLISHED:,}, for which it is reported: compare it "
+            "among equal numbers only",
             file=sys.stderr,
         )
     if given.json:
@@ -74,16 +99,31 @@ def fid_command(args: Sequence[str]) -> None:
         return
     table = Table(title=f"{given.folder} with regard to {given.reference}", show_header=False)
     for name, value in asdict(found).items():
-        table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+        text = "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), text)
     Console(soft_wrap=True).print(table)
 
 
-def extracted(paths: Sequence[Path], extract: Extractor, batch_size: int, what: str) -> Features:
+def usable_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is a GPU where there is one.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from error
+
+
+def extracted(paths: Sequence[Path], extract: Extractor, batch_size: int, size: int | None, what: str) -> Features:
     """Features of images, with a progress bar."""
     parts = []
     with progress() as bar:
         task = bar.add_task(what, total=len(paths))
-        for part in features_of(paths, extract, batch_size):
+        for part in features_of(paths, extract, batch_size, size):
             parts.append(part)
             bar.advance(task, len(part.values))
     return joined(parts)

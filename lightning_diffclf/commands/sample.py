@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_diffclf.callbacks.run_settings import fingerprint, schedule_name
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.files import write_json
@@ -21,6 +22,8 @@ from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 from lightning_diffclf.results.figures import save_image_grid
 
 SETTINGS = "samples.json"
+GRID_SUFFIXES = (".png", ".jpg", ".jpeg")
+GRID_IMAGES = 400  # in one grid; drawing more takes minutes
 
 
 def sample_command(args: Sequence[str]) -> None:
@@ -31,7 +34,7 @@ def sample_command(args: Sequence[str]) -> None:
         "size or devices. Into a folder, the same command goes on where it was stopped.",
     )
     parser.add_argument("--ckpt", type=str, required=True, help="checkpoint (its averaged weights), or published ones")
-    parser.add_argument("--out", type=str, required=True, help="a .png for a grid, else a folder")
+    parser.add_argument("--out", type=str, required=True, help="a .png or .jpg for a grid, else a folder")
     parser.add_argument("--classes", type=str, default="all", help="names or numbers with commas between them, or all")
     parser.add_argument("--per_class", type=int, default=8, help="images of each class")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="1 is no guidance")
@@ -48,14 +51,23 @@ def sample_command(args: Sequence[str]) -> None:
     parser.add_argument("--accelerator", type=str, default="auto", help="gpu, cpu, …")
     parser.add_argument("--devices", type=int, default=1, help="devices of this machine")
     parser.add_argument("--num_nodes", type=int, default=1, help="machines, under srun or torchrun")
-    parser.add_argument("--precision", type=str, default="32-true", help="32-true, bf16-mixed, …")
+    parser.add_argument(
+        "--precision", type=Literal["32-true", "bf16-mixed", "16-mixed"], default="32-true", help="of the network"
+    )
     given = parser.parse_args(list(args))
     for name in ("per_class", "batch_size"):
         if given[name] < 1:
             raise ValueError(f"{name}: {given[name]}, expected at least 1")
     module = network_of(given.ckpt, given.vae, given.schedule).eval()
     classes, out = chosen_classes(given.classes, module), Path(given.out)
-    guidance_scale = given.guidance_scale
+    into_grid = out.suffix.lower() in GRID_SUFFIXES
+    wanted = [(c, number) for c in classes for number in range(given.per_class)]
+    if into_grid and len(wanted) > GRID_IMAGES:
+        raise ValueError(f"out: a grid of {len(wanted):,} images, expected at most {GRID_IMAGES}; or give a folder")
+    if not into_grid and out.is_file():
+        raise ValueError(
+            f"out: {str(out)!r} is a file, expected a folder, or a grid named {' or '.join(GRID_SUFFIXES)}"
+        )
     if module.hparams["latents"]:
         module.autoencoder  # noqa: B018  (fails here if it is not there)
     fabric = L.Fabric(
@@ -63,24 +75,23 @@ def sample_command(args: Sequence[str]) -> None:
     )
     fabric.launch()
     module.to(fabric.device)
-    wanted = [(c, number) for c in classes for number in range(given.per_class)]
-    settings = {
-        name: given[name] for name in ("ckpt", "guidance_scale", "guided_channels", "steps", "seed", "vae", "precision")
-    }
+    settings = {"ckpt": given.ckpt, "weights": fingerprint(module), "schedule": schedule_name(module.schedule)}
+    settings |= {name: given[name] for name in ("guidance_scale", "guided_channels", "steps", "seed", "precision")}
 
     def generate(some: list[tuple[int, int]]) -> Tensor:
         labels = torch.tensor([c for c, _ in some], device=fabric.device)
         ids = [f"{c}/{number}" for c, number in some]
         with fabric.autocast():
-            x0 = module.sample(labels, guidance_scale, given.steps, given.seed, given.guided_channels, ids)
+            x0 = module.sample(labels, given.guidance_scale, given.steps, given.seed, given.guided_channels, ids)
         return module.autoencoder.decode(x0) if module.hparams["latents"] else x0
 
-    into_grid = out.suffix.lower() == ".png"
     if into_grid:
         todo = wanted if fabric.is_global_zero else []
     else:
         on_first_process(fabric, lambda: prepare_folder(out, settings))
-        todo = [one for one in wanted[fabric.global_rank :: fabric.world_size] if not file_of(out, *one).is_file()]
+        # One process says what is missing: others might see files of those that have begun. Shares are equal then.
+        missing = [one for one in wanted if not file_of(out, *one).is_file()] if fabric.is_global_zero else []
+        todo = fabric.broadcast(missing)[fabric.global_rank :: fabric.world_size]
     made = []
     with progress(disable=not fabric.is_global_zero) as bar:
         task = bar.add_task("sampling", total=len(todo))
@@ -142,24 +153,26 @@ def chosen_classes(text: str, module: ClassConditionalDiT) -> list[int]:
     unknown = [word for word in words if word not in number_of]
     if unknown or not words:
         raise ValueError(f"classes: {unknown or text!r}, expected names or numbers 0 … {len(names) - 1}, or all")
-    return [number_of[word] for word in words]
+    return list(dict.fromkeys(number_of[word] for word in words))
 
 
 def prepare_folder(out: Path, settings: dict[str, object]) -> None:
     """Note what is being generated, or check that it is what the folder has.
+
+    A checkpoint may move, and another one may take its name: what counts are the weights.
 
     Raises:
         ValueError: if the folder holds samples made otherwise.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / SETTINGS
-    if path.is_file():
+    if path.is_file() and any(out.glob("*/*.png")):  # settings alone are those of a command that failed
         there = json.loads(path.read_text())
-        names = [name for name in settings if there.get(name) != settings[name]]
+        names = [name for name in settings if name != "ckpt" and there.get(name) != settings[name]]
         different = [f"{name}: {there.get(name)!r} there, {settings[name]!r} here" for name in names]
         if different:
             raise ValueError(f"out: {str(out)!r} holds other samples ({'; '.join(different)}); give another folder")
-    elif any(out.iterdir()):
+    elif not path.is_file() and any(out.iterdir()):
         raise ValueError(f"out: {str(out)!r} is not empty, expected a new folder or one of samples")
     write_json(settings, path)
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -72,10 +73,21 @@ def test_it_goes_on_where_it_was_stopped(digits, tmp_path):
     assert {name: more[name] for name in whole} == whole
     with pytest.raises(ValueError, match=r"holds other samples \(steps: 3 there, 4 here\)"):
         sample(tmp_path, steps=4)
+    moved = (tmp_path / "last.ckpt").rename(tmp_path / "moved.ckpt")
+    assert sample(tmp_path, ckpt=moved, per_class=4) == more
+    checkpoint(tmp_path, in_channels=1, latents=False, seed=1, learn_sigma=False)
+    with pytest.raises(ValueError, match=r"holds other samples \(weights: '.*' there, '.*' here\)"):
+        sample(tmp_path, per_class=4)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="is not empty"):
         sample(tmp_path, "letters")
+
+
+def test_a_command_that_failed_is_not_gone_on_with(digits, tmp_path):
+    with pytest.raises(ValueError, match="steps: 0, expected 1 … 1000"):
+        sample(tmp_path, steps=0)
+    assert len(sample(tmp_path)) == 12
 
 
 def free_port() -> int:
@@ -87,6 +99,9 @@ def free_port() -> int:
 @pytest.mark.ddp
 def test_processes_share_the_work(digits, tmp_path):
     alone = sample(tmp_path, "alone", per_class=3)
+    shutil.copytree(tmp_path / "alone", tmp_path / "both")
+    for name in sorted(alone)[1:]:
+        (tmp_path / "both" / name).unlink()
     command = ["sample", f"--ckpt={tmp_path / 'last.ckpt'}", f"--out={tmp_path / 'both'}", "--steps=3", "--per_class=3"]
     command = [sys.executable, "-c", "from lightning_diffclf.cli import main; main()", *command]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -112,9 +127,12 @@ def test_processes_share_the_work(digits, tmp_path):
 
 
 def test_a_grid(digits, tmp_path):
-    assert sample(tmp_path, "grid.png") == {}
-    with Image.open(tmp_path / "grid.png") as image:
-        assert min(image.size) > 100
+    for name in ("grid.png", "grid.JPG"):
+        assert sample(tmp_path, name) == {}
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 100
+    with pytest.raises(ValueError, match="out: a grid of 404 images, expected at most 400; or give a folder"):
+        sample(tmp_path, "large.png", per_class=101)
 
 
 def test_latents_are_decoded(tmp_path):
@@ -145,6 +163,8 @@ def test_published_weights_say_their_sizes(tmp_path):
         assert torch.equal(again.net.state_dict()[name], value)
     assert again.hparams["vae"] == str(tmp_path / "pipeline/vae")
     sample(tmp_path, ckpt=tmp_path / "pipeline", per_class=1)
+    with pytest.raises(ValueError, match=r"holds other samples \(schedule: 'DiscreteSchedule, .*here\)"):
+        sample(tmp_path, ckpt=tmp_path / "pipeline", per_class=1, schedule="cosine")
     flow = network_of(str(tmp_path / "pipeline"), None, "sit")
     assert flow.schedule.prediction == "velocity"
     assert flow.net.out_channels == 4
@@ -152,7 +172,7 @@ def test_published_weights_say_their_sizes(tmp_path):
 
 def test_mistakes_are_told(digits, tmp_path):
     assert chosen_classes("all", digits) == [0, 1, 2, 3]
-    assert chosen_classes("two, 0", digits) == [2, 0]
+    assert chosen_classes("two, 0,2", digits) == [2, 0]
     for settings, message in (
         ({"classes": "five"}, r"classes: \['five'\], expected names or numbers 0 … 3, or all"),
         ({"classes": ","}, "classes: ','"),
@@ -163,3 +183,7 @@ def test_mistakes_are_told(digits, tmp_path):
             sample(tmp_path, **settings)
     with pytest.raises(FileNotFoundError, match=r"no file or folder 'nothing.ckpt'"):
         sample(tmp_path, ckpt="nothing.ckpt")
+    with pytest.raises(ValueError, match=r"last.ckpt' is a file, expected a folder, or a grid named .png or .jpg"):
+        sample(tmp_path, "last.ckpt")
+    with pytest.raises(SystemExit):
+        sample(tmp_path, precision="bf16-true")
