@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lightning_diffclf.classifier import DiffusionClassifier, Draws, Elimination, LikelihoodRatio, Posterior
+from lightning_diffclf.classifier import DiffusionClassifier, Elimination, LikelihoodRatio, Posterior, Recipe
 from lightning_diffclf.classifier.posterior import sum_by_class
 from lightning_diffclf.data.batch import content_ids
 from lightning_diffclf.data.images import find_images, open_image, transform
 from lightning_diffclf.data.prompts import from_names
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
 
 LATENT_INFLATION = 5.0  # residuals of latents are correlated; docs/elimination.md
@@ -87,10 +88,12 @@ def classify(
         name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")
     }
     if dtype not in kinds:
-        raise ValueError(f"dtype: {dtype!r}, expected one of {sorted(kinds)}")
+        raise UserError(f"dtype: {dtype!r}, expected one of {sorted(kinds)}")
     denoiser = PipelineDenoiser(load(model, revision, kinds[dtype]), *prompt_set)
     rule = elimination or LikelihoodRatio(inflation=LATENT_INFLATION)
-    classifier = DiffusionClassifier(denoiser, Draws(draws), loss, rule, microbatch, ensemble="mean")
+    classifier = DiffusionClassifier(
+        denoiser, Recipe(draws, loss=loss, elimination=rule, ensemble="mean"), microbatch=microbatch
+    )
     prepare = transform(*((size, size) if size else denoiser.native_size))
     names = list(labels)
     posterior = Posterior(temperature=temperature)

@@ -34,6 +34,7 @@ from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.models.published import is_published, load_published, read_file, read_published
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
@@ -185,7 +186,7 @@ class DiffClfCLI(LightningCLI):
     def _load_weights(self, path: str) -> None:
         """Put published weights, or the averaged ones of a checkpoint, into the module."""
         if not isinstance(self.model, ClassConditionalDiT):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint: {path!r} has weights for a ClassConditionalDiT, not {type(self.model).__name__}"
             )
         if is_published(path):
@@ -205,10 +206,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: if it is no Lightning checkpoint.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: no file {str(path)!r}")
+        raise MissingFile(f"checkpoint: no file {str(path)!r}")
     checkpoint = read_file(Path(path))
     if "state_dict" not in checkpoint:
-        raise ValueError(f"checkpoint: {str(path)!r} has no 'state_dict', expected a Lightning checkpoint")
+        raise UserError(f"checkpoint: {str(path)!r} has no 'state_dict', expected a Lightning checkpoint")
     return checkpoint
 
 
@@ -217,7 +218,7 @@ def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: 
     for name in ("schedule", "prediction"):
         trained, configured = (h.get(name) for h in (checkpoint.get("hyper_parameters", {}), module.hparams))
         if "hyper_parameters" in checkpoint and trained != configured:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint: {str(path)!r} was trained with {name} {trained!r}, "
                 f"but {name} is configured as {configured!r}"
             )
@@ -230,7 +231,7 @@ def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: 
     missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     found += [f"{len(missing)} tensors are missing there, such as {missing[0]}"] if missing else []
     found += [f"{len(surplus)} tensors are unknown here, such as {surplus[0]}"] if surplus else []
-    raise ValueError(
+    raise UserError(
         f"checkpoint: {str(path)!r} does not fit {type(module).__name__} as configured: {'; '.join(found)}. "
         "To train anew, give another --run_dir"
     )
@@ -245,7 +246,7 @@ def evaluation_config(path: str | Path) -> str:
     """
     checkpoint = read_published(path) if is_published(path) else read_checkpoint(path)
     if CONFIG_KEY not in checkpoint:
-        raise ValueError(
+        raise UserError(
             f"checkpoint: {str(path)!r} does not say how it was made (no {CONFIG_KEY!r}, which `diffclf fit` writes); "
             "give --config as well, such as dit_256_imagenet.yaml for published weights"
         )
@@ -351,20 +352,14 @@ def _run(command: Any) -> None:
     try:
         command()
     except Exception as error:
-        ours = _raised_by_us(error)
-        if ours is None:
+        told = _user_error(error)
+        if told is None:
             raise
-        raise SystemExit(f"error: {ours}") from error
+        raise SystemExit(f"error: {told}") from error
 
 
-def _raised_by_us(error: BaseException | None) -> BaseException | None:
-    """The error, or the one behind it, that this package raised on purpose rather than met as a defect below."""
-    while error is not None:
-        traceback = error.__traceback__
-        while traceback is not None and traceback.tb_next is not None:
-            traceback = traceback.tb_next
-        module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-        if isinstance(error, (ValueError, TypeError, OSError)) and module.startswith("lightning_diffclf"):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The error meant for the user: this one, or what others say was its cause; None if it is a defect."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error

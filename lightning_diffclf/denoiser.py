@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.schedule import NoiseSchedule
 
 
@@ -31,11 +32,11 @@ class Candidates:
         self.names = tuple(str(name) for name in names)
         self.classes = tuple(range(len(self.names))) if classes is None else tuple(int(c) for c in classes)
         if not self.names:
-            raise ValueError("candidates: none given, expected at least one")
+            raise UserError("candidates: none given, expected at least one")
         if len(self.classes) != len(self.names):
-            raise ValueError(f"candidates: {len(self.names)} names but {len(self.classes)} class indices")
+            raise UserError(f"candidates: {len(self.names)} names but {len(self.classes)} class indices")
         if min(self.classes) < 0:
-            raise ValueError(f"candidates: class index {min(self.classes)}, expected 0 or more")
+            raise UserError(f"candidates: class index {min(self.classes)}, expected 0 or more")
 
     def __len__(self) -> int:
         return len(self.names)

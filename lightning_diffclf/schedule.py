@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_diffclf.errors import UserError, WrongType
+
 Prediction = Literal["epsilon", "sample", "v_prediction", "velocity", "edm"]
 
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
@@ -49,7 +51,7 @@ class NoiseSchedule(ABC):
 
     def __init__(self, prediction: Prediction, allowed: tuple[str, ...]) -> None:
         if prediction not in allowed:
-            raise ValueError(f"{type(self).__name__}: prediction is {prediction!r}, expected one of {list(allowed)}")
+            raise UserError(f"{type(self).__name__}: prediction is {prediction!r}, expected one of {list(allowed)}")
         self.prediction = prediction
 
     # --- the published schedules -----------------------------------------------------------------------------------
@@ -133,18 +135,18 @@ class NoiseSchedule(ABC):
         """
         config, name = getattr(scheduler, "config", None), type(scheduler).__name__
         if config is None or not hasattr(config, "get"):
-            raise TypeError(f"from_diffusers: expected a diffusers scheduler, found {name}")
+            raise WrongType(f"from_diffusers: expected a diffusers scheduler, found {name}")
         if name.startswith("EDM"):
             if config.get("prediction_type") != "epsilon":
-                raise ValueError(f"{name}: prediction_type {config.get('prediction_type')!r}, expected 'epsilon'")
+                raise UserError(f"{name}: prediction_type {config.get('prediction_type')!r}, expected 'epsilon'")
             return EDMSchedule(config["sigma_min"], config["sigma_max"], config["rho"], config["sigma_data"], "edm")
         if name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
             return FlowSchedule(1, float(config["num_train_timesteps"]), "velocity")
         if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
-            raise ValueError(f"{name}: timestep_type 'continuous' gives the network ln(sigma) / 4, expected 'discrete'")
+            raise UserError(f"{name}: timestep_type 'continuous' gives the network ln(sigma) / 4, expected 'discrete'")
         if hasattr(scheduler, "alphas_cumprod"):
             return DiscreteSchedule(scheduler.alphas_cumprod.double(), config.get("prediction_type", "epsilon"))
-        raise ValueError(
+        raise UserError(
             f"from_diffusers: {name} has no alphas_cumprod and is neither a flow-matching nor an EDM scheduler"
         )
 
@@ -251,16 +253,16 @@ class DiscreteSchedule(NoiseSchedule):
     def __init__(self, alphas_cumprod: Tensor, prediction: Prediction = "epsilon") -> None:
         super().__init__(prediction, ("epsilon", "sample", "v_prediction"))
         if alphas_cumprod.ndim != 1 or len(alphas_cumprod) == 0:
-            raise ValueError(f"alphas_cumprod: shape {tuple(alphas_cumprod.shape)}, expected (T,)")
+            raise UserError(f"alphas_cumprod: shape {tuple(alphas_cumprod.shape)}, expected (T,)")
         if not bool(((alphas_cumprod >= 0) & (alphas_cumprod <= 1)).all()) or bool((alphas_cumprod.diff() > 0).any()):
-            raise ValueError("alphas_cumprod: expected values in [0, 1] that never rise")
+            raise UserError("alphas_cumprod: expected values in [0, 1] that never rise")
         self.alphas_cumprod = alphas_cumprod.double().cpu()
         self.num_timesteps = len(alphas_cumprod)
         self._levels: dict[torch.device, tuple[Tensor, Tensor]] = {}  # (alpha_T, sigma_T) per device: no copy per call
 
     def _tables(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if t.dtype.is_floating_point or t.dtype == torch.bool:
-            raise TypeError(f"t: dtype {t.dtype}, expected integers in 0 … {self.num_timesteps - 1}")
+            raise WrongType(f"t: dtype {t.dtype}, expected integers in 0 … {self.num_timesteps - 1}")
         if t.device not in self._levels:
             levels = self.alphas_cumprod.sqrt().float(), (1 - self.alphas_cumprod).sqrt().float()
             self._levels[t.device] = levels[0].to(t.device), levels[1].to(t.device)
@@ -274,7 +276,7 @@ class DiscreteSchedule(NoiseSchedule):
 
     def timesteps(self, count: int) -> Tensor:
         if not 1 <= count <= self.num_timesteps:
-            raise ValueError(f"{count} draws: the schedule allows 1 … {self.num_timesteps} distinct timesteps")
+            raise UserError(f"{count} draws: the schedule allows 1 … {self.num_timesteps} distinct timesteps")
         return (2 * torch.arange(count) + 1) * self.num_timesteps // (2 * count)
 
     def random_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
@@ -289,9 +291,9 @@ class FlowSchedule(NoiseSchedule):
     ) -> None:
         super().__init__(prediction, ("velocity", "epsilon", "sample"))
         if noise_at not in (0, 1):
-            raise ValueError(f"noise_at: {noise_at!r}, expected 0 or 1")
+            raise UserError(f"noise_at: {noise_at!r}, expected 0 or 1")
         if time_scale <= 0:
-            raise ValueError(f"time_scale: {time_scale}, expected a positive number")
+            raise UserError(f"time_scale: {time_scale}, expected a positive number")
         self.noise_at, self.time_scale = noise_at, time_scale
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -330,9 +332,9 @@ class EDMSchedule(NoiseSchedule):
     ) -> None:
         super().__init__(prediction, ("edm", "sample"))
         if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"sigma_min {sigma_min}, sigma_max {sigma_max}: expected 0 < sigma_min < sigma_max")
+            raise UserError(f"sigma_min {sigma_min}, sigma_max {sigma_max}: expected 0 < sigma_min < sigma_max")
         if rho <= 0 or sigma_data <= 0:
-            raise ValueError(f"rho {rho}, sigma_data {sigma_data}: expected positive numbers")
+            raise UserError(f"rho {rho}, sigma_data {sigma_data}: expected positive numbers")
         self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -371,5 +373,5 @@ class EDMSchedule(NoiseSchedule):
 
 def _midpoints(count: int) -> Tensor:
     if count < 1:
-        raise ValueError(f"{count} draws: expected at least 1")
+        raise UserError(f"{count} draws: expected at least 1")
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.schedule import DiscreteSchedule, expand_to
 
 VLB_WEIGHT = 0.001  # of the bound, a sum over all timesteps, in the hybrid loss (equation 16)
@@ -45,7 +46,7 @@ def _table(alphas_cumprod: Tensor) -> Tensor:
     previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
     beta = 1 - alphas_cumprod / previous
     if len(beta) < 2 or not bool(((beta > 0) & (beta < 1)).all()):
-        raise ValueError("variational bound: expected 2 or more timesteps, alphas_cumprod falling at each and never 0")
+        raise UserError("variational bound: expected 2 or more timesteps, alphas_cumprod falling at each and never 0")
     beta_tilde = beta * (1 - previous) / (1 - alphas_cumprod)
     beta_tilde[0] = beta_tilde[1]  # the first is 0, which has no logarithm
     return torch.stack(
@@ -105,10 +106,10 @@ def bound_terms(
     """
     if not isinstance(schedule, DiscreteSchedule) or schedule.prediction != "epsilon":
         found = f"{type(schedule).__name__} with {getattr(schedule, 'prediction', None)}"
-        raise ValueError(f"variational bound: {found}, expected a discrete schedule with epsilon prediction")
+        raise UserError(f"variational bound: {found}, expected a discrete schedule with epsilon prediction")
     expected = (len(x_t), 2 * x_t.shape[1], *x_t.shape[2:])
     if output.shape != expected:
-        raise ValueError(f"variational bound: output {tuple(output.shape)}, expected {expected}: epsilon and variance")
+        raise UserError(f"variational bound: output {tuple(output.shape)}, expected {expected}: epsilon and variance")
     epsilon, v = output.float().chunk(2, dim=1)
     x0, x_t = x0.float(), x_t.float()
     c = _coefficients(schedule, t, x_t)

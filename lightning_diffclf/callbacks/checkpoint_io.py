@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from lightning_diffclf.errors import FailedWrite
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it, so that a kill or a full disk leaves the old file intact.
@@ -37,6 +39,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter
             if os.path.exists(part):
                 os.remove(part)
-            raise OSError(
+            raise FailedWrite(
                 f"checkpoint: {str(path)!r} could not be written, what was there is intact ({error})"
             ) from error

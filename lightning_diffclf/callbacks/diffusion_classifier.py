@@ -32,13 +32,14 @@ from lightning_diffclf.callbacks.sharding import (
 from lightning_diffclf.classifier import (
     Classification,
     DiffusionClassifier,
-    Draws,
     Elimination,
     Exhaustive,
     Posterior,
+    Recipe,
 )
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.denoiser import ConditionalDenoiser
+from lightning_diffclf.errors import UserError, WrongType
 from lightning_diffclf.results.calibration import calibrate
 from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.figures import save_confusion_matrix, save_timestep_accuracy
@@ -149,12 +150,12 @@ class DiffusionClassifierCallback(L.Callback):
             ("error_maps", error_maps, 0),
         ):
             if value is not None and value < least:
-                raise ValueError(f"{what}: {value}, expected at least {least}")
+                raise UserError(f"{what}: {value}, expected at least {least}")
         if candidates is not None and not candidates:
-            raise ValueError("candidates: an empty list, expected at least one index, or null for all")
+            raise UserError("candidates: an empty list, expected at least one index, or null for all")
         self.draws, self.seed, self.loss, self.elimination, self.microbatch = draws, seed, loss, elimination, microbatch
         if keep_distances and not keep_errors:
-            raise ValueError("keep_distances: distances are written beside errors, expected keep_errors as well")
+            raise UserError("keep_distances: distances are written beside errors, expected keep_errors as well")
         self.candidates = candidates
         self.posterior = Posterior(reduction, temperature)
         self.weights, self.budget, self.abstain = weights, budget, abstain
@@ -198,28 +199,32 @@ class DiffusionClassifierCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(pl_module, ConditionalDenoiser):
             missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(pl_module, m)]
-            raise TypeError(f"{type(pl_module).__name__} lacks {missing}, expected a ConditionalDenoiser")
+            raise WrongType(f"{type(pl_module).__name__} lacks {missing}, expected a ConditionalDenoiser")
         self._planning = self.plan and stage != "fit"
         if self._planning:
             self._limit_batches(trainer)
         self.classifier = DiffusionClassifier(
             pl_module,
-            draws=None if self.draws is None else Draws(self.draws, self.seed),
-            loss=self.loss,
-            elimination=self.elimination,
+            Recipe(
+                self.draws,
+                self.seed,
+                self.loss,
+                self.elimination,
+                self.weights,
+                self.budget,
+                self.abstain,
+                self.ensemble,
+                None,
+                self.proposal,
+            ),
             microbatch=self.microbatch,
             keep_errors=True,
             keep_distances=self.keep_distances and stage != "fit",
-            weights=self.weights,
-            budget=self.budget,
-            abstain=self.abstain,
-            proposal=self.proposal,
             compile=self.compile,
-            ensemble=self.ensemble,
         )
         known = len(pl_module.candidates)
         if self.candidates is not None and not all(0 <= c < known for c in self.candidates):
-            raise ValueError(f"candidates: {self.candidates}, expected indices in 0 … {known - 1}")
+            raise UserError(f"candidates: {self.candidates}, expected indices in 0 … {known - 1}")
         # On the module, so that Lightning moves them to its device. They have no parameters and save nothing.
         pl_module.add_module(
             self._metrics_name,
@@ -262,13 +267,13 @@ class DiffusionClassifierCallback(L.Callback):
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, loaders: Any, cap: int | None) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: weights are sharded ({type(trainer.strategy).__name__}), but each process makes its own "
                 "number of network calls; evaluate with ddp, and set fit_images to 0 in training"
             )
         loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
         if len(loaders) != 1:
-            raise ValueError(f"dataloaders: {len(loaders)}, expected one to classify")
+            raise UserError(f"dataloaders: {len(loaders)}, expected one to classify")
         self._remaining = images_on_this_rank(loaders[0], trainer.global_rank, trainer.world_size, cap)
         if self._planning:
             self._restore_limits(trainer)
@@ -281,7 +286,7 @@ class DiffusionClassifierCallback(L.Callback):
         self._folder, self._store, self._measured, self.planned = None, None, None, None
         if trainer.state.fn != "fit" and not self._planning:
             if self.keep_errors and self.output_dir is None:
-                raise ValueError("keep_errors: no folder to write to, expected output_dir as well")
+                raise UserError("keep_errors: no folder to write to, expected output_dir as well")
             if self.output_dir is not None:
                 self._open_store(trainer, pl_module, loaders[0], Path(self.output_dir))
         self._part = None if self.part is None or trainer.state.fn == "fit" else parse_part(self.part)
@@ -428,9 +433,9 @@ class DiffusionClassifierCallback(L.Callback):
         allowed = set(classes if self.candidates is None else [classes[c] for c in self.candidates])
         for label, image_id in zip(labels, ids, strict=True):
             if label is None:
-                raise ValueError("batch: no labels, expected a label for each image; use predict for unlabelled images")
+                raise UserError("batch: no labels, expected a label for each image; use predict for unlabelled images")
             if label not in allowed:
-                raise ValueError(
+                raise UserError(
                     f"label: {label} of image {image_id!r} belongs to no candidate, expected one of the "
                     f"{len(allowed)} classes in {min(allowed)} … {max(allowed)}"
                 )
@@ -529,7 +534,7 @@ class DiffusionClassifierCallback(L.Callback):
             gathered = trainer.strategy.all_gather(tensor).tolist()
         used = [values for values in gathered if values[1] > 0]  # a rank may have no image
         if not used:
-            raise ValueError("plan: no image to measure on")
+            raise UserError("plan: no image to measure on")
         count = len(self.candidates or self.classifier.denoiser.candidates)
         shared = count, len(self.classifier.timesteps_S), self.microbatch
         return Plan(

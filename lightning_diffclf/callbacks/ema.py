@@ -11,6 +11,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lightning_diffclf.errors import UserError
+
 
 class EMA(WeightAveraging):
     """Keeps an exponential moving average of the weights: used for validation, and what is left after training.
@@ -31,7 +33,7 @@ class EMA(WeightAveraging):
 
     def __init__(self, decay: float | None = 0.9999) -> None:
         if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"ema: decay {decay}, expected a number in [0, 1)")
+            raise UserError(f"ema: decay {decay}, expected a number in [0, 1)")
         self.decay = decay
         self._swapped = False  # whether the module holds the average and the average the trained weights
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
@@ -45,7 +47,7 @@ class EMA(WeightAveraging):
         if stage != "fit" or self.decay is None:
             return
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            raise ValueError(
+            raise UserError(
                 f"ema: decay {self.decay} with {type(trainer.strategy).__name__}, expected null, as sharded weights "
                 "cannot be averaged; or use ddp"
             )
@@ -62,7 +64,7 @@ class EMA(WeightAveraging):
         # Not in setup: the Trainer converts weights to its precision after it.
         for name, parameter in pl_module.named_parameters():
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                raise ValueError(
+                raise UserError(
                     f"ema: {name} is {parameter.dtype}, expected float32 weights; "
                     "train with precision bf16-mixed, not bf16-true"
                 )

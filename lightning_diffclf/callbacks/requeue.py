@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
+from lightning_diffclf.errors import UserError
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # either will do; some libraries claim one of them
 
@@ -45,7 +46,7 @@ class Requeue(Checkpoint):
 
     def __init__(self, every_n_steps: int = 1) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"requeue: every_n_steps {every_n_steps}, expected at least 1")
+            raise UserError(f"requeue: every_n_steps {every_n_steps}, expected at least 1")
         self.every_n_steps = every_n_steps
         self._signalled = False
         self._previous: dict[signal.Signals, Any] = {}  # handlers that were there before
@@ -53,7 +54,7 @@ class Requeue(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            raise ValueError(
+            raise UserError(
                 f"requeue: the first checkpoint callback is {type(trainer.checkpoint_callback).__name__}, "
                 "expected a ModelCheckpoint, which says where checkpoints go"
             )

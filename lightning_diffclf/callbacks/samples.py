@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_diffclf.callbacks.pictures import log_picture
+from lightning_diffclf.errors import UserError, WrongType
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 from lightning_diffclf.results.figures import save_image_grid
 
@@ -44,9 +45,9 @@ class SampleGrid(L.Callback):
         every_n_validations: int = 1,
     ) -> None:
         if columns < 0 or classes < 1:
-            raise ValueError(f"samples: columns {columns}, classes {classes}, expected at least 0 and 1")
+            raise UserError(f"samples: columns {columns}, classes {classes}, expected at least 0 and 1")
         if every_n_validations < 0:
-            raise ValueError(f"samples: every_n_validations {every_n_validations}, expected at least 0")
+            raise UserError(f"samples: every_n_validations {every_n_validations}, expected at least 0")
         self.every_n_validations, self._validations = every_n_validations, 0
         self.columns, self.classes, self.guidance_scale = columns, classes, guidance_scale
         self.steps, self.seed = steps, seed
@@ -55,11 +56,11 @@ class SampleGrid(L.Callback):
         if not self.columns or stage != "fit":
             return
         if not isinstance(pl_module, ClassConditionalDiT):
-            raise TypeError(f"samples: {type(pl_module).__name__}, expected a ClassConditionalDiT")
+            raise WrongType(f"samples: {type(pl_module).__name__}, expected a ClassConditionalDiT")
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ValueError("samples: weights are sharded, but one process draws alone; expected columns: 0")
+            raise UserError("samples: weights are sharded, but one process draws alone; expected columns: 0")
         if pl_module.hparams["latents"] and pl_module.hparams["vae"] is None:
-            raise TypeError("samples: pictures of latents need an autoencoder, expected model.vae, or columns: 0")
+            raise WrongType("samples: pictures of latents need an autoencoder, expected model.vae, or columns: 0")
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from lightning_diffclf.errors import UserError
+
 BATCH_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
 
 
@@ -28,7 +30,7 @@ def parse_part(text: str) -> tuple[int, int]:
     """
     number, _, count = str(text).partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"part: {text!r}, expected i/n with i in 1 … n, such as 3/8")
+        raise UserError(f"part: {text!r}, expected i/n with i in 1 … n, such as 3/8")
     return int(number), int(count)
 
 
@@ -67,10 +69,10 @@ def images_on_this_rank(loader: Any, rank: int, world_size: int, cap: int | None
         return share
     if isinstance(sampler, DistributedSampler):
         if sampler.drop_last and len(sampler.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
-            raise ValueError("dataloader: its DistributedSampler drops images (drop_last), expected all of them")
+            raise UserError("dataloader: its DistributedSampler drops images (drop_last), expected all of them")
         count = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
     elif world_size > 1 and isinstance(sampler, (SequentialSampler, RandomSampler)):
-        raise ValueError(
+        raise UserError(
             f"dataloader: each of {world_size} ranks would see all images; set use_distributed_sampler or shard it"
         )
     else:

@@ -5,7 +5,8 @@ from lightning_diffclf.classifier.draws import Draws
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, LikelihoodRatio, PairedTest, Round, Stages
 from lightning_diffclf.classifier.engine import DiffusionClassifier
 from lightning_diffclf.classifier.posterior import Posterior
-from lightning_diffclf.classifier.proposal import LinearProbe, Proposal
+from lightning_diffclf.classifier.proposal import LinearProbe
+from lightning_diffclf.classifier.recipe import Proposal, Recipe
 from lightning_diffclf.classifier.score import Loss
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PairedTest",
     "Posterior",
     "Proposal",
+    "Recipe",
     "Round",
     "Stages",
 ]

@@ -8,20 +8,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lightning_diffclf.errors import UserError, WrongType
+
 
 def check_images(images: Tensor, ids: Sequence[int | str]) -> None:
     """Raise TypeError or ValueError unless ``images`` is (B, C, H, W), floating, finite, with B ids."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         found = f"dtype {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images: {found}, expected a floating point tensor (B, C, H, W), pixels in [-1, 1]")
+        raise WrongType(f"images: {found}, expected a floating point tensor (B, C, H, W), pixels in [-1, 1]")
     if images.ndim != 4:
-        raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, C, H, W)")
+        raise UserError(f"images: shape {tuple(images.shape)}, expected (B, C, H, W)")
     if len(ids) != len(images):
-        raise ValueError(f"ids: {len(ids)} for {len(images)} images")
+        raise UserError(f"ids: {len(ids)} for {len(images)} images")
     finite_B = images.isfinite().flatten(1).all(1)
     if not bool(finite_B.all()):
         bad = [ids[i] for i in (~finite_B).nonzero().flatten().tolist()]
-        raise ValueError(
+        raise UserError(
             f"images: NaN or infinity in image {bad[0]!r} and {len(bad) - 1} others, expected finite values"
         )
 
@@ -46,14 +48,14 @@ def resolve_candidates(
         candidates = candidates.tolist()
     nested = len(candidates) > 0 and not isinstance(candidates[0], (int, np.integer))
     if nested and len(candidates) != num_images:
-        raise ValueError(f"{name}: {len(candidates)} lists for {num_images} images")
+        raise UserError(f"{name}: {len(candidates)} lists for {num_images} images")
     lists = [np.asarray(c) for c in (candidates if nested else [candidates])]
     for one in lists:
         if one.ndim != 1 or len(one) == 0:
-            raise ValueError(f"{name}: none given for an image, expected at least one")
+            raise UserError(f"{name}: none given for an image, expected at least one")
         known_only = np.issubdtype(one.dtype, np.integer) and one.min() >= 0 and one.max() < known  # a mask is refused
         if not known_only or len(np.unique(one)) < len(one):
-            raise ValueError(f"{name}: {one.tolist()}, expected distinct indices in 0 … {known - 1}")
+            raise UserError(f"{name}: {one.tolist()}, expected distinct indices in 0 … {known - 1}")
     lists = [one.astype(np.int64) for one in lists]
     return lists if nested else lists * num_images
 
@@ -62,7 +64,7 @@ def check_output(output: Tensor, x_t: Tensor) -> None:
     """Raise ValueError unless the network's output fits its input: (N, C or 2C, h, w)."""
     n, channels, *space = x_t.shape
     if output.shape not in {(n, channels, *space), (n, 2 * channels, *space)}:
-        raise ValueError(
+        raise UserError(
             f"denoiser.predict: output of shape {tuple(output.shape)} for x_t of shape {tuple(x_t.shape)}, "
             f"expected {(n, channels, *space)} or, with a predicted variance, {(n, 2 * channels, *space)}"
         )

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.schedule import NoiseSchedule
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -92,10 +93,10 @@ class Draws:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f"draws: {self.count}, expected at least 1")
+            raise UserError(f"draws: {self.count}, expected at least 1")
         for name, given in (("timesteps", self.timesteps), ("noise", self.noise)):
             if given is not None and len(given) != self.count:
-                raise ValueError(f"draws: count is {self.count} but {len(given)} {name} are given")
+                raise UserError(f"draws: count is {self.count} but {len(given)} {name} are given")
 
     def visit(self, schedule: NoiseSchedule, order: Sequence[int] | None = None) -> Tensor:
         """Timesteps in the order in which they are spent.
@@ -108,7 +109,7 @@ class Draws:
             ValueError: if there are more draws than distinct timesteps, or fewer draws than ``order`` needs.
         """
         if order is not None and len(order) > self.count:
-            raise ValueError(f"draws: {self.count}, but the elimination rule spends up to {len(order)}")
+            raise UserError(f"draws: {self.count}, but the elimination rule spends up to {len(order)}")
         if self.timesteps is not None:
             return self.timesteps if order is None else self.timesteps[torch.as_tensor(order)]
         if order is None:

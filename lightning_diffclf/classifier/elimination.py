@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from scipy.special import ndtr, stdtr
 
+from lightning_diffclf.errors import UserError
+
 Needs = Literal["scores", "errors", "distances"]
 
 
@@ -124,13 +126,11 @@ class Stages(Elimination):
 
     def __post_init__(self) -> None:
         if len(self.samples) != len(self.keep) or not self.samples:
-            raise ValueError(
-                f"Stages: samples {self.samples} and keep {self.keep}, expected equally many, at least one"
-            )
+            raise UserError(f"Stages: samples {self.samples} and keep {self.keep}, expected equally many, at least one")
         if min(self.samples) < 1 or any(a >= b for a, b in zip(self.samples, self.samples[1:], strict=False)):
-            raise ValueError(f"Stages: samples {self.samples}, expected rising numbers from 1 on")
+            raise UserError(f"Stages: samples {self.samples}, expected rising numbers from 1 on")
         if min(self.keep) < 1 or any(a < b for a, b in zip(self.keep, self.keep[1:], strict=False)):
-            raise ValueError(f"Stages: keep {self.keep}, expected numbers that never rise, at least 1")
+            raise UserError(f"Stages: keep {self.keep}, expected numbers that never rise, at least 1")
 
     @cached_property
     def _plan(self) -> tuple[list[int], list[int]]:
@@ -204,9 +204,9 @@ class SequentialTest(Elimination):
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 0.5:
-            raise ValueError(f"{type(self).__name__}: alpha {self.alpha}, expected a probability in (0, 0.5)")
+            raise UserError(f"{type(self).__name__}: alpha {self.alpha}, expected a probability in (0, 0.5)")
         if not 1 <= self.growth < np.inf:
-            raise ValueError(f"{type(self).__name__}: growth {self.growth}, expected a number from 1 on")
+            raise UserError(f"{type(self).__name__}: growth {self.growth}, expected a number from 1 on")
 
     def start(self, num_candidates: int) -> Any:
         return _Paired()
@@ -339,11 +339,11 @@ class LikelihoodRatio(SequentialTest):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.inflation < np.inf:
-            raise ValueError(f"{type(self).__name__}: inflation {self.inflation}, expected a number from 0 on")
+            raise UserError(f"{type(self).__name__}: inflation {self.inflation}, expected a number from 0 on")
 
     def check(self, loss: str) -> None:
         if loss not in self.losses:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}: loss {loss!r} is no distance between noises, expected one of {self.losses}; "
                 "PairedTest takes any"
             )

@@ -22,11 +22,12 @@ from lightning_diffclf.classifier.checks import check_images, check_output, reso
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.device import CompiledPredict, download, upload
 from lightning_diffclf.classifier.draws import Draws, KeyedNoise
-from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, Round
+from lightning_diffclf.classifier.elimination import Exhaustive, Round
 from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut, measure_distances
-from lightning_diffclf.classifier.proposal import Proposal
+from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.score import Loss, Rows, timestep_weights
 from lightning_diffclf.denoiser import ConditionalDenoiser
+from lightning_diffclf.errors import UserError, WrongType
 
 
 class DiffusionClassifier:
@@ -71,47 +72,45 @@ class DiffusionClassifier:
     def __init__(
         self,
         denoiser: ConditionalDenoiser,
-        draws: Draws | None = None,
-        loss: str = "l2",
-        elimination: Elimination | None = None,
+        recipe: Recipe | Draws | None = None,
+        *,
         microbatch: int = 256,
         in_flight: int | None = None,
         keep_errors: bool = False,
         keep_distances: bool = False,
-        weights: str | Sequence[float] = "uniform",
-        budget: int | None = None,
-        abstain: float = 0.0,
-        proposal: Proposal | None = None,
         compile: bool = False,
-        ensemble: str = "best",
+        **settings: Any,
     ) -> None:
         missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(denoiser, m)]
         if missing:
-            raise TypeError(f"denoiser: {type(denoiser).__name__} lacks {missing}; see ConditionalDenoiser")
-        for name, value in (("microbatch", microbatch), ("in_flight", in_flight), ("budget", budget)):
+            raise WrongType(f"denoiser: {type(denoiser).__name__} lacks {missing}; see ConditionalDenoiser")
+        for name, value in (("microbatch", microbatch), ("in_flight", in_flight)):
             if value is not None and value < 1:
-                raise ValueError(f"{name}: {value}, expected at least 1")
-        if ensemble not in ("best", "mean"):
-            raise ValueError(f"ensemble: {ensemble!r}, expected 'best' or 'mean'")
-        if not abstain >= 0:
-            raise ValueError(f"abstain: {abstain}, expected a margin in nats, 0 or more")
+                raise UserError(f"{name}: {value}, expected at least 1")
+        if isinstance(recipe, Recipe):
+            if settings:
+                raise WrongType(f"{sorted(settings)}: given beside a recipe, expected them in it")
+        else:
+            recipe = Recipe(**settings) if recipe is None else Recipe(draws=recipe, **settings)
+        self.recipe = recipe
         self.denoiser = denoiser
-        self.rule = elimination or Exhaustive()
-        self.loss = Loss(loss)
+        self.rule = recipe.elimination or Exhaustive()
+        self.loss = Loss(recipe.loss)
         self.loss.check(denoiser.schedule)
         self.rule.check(self.loss.name)
+        draws = Draws(recipe.draws, recipe.seed) if isinstance(recipe.draws, int) else recipe.draws
         order = self.rule.order(draws.count if draws else Draws.count)
-        self.draws = draws or Draws(len(order) if order is not None else Draws.count)
+        self.draws = draws or Draws(len(order) if order is not None else Draws.count, recipe.seed)
         self.timesteps_S = self.draws.visit(denoiser.schedule, order)
         log_snr_S = denoiser.schedule.log_snr(self.timesteps_S).double()
-        self.weights_S, self.log_snr_S = timestep_weights(weights, log_snr_S).numpy(), log_snr_S.numpy()
+        self.weights_S, self.log_snr_S = timestep_weights(recipe.weights, log_snr_S).numpy(), log_snr_S.numpy()
         self.microbatch = microbatch
         self.in_flight = in_flight or microbatch
         self.keep_errors, self.keep_distances = keep_errors, keep_distances
-        self.budget, self.abstain, self.proposal = budget, abstain, proposal
+        self.budget, self.abstain, self.proposal = recipe.budget, recipe.abstain, recipe.proposal
         # One candidate for each class has no mean to take.
         classes = denoiser.candidates.classes
-        pools = ensemble == "mean" and len(set(classes)) < len(classes)
+        pools = recipe.ensemble == "mean" and len(set(classes)) < len(classes)
         self.class_of = np.array(classes) if pools else None
         self._compiled = CompiledPredict(denoiser, microbatch) if compile else None
 
@@ -242,7 +241,7 @@ class Run:
         lists = resolve_candidates(candidates, len(images), len(c.denoiser.candidates), origin)
         for image_id, one in zip(id_list, lists, strict=True):
             if c.budget is not None and c.budget < spent + len(one):
-                raise ValueError(
+                raise UserError(
                     f"budget: {c.budget} network calls for the {len(one)} candidates of image {image_id!r}, "
                     f"expected at least {spent + len(one)}: one for each{', and those of the proposal' * (spent > 0)}"
                 )
@@ -305,12 +304,12 @@ class Run:
     def _encode(self, images: Tensor) -> Tensor:
         x0 = self._classifier.denoiser.encode(images).float()
         if len(x0) != len(images) or x0.ndim < 2:
-            raise ValueError(f"denoiser.encode: {tuple(images.shape)} became {tuple(x0.shape)}, expected (B, C, h, w)")
+            raise UserError(f"denoiser.encode: {tuple(images.shape)} became {tuple(x0.shape)}, expected (B, C, h, w)")
         if x0.is_cuda:  # works by itself
             self._ahead = 1
         given = self._classifier.draws.noise
         if given is not None and given.shape[1:] != x0.shape[1:]:
-            raise ValueError(f"draws: noise of shape {tuple(given.shape[1:])} for x0 of shape {tuple(x0.shape[1:])}")
+            raise UserError(f"draws: noise of shape {tuple(given.shape[1:])} for x0 of shape {tuple(x0.shape[1:])}")
         return x0
 
     def _next_stop(self, flight: Flight) -> int:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_diffclf.errors import UserError
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -49,9 +51,9 @@ class Posterior:
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"posterior: reduction {self.reduction!r}, expected 'mean' or 'sum'")
+            raise UserError(f"posterior: reduction {self.reduction!r}, expected 'mean' or 'sum'")
         if not self.temperature > 0:
-            raise ValueError(f"posterior: temperature {self.temperature}, expected a positive number")
+            raise UserError(f"posterior: temperature {self.temperature}, expected a positive number")
 
     def log_probabilities(self, scores_BK: Tensor, dims: int) -> Tensor:
         """Logarithm of :meth:`__call__`, (B, K) float64."""
@@ -84,11 +86,9 @@ class Posterior:
         """
         num_images, num_candidates = scores_BK.shape
         if num_images == 0 or len(target_B) != num_images:
-            raise ValueError(
-                f"fit: {num_images} rows of scores and {len(target_B)} targets, expected equally many, ≥ 1"
-            )
+            raise UserError(f"fit: {num_images} rows of scores and {len(target_B)} targets, expected equally many, ≥ 1")
         if int(target_B.min()) < 0 or int(target_B.max()) >= num_candidates:
-            raise ValueError(f"fit: targets {target_B.min()} … {target_B.max()}, expected 0 … {num_candidates - 1}")
+            raise UserError(f"fit: targets {target_B.min()} … {target_B.max()}, expected 0 … {num_candidates - 1}")
         logits_BK = -scores_BK.double()
         finite = logits_BK.isfinite()
         # A broken right candidate has probability zero at any temperature: such images say nothing.
@@ -137,9 +137,9 @@ def correct_prior(probabilities_BC: Tensor, prior_C: Tensor) -> Tensor:
         ValueError: if the prior has another length, is negative, not finite or all zero.
     """
     if prior_C.shape != probabilities_BC.shape[1:]:
-        raise ValueError(f"prior: shape {tuple(prior_C.shape)} for {probabilities_BC.shape[1]} classes")
+        raise UserError(f"prior: shape {tuple(prior_C.shape)} for {probabilities_BC.shape[1]} classes")
     if not bool(prior_C.isfinite().all()) or float(prior_C.min()) < 0 or float(prior_C.sum()) == 0:
-        raise ValueError("prior: expected finite shares from 0 on, not all of them 0")
+        raise UserError("prior: expected finite shares from 0 on, not all of them 0")
     weighted_BC = probabilities_BC * prior_C
     total_B1 = weighted_BC.sum(1, keepdim=True)
     # Where only impossible classes fit, the prior is all that is left.

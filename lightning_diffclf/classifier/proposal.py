@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_diffclf.denoiser import ConditionalDenoiser
-
-Proposal = Callable[[Tensor], Any]
-"""Images (B, C, H, W) to the candidates to try: indices (B, m), or a list of them for each image.
-
-May have an attribute ``nfe``, the network calls that it costs for each image, which are then counted as spent.
-"""
+from lightning_diffclf.errors import UserError
 
 
 class LinearProbe:
@@ -45,9 +40,9 @@ class LinearProbe:
     ) -> None:
         parts = dict(denoiser.named_modules()) if isinstance(denoiser, nn.Module) else {}
         if layer not in parts:
-            raise ValueError(f"probe: no layer {layer!r} in {type(denoiser).__name__}, which has {[*parts][1:8]} …")
+            raise UserError(f"probe: no layer {layer!r} in {type(denoiser).__name__}, which has {[*parts][1:8]} …")
         if top < 1:
-            raise ValueError(f"probe: top {top}, expected at least 1")
+            raise UserError(f"probe: top {top}, expected at least 1")
         self.denoiser, self.layer, self.timestep, self.top, self.ridge = denoiser, parts[layer], timestep, top, ridge
         self._weight: Tensor | None = None  # (features + 1, classes)
         self._candidates_of = [
@@ -87,7 +82,7 @@ class LinearProbe:
             gram = gram + features.T @ features
             moment = moment + features.T @ targets.double()
         if not isinstance(gram, Tensor):
-            raise ValueError("probe: no batches to fit, expected at least one")
+            raise UserError("probe: no batches to fit, expected at least one")
         penalty = self.ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         self._weight = torch.linalg.solve(gram + penalty, moment).float()
         return self

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.schedule import DiscreteSchedule, NoiseSchedule
 from lightning_diffclf.variational import bound_terms
 
@@ -78,14 +79,14 @@ class Loss:
         self.terms = tuple(term.strip() for term in name.split("+"))
         unknown = [term for term in self.terms if term not in TERMS]
         if unknown or len(set(self.terms)) < len(self.terms):
-            raise ValueError(f"loss: {name!r}, expected one of {list(TERMS)}, or several different ones joined by '+'")
+            raise UserError(f"loss: {name!r}, expected one of {list(TERMS)}, or several different ones joined by '+'")
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Raise ValueError if the terms do not exist for ``schedule``."""
         if {"kl", "nll"} & set(self.terms) and not (
             isinstance(schedule, DiscreteSchedule) and schedule.prediction == "epsilon"
         ):
-            raise ValueError(
+            raise UserError(
                 f"loss: {self.name!r} needs a discrete schedule with epsilon prediction, "
                 f"found {type(schedule).__name__} with {schedule.prediction}"
             )
@@ -132,13 +133,13 @@ def timestep_weights(weights: str | Sequence[float], log_snr_S: Tensor) -> Tenso
     noisiness = log_snr_S.argsort(descending=True, stable=True).argsort()
     if isinstance(weights, str):
         if weights not in WEIGHTS:
-            raise ValueError(f"weights: {weights!r}, expected one of {list(WEIGHTS)}, or a number for each draw")
+            raise UserError(f"weights: {weights!r}, expected one of {list(WEIGHTS)}, or a number for each draw")
         values = WEIGHTS[weights](log_snr_S.double(), (noisiness + 0.5).double() / count)
     else:
         values = torch.as_tensor(weights, dtype=torch.float64)
         if len(values) != count:
-            raise ValueError(f"weights: {len(values)} numbers for {count} draws")
+            raise UserError(f"weights: {len(values)} numbers for {count} draws")
         values = values[noisiness]
     if not bool(values.isfinite().all()) or float(values.min()) < 0 or float(values.sum()) == 0:
-        raise ValueError("weights: expected finite numbers from 0 on, not all of them 0")
+        raise UserError("weights: expected finite numbers from 0 on, not all of them 0")
     return values / values.mean()

@@ -9,6 +9,7 @@ from lightning_diffclf.classifier import Elimination
 from lightning_diffclf.classify import classify, report
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.data.images import find_images
+from lightning_diffclf.errors import UserError
 
 
 def classify_command(args: Sequence[str]) -> None:
@@ -47,7 +48,7 @@ def classify_command(args: Sequence[str]) -> None:
     parsed = parser.parse_args(list(args))
     given = parser.instantiate_classes(parsed)
     if given.top < 1:
-        raise ValueError(f"top: {given.top}, expected at least 1")
+        raise UserError(f"top: {given.top}, expected at least 1")
     labels = [label.strip() for label in given.labels.split(",")]
     settings = (
         "model",

@@ -14,6 +14,7 @@ from lightning_diffclf.data.imagenet import classes_of, network_classes_of, open
 from lightning_diffclf.data.latents import Latents, LatentsIndex, LatentsWriter
 from lightning_diffclf.data.shards import ShardIndex, pack, plan_shards
 from lightning_diffclf.data.zero_shot import FolderImages
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.autoencoder import DEFAULT, Autoencoder
 
 
@@ -31,10 +32,10 @@ def shards_command(args: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int | None, default=0, help="of the order; null keeps that of the folder")
     given = parser.parse_args(list(args))
     if given.processes < 1:
-        raise ValueError(f"processes: {given.processes}, expected at least 1")
+        raise UserError(f"processes: {given.processes}, expected at least 1")
     source = open_source(given.data)
     if not isinstance(source, FolderImages):
-        raise ValueError(f"data: {given.data!r} is no folder of images, expected one folder for each class")
+        raise UserError(f"data: {given.data!r} is no folder of images, expected one folder for each class")
     plans = plan_shards(source.files, Path(given.out), given.images_per_shard, seed=given.seed)
     sizes = {plan.path: len(plan.files) for plan in plans}
     index = ShardIndex(
@@ -71,13 +72,13 @@ def encode_command(args: Sequence[str]) -> None:
     given = parser.parse_args(list(args))
     for name in ("size", "batch_size"):
         if given[name] < 1:
-            raise ValueError(f"{name}: {given[name]}, expected at least 1")
+            raise UserError(f"{name}: {given[name]}, expected at least 1")
     source = open_source(given.data)
     if isinstance(source, Latents):
-        raise ValueError(f"data: {given.data!r} are latents already, expected images or shards")
+        raise UserError(f"data: {given.data!r} are latents already, expected images or shards")
     autoencoder = Autoencoder.load(given.vae)
     if given.size % autoencoder.factor:
-        raise ValueError(f"size: {given.size}, expected a multiple of the autoencoder's {autoencoder.factor}")
+        raise UserError(f"size: {given.size}, expected a multiple of the autoencoder's {autoencoder.factor}")
     side = given.size // autoencoder.factor
     index = LatentsIndex(
         source=given.data,

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.models.autoencoder import DEFAULT
 from lightning_diffclf.models.published import export_pipeline, read_file
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
@@ -33,15 +34,15 @@ def export_command(args: Sequence[str]) -> None:
     )
     given = parser.parse_args(list(args))
     if not Path(given.ckpt).is_file():
-        raise FileNotFoundError(f"checkpoint: no file {given.ckpt!r}")
+        raise MissingFile(f"checkpoint: no file {given.ckpt!r}")
     checkpoint = read_file(Path(given.ckpt))
     if "net.final_layer.linear.weight" not in checkpoint.get("state_dict", {}):
-        raise ValueError(f"checkpoint: {given.ckpt!r} is of no ClassConditionalDiT, expected one that `fit` wrote")
+        raise UserError(f"checkpoint: {given.ckpt!r} is of no ClassConditionalDiT, expected one that `fit` wrote")
     module = ClassConditionalDiT.load_from_checkpoint(given.ckpt, map_location=torch.device("cpu"), weights_only=True)
     if given.weights == "raw":
         module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
     if not module.hparams["latents"]:
-        raise ValueError(f"export: {given.ckpt!r} works on pixels, but diffusers' DiTPipeline works on latents")
+        raise UserError(f"export: {given.ckpt!r} works on pixels, but diffusers' DiTPipeline works on latents")
     vae = given.vae or module.hparams["vae"] or DEFAULT
     export_pipeline(module.net, module.schedule, Path(given.out), vae, module.candidates.names)
     print(f"DiTPipeline: {given.out}")

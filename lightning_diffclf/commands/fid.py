@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import progress
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.sample_quality import (
     PUBLISHED,
     Extractor,
@@ -65,12 +66,12 @@ def fid_command(args: Sequence[str]) -> None:
     given = parser.parse_args(list(args))
     for name in ("batch_size", "size"):
         if given[name] is not None and given[name] < 1:
-            raise ValueError(f"{name}: {given[name]}, expected at least 1")
+            raise UserError(f"{name}: {given[name]}, expected at least 1")
     device, generated = usable_device(given.device), find_pictures(given.folder)
     if given.reference.endswith(".npz"):
         for name in ("size", "stats"):
             if given[name] is not None:
-                raise ValueError(f"{name}: {given[name]!r} needs a folder of real images, found {given.reference!r}")
+                raise UserError(f"{name}: {given[name]!r} needs a folder of real images, found {given.reference!r}")
         of_real = load_reference(Path(given.reference))
         extract = inception(given.weights, device)
     else:
@@ -115,7 +116,7 @@ def usable_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from error
+        raise UserError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from error
 
 
 def extracted(paths: Sequence[Path], extract: Extractor, batch_size: int, size: int | None, what: str) -> Features:

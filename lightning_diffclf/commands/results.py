@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lightning_diffclf.classifier import Elimination, LikelihoodRatio
 from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.analysis import RunAnalysis
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
@@ -104,5 +105,5 @@ def report_command(args: Sequence[str]) -> None:
     parser.add_argument("--gallery", type=int, default=240, help="images to show at most")
     given = parser.parse_args(list(args))
     if given.gallery < 0:
-        raise ValueError(f"gallery: {given.gallery}, expected 0 or more")
+        raise UserError(f"gallery: {given.gallery}, expected 0 or more")
     print(f"report: {write_report(given.run, given.out, given.gallery)}")

@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lightning_diffclf.errors import UserError
+
 
 def progress(**settings: Any) -> Progress:
     """A progress bar that says when it will be done."""
@@ -29,4 +31,4 @@ def on_first_process(fabric: L.Fabric, work: Callable[[], None]) -> None:
             failure = error
     failure = fabric.broadcast(failure)
     if failure is not None:
-        raise ValueError(str(failure)) from failure
+        raise UserError(str(failure)) from failure

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_diffclf.callbacks.run_settings import fingerprint, schedule_name
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import on_first_process, progress
+from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import write_json
 from lightning_diffclf.models.autoencoder import DEFAULT
 from lightning_diffclf.models.published import config_of, is_published, load_published
@@ -57,17 +58,15 @@ def sample_command(args: Sequence[str]) -> None:
     given = parser.parse_args(list(args))
     for name in ("per_class", "batch_size"):
         if given[name] < 1:
-            raise ValueError(f"{name}: {given[name]}, expected at least 1")
+            raise UserError(f"{name}: {given[name]}, expected at least 1")
     module = network_of(given.ckpt, given.vae, given.schedule).eval()
     classes, out = chosen_classes(given.classes, module), Path(given.out)
     into_grid = out.suffix.lower() in GRID_SUFFIXES
     wanted = [(c, number) for c in classes for number in range(given.per_class)]
     if into_grid and len(wanted) > GRID_IMAGES:
-        raise ValueError(f"out: a grid of {len(wanted):,} images, expected at most {GRID_IMAGES}; or give a folder")
+        raise UserError(f"out: a grid of {len(wanted):,} images, expected at most {GRID_IMAGES}; or give a folder")
     if not into_grid and out.is_file():
-        raise ValueError(
-            f"out: {str(out)!r} is a file, expected a folder, or a grid named {' or '.join(GRID_SUFFIXES)}"
-        )
+        raise UserError(f"out: {str(out)!r} is a file, expected a folder, or a grid named {' or '.join(GRID_SUFFIXES)}")
     if module.hparams["latents"]:
         module.autoencoder  # noqa: B018  (fails here if it is not there)
     fabric = L.Fabric(
@@ -124,7 +123,7 @@ def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT
         ValueError: if it cannot be read.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"checkpoint: no file or folder {path!r}")
+        raise MissingFile(f"checkpoint: no file or folder {path!r}")
     if not is_published(path):
         others: dict[str, Any] = {} if vae is None else {"vae": vae}
         return ClassConditionalDiT.load_from_checkpoint(
@@ -152,7 +151,7 @@ def chosen_classes(text: str, module: ClassConditionalDiT) -> list[int]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     unknown = [word for word in words if word not in number_of]
     if unknown or not words:
-        raise ValueError(f"classes: {unknown or text!r}, expected names or numbers 0 … {len(names) - 1}, or all")
+        raise UserError(f"classes: {unknown or text!r}, expected names or numbers 0 … {len(names) - 1}, or all")
     return list(dict.fromkeys(number_of[word] for word in words))
 
 
@@ -171,9 +170,9 @@ def prepare_folder(out: Path, settings: dict[str, object]) -> None:
         names = [name for name in settings if name != "ckpt" and there.get(name) != settings[name]]
         different = [f"{name}: {there.get(name)!r} there, {settings[name]!r} here" for name in names]
         if different:
-            raise ValueError(f"out: {str(out)!r} holds other samples ({'; '.join(different)}); give another folder")
+            raise UserError(f"out: {str(out)!r} holds other samples ({'; '.join(different)}); give another folder")
     elif not path.is_file() and any(out.iterdir()):
-        raise ValueError(f"out: {str(out)!r} is not empty, expected a new folder or one of samples")
+        raise UserError(f"out: {str(out)!r} is not empty, expected a new folder or one of samples")
     write_json(settings, path)
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_diffclf.errors import WrongType
+
 
 class Batch(NamedTuple):
     """Images (B, C, H, W), class labels (B,) int64 or None, ids (B) or None; what else a batch may bring.
@@ -45,7 +47,7 @@ def unpack(batch: Any) -> Batch:
         images, labels, ids = [*batch, None, None][:3]
         return Batch(images, labels, _listed(ids))
     keys = f" with keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
-    raise TypeError(
+    raise WrongType(
         f"batch: {type(batch).__name__}{keys}, expected a mapping with 'image' (and 'label', 'id'), "
         "or (images, labels[, ids]), or images alone"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_diffclf.data.stream import evaluation_loader, training_loader
+from lightning_diffclf.errors import UserError
 
 TEST_SIZE = 360
 
@@ -60,7 +61,7 @@ class DigitsDataModule(L.LightningDataModule):
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
-                raise ValueError(f"{name}: {value}, expected at least 1")
+                raise UserError(f"{name}: {value}, expected at least 1")
         self.save_hyperparameters()
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
 
@@ -121,7 +122,7 @@ class DigitPairsDataModule(DigitsDataModule):
         super().__init__(batch_size, eval_batch_size, seed)
         for name, value in (("train_pairs", train_pairs), ("test_pairs", test_pairs)):
             if value < 1:
-                raise ValueError(f"{name}: {value}, expected at least 1")
+                raise UserError(f"{name}: {value}, expected at least 1")
         self.save_hyperparameters()
         self.train_pairs, self.test_pairs = train_pairs, test_pairs
 

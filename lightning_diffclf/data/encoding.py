@@ -15,6 +15,7 @@ from lightning_diffclf.data.images import published_crop, stacked, to_tensor
 from lightning_diffclf.data.latents import LatentsWriter
 from lightning_diffclf.data.shards import Shards
 from lightning_diffclf.data.zero_shot import FolderImages
+from lightning_diffclf.errors import UserError
 
 CHUNK = 1024  # images of a folder that are finished together: what a stop may cost
 
@@ -37,10 +38,10 @@ def chunk_ends(source: FolderImages | Shards) -> list[int]:
             for url, count in zip(source.urls, known, strict=True)
         ]
         if 0 in counts:
-            raise ValueError(f"data: no images in shard {source.urls[counts.index(0)]!r}")
+            raise UserError(f"data: no images in shard {source.urls[counts.index(0)]!r}")
         ends = np.cumsum(counts).tolist()
     if not ends:
-        raise ValueError(f"data: no images in {source.root!r}")
+        raise UserError(f"data: no images in {source.root!r}")
     return ends
 
 

@@ -20,6 +20,7 @@ from lightning_diffclf.data.latents import Latents, is_latents
 from lightning_diffclf.data.shards import ShardImages, Shards, ShardStream, is_remote
 from lightning_diffclf.data.stream import Share, check_end, evaluation_loader, training_loader
 from lightning_diffclf.data.zero_shot import IMAGENET_NAMES, FolderImages, ImageNetFolders
+from lightning_diffclf.errors import MissingFile, UserError
 
 Source = FolderImages | Shards | Latents
 
@@ -38,7 +39,7 @@ def open_source(path: str, skip_bad: float = 0.0) -> Source:
     if is_remote(path) or "{" in path or path.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar"))):
         return Shards(path, skip_bad)
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"data: no {path!r}, expected a folder with one folder for each class, tar shards (diffclf shards makes "
             "some) or latents (diffclf encode)"
         )
@@ -152,9 +153,9 @@ class ImageNetDataModule(L.LightningDataModule):
             ("buffer", buffer, 1),
         ):
             if value < least:
-                raise ValueError(f"{what}: {value}, expected at least {least}")
+                raise UserError(f"{what}: {value}, expected at least {least}")
         if not 0 <= skip_bad < 1:
-            raise ValueError(f"skip_bad: {skip_bad}, expected a share in [0, 1)")
+            raise UserError(f"skip_bad: {skip_bad}, expected a share in [0, 1)")
         self.save_hyperparameters()
         self.paths = {"train": train, "val": val}
         self.size, self.batch_size, self.eval_batch_size = size, batch_size, eval_batch_size
@@ -172,7 +173,7 @@ class ImageNetDataModule(L.LightningDataModule):
         if part not in self._sources:
             source = open_source(self.paths[part], self.skip_bad if part == "train" else 0.0)
             if isinstance(source, Latents) and source.index.size != self.size:
-                raise ValueError(
+                raise UserError(
                     f"latents: {self.paths[part]!r} are of images of {source.index.size} pixels, expected {self.size}"
                 )
             self._sources[part] = source

@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lightning_diffclf.errors import MissingFile, UserError
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
 
 
@@ -26,14 +28,14 @@ def open_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"image: no file {str(path)!r}")
+        raise MissingFile(f"image: no file {str(path)!r}")
     if path.stat().st_size == 0:
-        raise ValueError(f"image: {str(path)!r} is empty")
+        raise UserError(f"image: {str(path)!r} is empty")
     try:
         with Image.open(path) as file:
             return upright_rgb(file)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, by format
-        raise ValueError(f"image: {str(path)!r} cannot be read ({error})") from error
+        raise UserError(f"image: {str(path)!r} cannot be read ({error})") from error
 
 
 def upright_rgb(file: Image.Image) -> Image.Image:
@@ -92,9 +94,9 @@ def transform(
         ValueError: if ``crop`` is none of them, or ``published`` and the target is not square.
     """
     if crop not in ("covering", "published"):
-        raise ValueError(f"crop: {crop!r}, expected 'covering' or 'published'")
+        raise UserError(f"crop: {crop!r}, expected 'covering' or 'published'")
     if crop == "published" and height != width:
-        raise ValueError(f"size: {height} x {width}, expected a square with crop 'published'")
+        raise UserError(f"size: {height} x {width}, expected a square with crop 'published'")
     return partial(_prepare, height=height, width=width, crop=crop)
 
 
@@ -119,13 +121,13 @@ def find_images(names: Iterable[str]) -> list[Path]:
         else:
             some = sorted(Path(one) for one in glob(name, recursive=True) if Path(one).is_file())
         if not some:
-            raise ValueError(f"image: {name!r} has no image, expected files ending in {sorted(SUFFIXES)}")
+            raise UserError(f"image: {name!r} has no image, expected files ending in {sorted(SUFFIXES)}")
         for one in some:
             if not one.is_file():
-                raise FileNotFoundError(f"image: no file {str(one)!r}")
+                raise MissingFile(f"image: no file {str(one)!r}")
             found[one] = None
     if not found:
-        raise ValueError("image: none given, expected files, folders or patterns")
+        raise UserError("image: none given, expected files, folders or patterns")
     return list(found)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import write_json
 
 INDEX = "index.json"
@@ -80,14 +81,14 @@ class LatentsIndex:
         """
         path = folder / INDEX
         if not path.is_file():
-            raise FileNotFoundError(f"latents: no {INDEX} in {str(folder)!r}")
+            raise MissingFile(f"latents: no {INDEX} in {str(folder)!r}")
         try:
             values = json.loads(path.read_text())
             if values.get("kind") != KIND:
-                raise ValueError(f"kind {values.get('kind')!r}, expected {KIND!r}")
+                raise UserError(f"kind {values.get('kind')!r}, expected {KIND!r}")
             return cls(**values | {"shape": tuple(values["shape"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"latents: {str(path)!r} cannot be read ({error})") from error
+            raise UserError(f"latents: {str(path)!r} cannot be read ({error})") from error
 
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all."""
@@ -130,10 +131,10 @@ class LatentsWriter:
             names = [name for name in here if name != "complete" and there[name] != here[name]]
             different = [f"{name}: {there[name]!r} there, {here[name]!r} here" for name in names]
             if different:
-                raise ValueError(f"latents: {str(folder)!r} holds others ({'; '.join(different)}); give another folder")
+                raise UserError(f"latents: {str(folder)!r} holds others ({'; '.join(different)}); give another folder")
             return
         if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"latents: {str(folder)!r} is not empty, expected a new folder or one of latents")
+            raise UserError(f"latents: {str(folder)!r} is not empty, expected a new folder or one of latents")
         (folder / "chunks").mkdir(parents=True, exist_ok=True)
         c, h, w = index.shape
         files: tuple[tuple[str, tuple[int, ...], str], ...] = (
@@ -163,10 +164,10 @@ class LatentsWriter:
         begin, end = self.chunks[chunk]
         if moments.shape != (end - begin, *self._moments.shape[1:]):
             expected = (end - begin, *self._moments.shape[1:])
-            raise ValueError(f"latents: chunk {chunk} is {moments.shape}, expected {expected}")
+            raise UserError(f"latents: chunk {chunk} is {moments.shape}, expected {expected}")
         half = moments.astype("<f2")
         if not np.isfinite(half).all():
-            raise ValueError(f"latents: chunk {chunk} has values that are not finite in float16")
+            raise UserError(f"latents: chunk {chunk} has values that are not finite in float16")
         self._moments[begin:end], self._labels[begin:end] = half, labels
         self._moments.flush()
         self._labels.flush()
@@ -192,7 +193,7 @@ class LatentsWriter:
                 wrong.append(chunk)
                 receipt.unlink(missing_ok=True)
         if wrong:
-            raise ValueError(
+            raise UserError(
                 f"latents: {len(wrong)} of {len(self.chunks)} chunks in {str(self.folder)!r} are missing or damaged, "
                 f"such as images {self.chunks[wrong[0]][0]} … {self.chunks[wrong[0]][1] - 1}; encode again"
             )
@@ -216,7 +217,7 @@ class Latents(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: str) -> None:
         self.root, self.index = folder, LatentsIndex.read(Path(folder))
         if not self.index.complete:
-            raise ValueError(f"latents: {folder!r} is not complete; go on with `diffclf encode`")
+            raise UserError(f"latents: {folder!r} is not complete; go on with `diffclf encode`")
         self._open()
 
     def _open(self) -> None:
@@ -224,12 +225,12 @@ class Latents(Dataset[dict[str, Tensor]]):
             self._moments = np.load(Path(self.root) / "moments.npy", mmap_mode="r")
             self._labels = np.load(Path(self.root) / "labels.npy", mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise ValueError(f"latents: {self.root!r} is damaged ({error})") from error
+            raise UserError(f"latents: {self.root!r} is damaged ({error})") from error
         c, h, w = self.index.shape
         found, count = (self._moments.shape, self._labels.shape), self.index.count
         expected = ((count, 2, 2 * c, h, w), (count, 2))
         if found != expected:
-            raise ValueError(f"latents: files of shapes {found} in {self.root!r}, expected {expected}")
+            raise UserError(f"latents: files of shapes {found} in {self.root!r}, expected {expected}")
 
     def __getstate__(self) -> dict[str, Any]:  # worker processes open the files, they are not sent them
         return {"root": self.root, "index": self.index}

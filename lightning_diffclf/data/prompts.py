@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.errors import MissingFile, UserError
 
 TEMPLATES: Mapping[str, str] = {
     "food101": "a photo of {}, a type of food.",
@@ -49,17 +50,17 @@ def from_names(class_names: Sequence[str], templates: str | Sequence[str] = "a p
     templates = [templates] if isinstance(templates, str) else list(templates)
     names = [str(name).replace("_", " ").strip() for name in class_names]
     if not names:
-        raise ValueError("labels: none given, expected at least one")
+        raise UserError("labels: none given, expected at least one")
     for position, name in enumerate(names):
         if not name:
-            raise ValueError(f"labels: label {position} is empty")
+            raise UserError(f"labels: label {position} is empty")
         if name in names[:position]:
-            raise ValueError(f"labels: {name!r} occurs twice, as {names.index(name)} and {position}")
+            raise UserError(f"labels: {name!r} occurs twice, as {names.index(name)} and {position}")
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"template: {template!r}, expected '{{}}' where the label goes")
+            raise UserError(f"template: {template!r}, expected '{{}}' where the label goes")
     if not templates:
-        raise ValueError("template: none given, expected at least one")
+        raise UserError("template: none given, expected at least one")
     prompts = [template.replace("{}", name) for name in names for template in templates]
     classes = [c for c in range(len(names)) for _ in templates]
     return PromptSet(Candidates(names if len(templates) == 1 else prompts, classes), prompts)
@@ -74,23 +75,23 @@ def from_csv(path: str | Path) -> PromptSet:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"prompts: no file {str(path)!r}")
+        raise MissingFile(f"prompts: no file {str(path)!r}")
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
         if missing:
-            raise ValueError(f"prompts: {str(path)!r} lacks {missing}, found {reader.fieldnames}, expected {COLUMNS}")
+            raise UserError(f"prompts: {str(path)!r} lacks {missing}, found {reader.fieldnames}, expected {COLUMNS}")
         rows = list(reader)
     if not rows:
-        raise ValueError(f"prompts: {str(path)!r} has no rows")
+        raise UserError(f"prompts: {str(path)!r} has no rows")
     classes = []
     for line, row in enumerate(rows, start=2):
         if not (row["classidx"] or "").strip().isdecimal() or not row["prompt"]:
-            raise ValueError(f"prompts: {str(path)!r}, line {line}: {row}, expected a prompt and a class index")
+            raise UserError(f"prompts: {str(path)!r}, line {line}: {row}, expected a prompt and a class index")
         classes.append(int(row["classidx"]))
     gaps = sorted(set(range(max(classes) + 1)) - set(classes))
     if gaps:
-        raise ValueError(f"prompts: {str(path)!r} has no prompt for class {gaps[0]} ({len(gaps)} classes without one)")
+        raise UserError(f"prompts: {str(path)!r} has no prompt for class {gaps[0]} ({len(gaps)} classes without one)")
     prompts = [row["prompt"] for row in rows]
     several = len(set(classes)) < len(classes)
     names = prompts if several else [row["classname"] or row["prompt"] for row in rows]

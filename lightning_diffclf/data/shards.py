@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_diffclf.data.images import SUFFIXES, upright_rgb
+from lightning_diffclf.errors import MissingFile, UserError
 
 INDEX = "index.json"
 
@@ -59,7 +60,7 @@ class ShardIndex:
         try:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"shards: {str(path)!r} cannot be read ({error})") from error
+            raise UserError(f"shards: {str(path)!r} cannot be read ({error})") from error
 
 
 class Shards:
@@ -90,7 +91,7 @@ class Shards:
         missing = [url for url in urls if not is_remote(url) and not Path(url).is_file()]
         if not urls or len(missing) > skip_bad * len(urls):
             what = f"{missing[0]!r} ({len(missing)} of {len(urls)} are missing)" if missing else f"in {pattern!r}"
-            raise FileNotFoundError(f"data: no shard {what}")
+            raise MissingFile(f"data: no shard {what}")
         if missing:
             print(f"warning: {len(missing)} of {len(urls)} shards are missing, such as {missing[0]}", file=sys.stderr)
         self.urls = [url for url in urls if url not in set(missing)]
@@ -111,9 +112,9 @@ class Shards:
                 seen += 1
                 yield sample
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise ValueError(f"data: shard {url!r} is damaged after {seen} images ({error})") from error
+            raise UserError(f"data: shard {url!r} is damaged after {seen} images ({error})") from error
         if seen != self.count(url) and self.count(url) is not None:
-            raise ValueError(f"data: shard {url!r} has {seen} images, expected {self.count(url)} as {INDEX} says")
+            raise UserError(f"data: shard {url!r} has {seen} images, expected {self.count(url)} as {INDEX} says")
 
     def decode(self, sample: dict[str, Any]) -> tuple[Image.Image, int, int | str]:
         """RGB image, label and id of a sample.
@@ -125,13 +126,13 @@ class Shards:
         suffix = next((key for key in sample if f".{key.lower()}" in SUFFIXES), None)
         if suffix is None or "cls" not in sample:
             members = sorted(key for key in sample if not key.startswith("__"))
-            raise ValueError(f"data: sample {name} has {members}, expected an image (jpg, png, …) and cls")
+            raise UserError(f"data: sample {name} has {members}, expected an image (jpg, png, …) and cls")
         try:
             label = int(sample["cls"])
             with Image.open(io.BytesIO(sample[suffix])) as file:
                 image = upright_rgb(file)
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's, by format
-            raise ValueError(f"data: sample {name} cannot be read ({error})") from error
+            raise UserError(f"data: sample {name} cannot be read ({error})") from error
         key = sample["__key__"]
         return image, label, int(key) if self.index is not None and self.index.positions else key
 
@@ -295,7 +296,7 @@ def plan_shards(
         ValueError: if ``images_per_shard`` is below 1.
     """
     if images_per_shard < 1:
-        raise ValueError(f"images_per_shard: {images_per_shard}, expected at least 1")
+        raise UserError(f"images_per_shard: {images_per_shard}, expected at least 1")
     order = np.arange(len(files)) if seed is None else np.random.default_rng(seed).permutation(len(files))
     plans = []
     for number, begin in enumerate(range(0, len(files), images_per_shard)):
@@ -340,7 +341,7 @@ def pack(plans: Sequence[Packed], index: ShardIndex, processes: int = 1) -> Iter
     planned = out / f"{INDEX}.planned"  # what the shards that are there were packed by, before all are
     for path in (out / INDEX, planned):
         if path.is_file() and json.loads(path.read_text()) != asdict(index):
-            raise ValueError(f"shards: {str(out)!r} holds other shards, expected an empty folder or the same data")
+            raise UserError(f"shards: {str(out)!r} holds other shards, expected an empty folder or the same data")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / INDEX).is_file():
         planned.write_text(json.dumps(asdict(index)))

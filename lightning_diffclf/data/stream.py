@@ -17,6 +17,8 @@ import numpy as np
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_diffclf.errors import UserError
+
 
 class Share(NamedTuple):
     """This process among those that train together.
@@ -50,7 +52,7 @@ class Share(NamedTuple):
         """
         parts = self.world_size * self.accumulate
         if total % parts:
-            raise ValueError(
+            raise UserError(
                 f"batch_size: {total} for an optimizer step, expected a multiple of {self.world_size} processes "
                 f"x {self.accumulate} accumulated batches = {parts}"
             )
@@ -112,7 +114,7 @@ class Endless(Dataset[Any]):
 
     def __init__(self, size: int, take: Callable[[list[int], list[int]], Any], seed: int) -> None:
         if size < 1:
-            raise ValueError("data: no images to train on")
+            raise UserError("data: no images to train on")
         self.size, self.take, self.seed = size, take, seed
         self._orders: dict[int, np.ndarray] = {}  # of the passes in use
 
@@ -168,7 +170,7 @@ def training_loader(
 def check_end(trainer: L.Trainer | None) -> None:
     """Raise ValueError if training would never end."""
     if trainer is not None and trainer.max_steps < 0:
-        raise ValueError("trainer.max_steps: not set, expected a number of steps: training data have no epochs")
+        raise UserError("trainer.max_steps: not set, expected a number of steps: training data have no epochs")
 
 
 def evaluation_loader(
@@ -193,7 +195,7 @@ def evaluation_loader(
     share = Share.of(trainer)
     if len(data) < share.world_size:  # type: ignore[arg-type]
         count = len(data)  # type: ignore[arg-type]
-        raise ValueError(f"data: {count} images for {share.world_size} processes, expected at least one for each")
+        raise UserError(f"data: {count} images for {share.world_size} processes, expected at least one for each")
     sampler = UnrepeatedDistributedSampler(data, num_replicas=share.world_size, rank=share.rank, shuffle=False)
     return DataLoader(
         data,

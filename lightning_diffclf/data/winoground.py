@@ -19,6 +19,7 @@ from lightning_diffclf.data.images import open_image, stacked, transform
 from lightning_diffclf.data.prompts import PromptSet
 from lightning_diffclf.data.stream import evaluation_loader
 from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.results.statistics import wilson
 
 HUB = "facebook/winoground"
@@ -47,7 +48,7 @@ def read_groups(root: str | Path) -> list[Group]:
     if path.is_dir():
         path = next((p for p in (path / "examples.jsonl", path / "data" / "examples.jsonl") if p.is_file()), path)
     if not path.is_file():
-        raise FileNotFoundError(f"winoground: no examples.jsonl in {str(root)!r}, and it is no JSONL file")
+        raise MissingFile(f"winoground: no examples.jsonl in {str(root)!r}, and it is no JSONL file")
     groups = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -57,7 +58,7 @@ def read_groups(root: str | Path) -> list[Group]:
             captions = str(row["caption_0"]), str(row["caption_1"])
             names = str(row["image_0"]), str(row["image_1"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"winoground: {str(path)!r}, line {number}: {error!r}, expected a JSON object with "
                 "image_0, image_1, caption_0 and caption_1"
             ) from error
@@ -65,7 +66,7 @@ def read_groups(root: str | Path) -> list[Group]:
         images = _find(path.parent, names[0]), _find(path.parent, names[1])
         groups.append(Group(str(row.get("id", number - 1)), images, captions, str(tag)))
     if not groups:
-        raise ValueError(f"winoground: {str(path)!r} has no groups")
+        raise UserError(f"winoground: {str(path)!r} has no groups")
     return groups
 
 
@@ -73,7 +74,7 @@ def _find(folder: Path, name: str) -> Path:
     for place in (folder / name, folder / f"{name}.png", folder / "images" / name, folder / "images" / f"{name}.png"):
         if place.is_file():
             return place
-    raise FileNotFoundError(f"winoground: no image {name!r} in {str(folder)!r}")
+    raise MissingFile(f"winoground: no image {name!r} in {str(folder)!r}")
 
 
 def download(repository: str = HUB) -> Path:
@@ -88,7 +89,7 @@ def download(repository: str = HUB) -> Path:
         folder = Path(snapshot_download(repository, repo_type="dataset"))
     except Exception as error:  # the Hub's own, of many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"winoground: the Hub did not give {repository!r} ({first}). Accept its terms on its page and log in "
             "(`hf auth login`), or give a folder with examples.jsonl and images/"
         ) from error
@@ -168,7 +169,7 @@ class WinogroundDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if eval_batch_size < 1 or num_workers < 0:
-            raise ValueError(f"eval_batch_size {eval_batch_size}, num_workers {num_workers}: expected at least 1, 0")
+            raise UserError(f"eval_batch_size {eval_batch_size}, num_workers {num_workers}: expected at least 1, 0")
         self.save_hyperparameters()
         self.source, self.size = source, (size, size) if isinstance(size, int) else tuple(size)
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers

@@ -18,6 +18,7 @@ from torchvision.models._meta import _IMAGENET_CATEGORIES
 from lightning_diffclf.data.images import find_images, open_image, stacked, to_rgb, transform
 from lightning_diffclf.data.shards import ShardImages, Shards
 from lightning_diffclf.data.stream import Share, evaluation_loader
+from lightning_diffclf.errors import MissingFile, UserError
 
 CATS = (
     "Abyssinian", "Bengal", "Birman", "Bombay", "British Shorthair", "Egyptian Mau", "Maine Coon", "Persian", "Ragdoll",
@@ -87,11 +88,11 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
     def __init__(self, root: str, border: int = 0) -> None:
         folder = Path(root)
         if not folder.is_dir():
-            raise FileNotFoundError(f"data: no folder {root!r}")
+            raise MissingFile(f"data: no folder {root!r}")
         self.root, self.border = root, border
         names = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
         if not names:
-            raise ValueError(f"data: {root!r} has no folders, expected one for each class")
+            raise UserError(f"data: {root!r} has no folders, expected one for each class")
         self.classes = names
         self.files = [(path, c) for c, name in enumerate(names) for path in find_images([str(folder / name)])]
 
@@ -122,7 +123,7 @@ class ImageNetFolders(FolderImages):
         index = {name: c for c, name in enumerate(known)} | {str(c): c for c in range(1000)}
         strange = [name for name in self.classes if name not in index]
         if strange:
-            raise ValueError(f"data: folder {strange[0]!r} in {root!r} is no class of ImageNet (WordNet id or 0 … 999)")
+            raise UserError(f"data: folder {strange[0]!r} in {root!r} is no class of ImageNet (WordNet id or 0 … 999)")
         which = [index[name] for name in self.classes]
         if all(name.isdecimal() for name in self.classes):  # "10" sorts before "2"
             order = sorted(range(len(self.classes)), key=lambda c: which[c])
@@ -151,12 +152,12 @@ class ObjectNet(FolderImages):
         ]
         for path in maps:
             if not path.is_file():
-                raise FileNotFoundError(f"data: no {str(path)!r}, which belongs to ObjectNet")
+                raise MissingFile(f"data: no {str(path)!r}, which belongs to ObjectNet")
         label_of, shared = (json.loads(path.read_text()) for path in maps)
         names = [label_of.get(folder) for folder in self.classes]
         kept = [c for c, name in enumerate(names) if name in shared]
         if not kept:
-            raise ValueError(f"data: no folder in {root!r} is a class that ImageNet has as well")
+            raise UserError(f"data: no folder in {root!r} is a class that ImageNet has as well")
         rank = {c: r for r, c in enumerate(kept)}
         self.files = [(path, rank[c]) for path, c in self.files if c in rank]
         self.classes = [str(names[c]) for c in kept]
@@ -174,13 +175,13 @@ class ObjectNet(FolderImages):
         names, order = self._mappings / "imagenet_to_label_2012_v2", self._mappings / "pytorch_to_imagenet_2012_id.json"
         for path in (names, order):
             if not path.is_file():
-                raise FileNotFoundError(f"data: no {str(path)!r}, which belongs to ObjectNet")
+                raise MissingFile(f"data: no {str(path)!r}, which belongs to ObjectNet")
         line_of = {name.strip(): line for line, name in enumerate(names.read_text().splitlines())}
         class_of = {line: int(c) for c, line in json.loads(order.read_text()).items()}
         try:
             return [[class_of[line_of[name]] for name in self._shared[one]] for one in self.classes]
         except KeyError as error:
-            raise ValueError(f"data: {error} of ObjectNet's mapping is no class in {str(names)!r}") from error
+            raise UserError(f"data: {error} of ObjectNet's mapping is no class in {str(names)!r}") from error
 
 
 class _Prepared(Dataset[dict[str, Any]]):
@@ -245,14 +246,14 @@ class ZeroShotDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if name not in ("folder", "webdataset", *SOURCES):
-            raise ValueError(f"data: {name!r}, expected 'folder', 'webdataset' or one of {sorted(SOURCES)}")
+            raise UserError(f"data: {name!r}, expected 'folder', 'webdataset' or one of {sorted(SOURCES)}")
         if name == "webdataset" and (per_class is not None or subset is not None):
-            raise ValueError("data: shards are read in order, expected no subset and no per_class with 'webdataset'")
+            raise UserError("data: shards are read in order, expected no subset and no per_class with 'webdataset'")
         for what, value, least in (("eval_batch_size", eval_batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
-                raise ValueError(f"{what}: {value}, expected at least {least}")
+                raise UserError(f"{what}: {value}, expected at least {least}")
         if per_class is not None and (per_class < 1 or subset is not None):
-            raise ValueError(f"per_class: {per_class}, expected at least 1, and no subset file beside it")
+            raise UserError(f"per_class: {per_class}, expected at least 1, and no subset file beside it")
         self.save_hyperparameters()
         self.name: str = name
         self.root, self.size = root, (size, size) if isinstance(size, int) else tuple(size)
@@ -274,18 +275,18 @@ class ZeroShotDataModule(L.LightningDataModule):
         try:
             return SOURCES[self.name].open(self.root, self.download)
         except RuntimeError as error:  # torchvision's, for what is not there
-            raise FileNotFoundError(f"data: no {self.name} in {self.root!r}; set download, or give its root") from error
+            raise MissingFile(f"data: no {self.name} in {self.root!r}; set download, or give its root") from error
 
     @property
     def class_names(self) -> list[str]:
         """Name of each class, as prompts want them."""
         if self.name == "webdataset":
             if self._names is None:
-                raise ValueError("class_names: none given, expected a name for each class of the shards")
+                raise UserError("class_names: none given, expected a name for each class of the shards")
             return self._names
         own = list(self.source.classes if self.name == "folder" else SOURCES[self.name].names(self.source))
         if self._names is not None and len(self._names) != len(own):
-            raise ValueError(f"class_names: {len(self._names)}, expected {len(own)}, as {self.name!r} has classes")
+            raise UserError(f"class_names: {len(self._names)}, expected {len(own)}, as {self.name!r} has classes")
         return list(self._names or own)
 
     @property
@@ -305,13 +306,11 @@ class ZeroShotDataModule(L.LightningDataModule):
         count = len(self.source)
         if self.subset is not None:
             if not Path(self.subset).is_file():
-                raise FileNotFoundError(f"subset: no file {self.subset!r}")
+                raise MissingFile(f"subset: no file {self.subset!r}")
             lines = Path(self.subset).read_text().split()
             wrong = [line for line in lines if not line.isdecimal() or int(line) >= count]
             if wrong or not lines or len(set(lines)) < len(lines):
-                raise ValueError(
-                    f"subset: {self.subset!r} with {wrong[:3]}, expected different ones of 0 … {count - 1}"
-                )
+                raise UserError(f"subset: {self.subset!r} with {wrong[:3]}, expected different ones of 0 … {count - 1}")
             return [int(line) for line in lines]
         if self.per_class is None:
             return list(range(count))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_diffclf.errors import UserError
+
 DEFAULT = "stabilityai/sd-vae-ft-ema"  # what the published DiT networks were trained with
 
 
@@ -52,8 +54,8 @@ class Autoencoder:
         except (OSError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if Path(name).exists():
-                raise ValueError(f"vae: {name!r} cannot be loaded ({reason})") from error
-            raise ValueError(
+                raise UserError(f"vae: {name!r} cannot be loaded ({reason})") from error
+            raise UserError(
                 f"vae: no folder {name!r}, and the Hub did not give it ({reason}). Check the name; or, without a "
                 f"network, give a folder with a downloaded autoencoder ({DEFAULT} is the published DiT networks' own)"
             ) from error
@@ -82,7 +84,7 @@ class Autoencoder:
             ValueError: if the images are not RGB, or their sides are no multiples of :attr:`factor`.
         """
         if images.shape[1] != 3 or images.shape[2] % self.factor or images.shape[3] % self.factor:
-            raise ValueError(
+            raise UserError(
                 f"images: shape {tuple(images.shape)}, expected (B, 3, H, W), sides multiples of {self.factor}"
             )
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_diffclf.errors import UserError
+
 NETWORK = "transformer"
 TEXT: tuple[str, ...] = ()
 STEP = 2  # latents come in squares of this side
@@ -17,7 +19,7 @@ def embed(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
     numbers = [int(prompt) if prompt.strip().isdecimal() else -1 for prompt in prompts]
     for prompt, number in zip(prompts, numbers, strict=True):
         if not 0 <= number < classes:
-            raise ValueError(f"prompt {prompt!r}: this network takes class numbers, expected one of 0 … {classes - 1}")
+            raise UserError(f"prompt {prompt!r}: this network takes class numbers, expected one of 0 … {classes - 1}")
     return {"class_labels": torch.tensor(numbers)}
 
 

@@ -12,6 +12,8 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_diffclf.errors import UserError
+
 FREQUENCY_SIZE = 256  # width of the sinusoidal timestep embedding
 
 # (hidden_size, depth, num_heads) of the published sizes (table 1; B to XL are those of ViT)
@@ -146,11 +148,11 @@ class DiT(nn.Module):
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if height % patch_size or width % patch_size:
-            raise ValueError(f"input_size: {height} x {width}, expected multiples of the patch size {patch_size}")
+            raise UserError(f"input_size: {height} x {width}, expected multiples of the patch size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"hidden_size: {hidden_size}, expected a multiple of 4 and of the {num_heads} heads")
+            raise UserError(f"hidden_size: {hidden_size}, expected a multiple of 4 and of the {num_heads} heads")
         if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob: {class_dropout_prob}, expected a probability in [0, 1]")
+            raise UserError(f"class_dropout_prob: {class_dropout_prob}, expected a probability in [0, 1]")
         self.input_size, self.patch_size = (height, width), patch_size
         self.in_channels, self.out_channels = in_channels, 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
@@ -178,7 +180,7 @@ class DiT(nn.Module):
             ValueError: if the name is none of :data:`NAMES`.
         """
         if name not in NAMES:
-            raise ValueError(f"name: {name!r}, expected one of {', '.join(NAMES)}")
+            raise UserError(f"name: {name!r}, expected one of {', '.join(NAMES)}")
         size, patch_size = name.removeprefix("DiT-").split("/")
         hidden_size, depth, num_heads = SIZES[size]
         published = {"in_channels": 4, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
@@ -260,9 +262,9 @@ class DiT(nn.Module):
         """
         guided = self.in_channels if guided_channels is None else guided_channels
         if self.null_label is None:
-            raise ValueError("guidance needs a null label: class_dropout_prob is 0, expected above 0")
+            raise UserError("guidance needs a null label: class_dropout_prob is 0, expected above 0")
         if not 1 <= guided <= self.in_channels:
-            raise ValueError(f"guided_channels: {guided}, expected 1 … {self.in_channels}")
+            raise UserError(f"guided_channels: {guided}, expected 1 … {self.in_channels}")
         labels = torch.cat([y, torch.full_like(y, self.null_label)])  # (2N,)
         keep = torch.zeros_like(labels, dtype=torch.bool)  # (2N,)
         output = self(torch.cat([x, x]), torch.cat([t, t]), labels, drop=keep)  # (2N, 2C, H, W)
@@ -273,16 +275,16 @@ class DiT(nn.Module):
     def _check(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None) -> None:
         if x.shape[1:] != (self.in_channels, *self.input_size):
             c, (h, w) = self.in_channels, self.input_size
-            raise ValueError(f"x: shape {tuple(x.shape)}, expected (N, {c}, {h}, {w})")
+            raise UserError(f"x: shape {tuple(x.shape)}, expected (N, {c}, {h}, {w})")
         if t.shape != x.shape[:1]:
-            raise ValueError(f"t: shape {tuple(t.shape)}, expected ({len(x)},)")
+            raise UserError(f"t: shape {tuple(t.shape)}, expected ({len(x)},)")
         if y.shape != x.shape[:1] or y.dtype != torch.int64:
-            raise ValueError(f"y: {y.dtype} {tuple(y.shape)}, expected torch.int64 ({len(x)},)")
+            raise UserError(f"y: {y.dtype} {tuple(y.shape)}, expected torch.int64 ({len(x)},)")
         if drop is not None and self.null_label is None:
-            raise ValueError("drop: given, but there is no null label: class_dropout_prob is 0, expected above 0")
+            raise UserError("drop: given, but there is no null label: class_dropout_prob is 0, expected above 0")
         if drop is not None and (drop.shape != x.shape[:1] or drop.dtype != torch.bool):
-            raise ValueError(f"drop: {drop.dtype} {tuple(drop.shape)}, expected torch.bool ({len(x)},)")
+            raise UserError(f"drop: {drop.dtype} {tuple(drop.shape)}, expected torch.bool ({len(x)},)")
         if y.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
             highest = self.y_embedder.embedding_table.num_embeddings - 1
             if bool(((y < 0) | (y > highest)).any()):
-                raise ValueError(f"y: labels {int(y.min())} … {int(y.max())}, expected 0 … {highest}")
+                raise UserError(f"y: labels {int(y.min())} … {int(y.max())}, expected 0 … {highest}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.schedule import NoiseSchedule
@@ -71,7 +72,7 @@ def family_of(pipeline: Any) -> Any:
         if network is not None and type(network).__name__ in FAMILIES:
             return FAMILIES[type(network).__name__]
     parts = {name: type(part).__name__ for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    raise ValueError(f"pipeline: {type(pipeline).__name__} of {parts}, expected a network among {sorted(FAMILIES)}")
+    raise UserError(f"pipeline: {type(pipeline).__name__} of {parts}, expected a network among {sorted(FAMILIES)}")
 
 
 @dataclass
@@ -106,7 +107,7 @@ class PipelineDenoiser:
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.candidates):
-            raise ValueError(f"prompts: {len(self.prompts)} for {len(self.candidates)} candidates")
+            raise UserError(f"prompts: {len(self.prompts)} for {len(self.candidates)} candidates")
         self.family = family_of(self.pipeline)
         self.network: nn.Module = getattr(self.pipeline, self.family.NETWORK)
         self.schedule = NoiseSchedule.from_diffusers(self.pipeline.scheduler)
@@ -160,7 +161,7 @@ class PipelineDenoiser:
         height, width = images.shape[2:]
         step = self.latent_factor * self.family.STEP
         if images.shape[1] != 3 or height % step or width % step:
-            raise ValueError(f"images: shape {tuple(images.shape)}, expected (B, 3, H, W), sides multiples of {step}")
+            raise UserError(f"images: shape {tuple(images.shape)}, expected (B, 3, H, W), sides multiples of {step}")
         if not self._checked and (height, width) != self.native_size:
             warnings.warn(
                 f"images of {height} × {width} pixels, but the network was trained on {self.native_size[0]} × "
@@ -230,9 +231,9 @@ def load(
             pipeline = DiffusionPipeline.from_pretrained(pretrained, revision=revision, torch_dtype=dtype, **others)
     except (OSError, ValueError) as error:
         if folder.exists():
-            raise ValueError(f"pretrained: {pretrained!r} cannot be loaded ({_first_line(error)})") from error
+            raise UserError(f"pretrained: {pretrained!r} cannot be loaded ({_first_line(error)})") from error
         moved = f"; its weights are now at {MOVED[pretrained]!r}" if pretrained in MOVED else ""
-        raise ValueError(
+        raise UserError(
             f"pretrained: no folder {pretrained!r}, and the Hub did not give it ({_first_line(error)}){moved}. Check "
             "the name; accept the licence of gated models on their page and log in (`hf auth login`); or, without a "
             "network, give a folder with a downloaded pipeline"
@@ -243,14 +244,14 @@ def load(
         try:
             pipeline.load_lora_weights(lora)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"lora: {lora!r} cannot be loaded into {pretrained!r} ({_first_line(error)})") from error
+            raise UserError(f"lora: {lora!r} cannot be loaded into {pretrained!r} ({_first_line(error)})") from error
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     if attention is not None:
         try:
             network.set_attention_backend(attention)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise ValueError(f"attention: {attention!r} cannot be used ({_first_line(error)})") from error
+            raise UserError(f"attention: {attention!r} cannot be used ({_first_line(error)})") from error
     return pipeline
 
 
@@ -261,19 +262,19 @@ def _first_line(error: BaseException) -> str:
 def _check_folder(folder: Path, others: dict[str, Any]) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(
+        raise UserError(
             f"pretrained: {str(folder)!r} has no model_index.json, expected a pipeline in diffusers' format"
         )
     try:
         parts = json.loads(index.read_text())
     except ValueError as error:
-        raise ValueError(f"pretrained: {str(index)!r} cannot be read ({error})") from error
+        raise UserError(f"pretrained: {str(index)!r} cannot be read ({error})") from error
     wanted = [
         name for name, value in parts.items() if isinstance(value, list) and value[0] is not None and name not in others
     ]
     missing = [name for name in wanted if not (folder / name).is_dir()]
     if missing:
-        raise ValueError(f"pretrained: {str(folder)!r} lacks {missing}, which its model_index.json names")
+        raise UserError(f"pretrained: {str(folder)!r} lacks {missing}, which its model_index.json names")
 
 
 def check_lengths(pipeline: Any, encoders: Sequence[str], prompts: list[str]) -> None:
@@ -288,7 +289,7 @@ def check_lengths(pipeline: Any, encoders: Sequence[str], prompts: list[str]) ->
         ids = tokenizer(prompt).input_ids
         if len(ids) > limit:
             kept = tokenizer.decode(ids[: limit - 1], skip_special_tokens=True)
-            raise ValueError(
+            raise UserError(
                 f"prompt {prompt!r}: {len(ids)} tokens, but {name} takes {limit}; it would be cut to {kept!r}. "
                 "Shorten the label or the template"
             )

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.models.dit import SIZES, DiT, positions_2d
 from lightning_diffclf.schedule import DiscreteSchedule, NoiseSchedule
 
@@ -85,10 +86,10 @@ def read_published(path: str | Path) -> Weights:
         for name in ("ema", "model"):  # of the published training scripts
             found = found[name] if isinstance(found.get(name), Mapping) else found
     else:
-        raise FileNotFoundError(f"checkpoint: no file or folder {str(path)!r}")
+        raise MissingFile(f"checkpoint: no file or folder {str(path)!r}")
     strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if strange or not found.keys() >= MEASURED:
-        raise ValueError(f"checkpoint: {str(path)!r} has no weights of a DiT (it has {sorted(found)[:4]})")
+        raise UserError(f"checkpoint: {str(path)!r} has no weights of a DiT (it has {sorted(found)[:4]})")
     return {name: value.float() for name, value in found.items()}
 
 
@@ -129,9 +130,9 @@ def load_published(net: DiT, schedule: NoiseSchedule, path: str | Path) -> None:
         wrong += [f"{len(surplus)} tensors are unknown here, such as {surplus[0]}"] if surplus else []
     if wrong:
         few = "; ".join(wrong[:4])
-        raise ValueError(f"checkpoint: {str(path)!r} does not fit the network as configured: {few}")
+        raise UserError(f"checkpoint: {str(path)!r} does not fit the network as configured: {few}")
     if not torch.allclose(weights["pos_embed"], ours["pos_embed"], atol=1e-4):
-        raise ValueError(f"checkpoint: {str(path)!r} has other position codes than a DiT of its size")
+        raise UserError(f"checkpoint: {str(path)!r} has other position codes than a DiT of its size")
     net.load_state_dict(weights)
 
 
@@ -149,9 +150,7 @@ def config_of(path: str | Path) -> dict[str, Any]:
     if Path(path).is_dir():
         heads = _read_config(Path(path))["num_attention_heads"]
     if heads is None:
-        raise ValueError(
-            f"checkpoint: {str(path)!r} is {sizes['hidden_size']} wide, expected one of {sorted(heads_of)}"
-        )
+        raise UserError(f"checkpoint: {str(path)!r} is {sizes['hidden_size']} wide, expected one of {sorted(heads_of)}")
     plain = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "mlp_ratio")
     return {name: sizes[name] for name in plain} | {
         "num_heads": heads,
@@ -176,9 +175,9 @@ def read_file(path: Path) -> dict[str, Any]:
         if isinstance(error, UnpicklingError):  # of which torch says in many lines that the code could be run
             code = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {code[1]}, expected weights only" if code else "it is damaged or of another kind"
-        raise ValueError(f"checkpoint: {str(path)!r} cannot be read ({reason})") from error
+        raise UserError(f"checkpoint: {str(path)!r} cannot be read ({reason})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"checkpoint: {str(path)!r} holds a {type(found).__name__}, expected weights by name")
+        raise UserError(f"checkpoint: {str(path)!r} holds a {type(found).__name__}, expected weights by name")
     return found
 
 
@@ -203,7 +202,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"checkpoint: {str(path)!r} cannot be read ({error})") from error
+        raise UserError(f"checkpoint: {str(path)!r} cannot be read ({error})") from error
     return found
 
 
@@ -215,16 +214,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     """Configuration of the network in a folder of diffusers."""
     file = _transformer(path) / "config.json"
     if not file.is_file():
-        raise ValueError(f"checkpoint: {str(path)!r} has no transformer/config.json, expected a DiT of diffusers")
+        raise UserError(f"checkpoint: {str(path)!r} has no transformer/config.json, expected a DiT of diffusers")
     config = _read_json(file)
     if config.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
-        raise ValueError(f"checkpoint: {str(path)!r} is a {config.get('_class_name')}, expected DiTTransformer2DModel")
+        raise UserError(f"checkpoint: {str(path)!r} is a {config.get('_class_name')}, expected DiTTransformer2DModel")
     for name, expected in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):
         if config.get(name) != expected:
-            raise ValueError(f"checkpoint: {str(path)!r} has {name} {config.get(name)!r}, expected {expected!r}")
+            raise UserError(f"checkpoint: {str(path)!r} has {name} {config.get(name)!r}, expected {expected!r}")
     for name in ("num_attention_heads", "sample_size"):
         if not isinstance(config.get(name), int):
-            raise ValueError(f"checkpoint: {str(path)!r} has {name} {config.get(name)!r}, expected an integer")
+            raise UserError(f"checkpoint: {str(path)!r} has {name} {config.get(name)!r}, expected an integer")
     return config
 
 
@@ -232,7 +231,7 @@ def _check_folder(net: DiT, schedule: NoiseSchedule, path: Path) -> None:
     """What a folder says beside its weights, and shapes do not show."""
     there, here = _read_config(path)["num_attention_heads"], _attention(net).num_heads
     if there != here:
-        raise ValueError(f"checkpoint: {str(path)!r} has {there} heads, expected {here}")
+        raise UserError(f"checkpoint: {str(path)!r} has {there} heads, expected {here}")
     if not (path / "scheduler" / "scheduler_config.json").is_file():
         return
     import diffusers  # slow to import
@@ -240,14 +239,14 @@ def _check_folder(net: DiT, schedule: NoiseSchedule, path: Path) -> None:
     config = _read_json(path / "scheduler" / "scheduler_config.json")
     name = str(config.get("_class_name"))
     if not name.endswith("Scheduler") or not hasattr(diffusers, name):
-        raise ValueError(f"checkpoint: {str(path)!r} has a {name!r}, expected a scheduler of diffusers")
+        raise UserError(f"checkpoint: {str(path)!r} has a {name!r}, expected a scheduler of diffusers")
     found = NoiseSchedule.from_diffusers(getattr(diffusers, name).from_config(config))
     if found.prediction != schedule.prediction:
-        raise ValueError(f"checkpoint: {str(path)!r} predicts {found.prediction!r}, expected {schedule.prediction!r}")
+        raise UserError(f"checkpoint: {str(path)!r} predicts {found.prediction!r}, expected {schedule.prediction!r}")
     if isinstance(found, DiscreteSchedule) and isinstance(schedule, DiscreteSchedule):
         alphas, expected = found.alphas_cumprod, schedule.alphas_cumprod
         if len(alphas) != len(expected) or not torch.allclose(alphas, expected, atol=1e-4):
-            raise ValueError(f"checkpoint: {str(path)!r} has other noise levels than the schedule as configured")
+            raise UserError(f"checkpoint: {str(path)!r} has other noise levels than the schedule as configured")
 
 
 def _attention(net: DiT) -> Any:
@@ -262,7 +261,7 @@ def _from_diffusers(path: Path) -> Weights:
     config, folder = _read_config(path), _transformer(path)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
-        raise ValueError(f"checkpoint: no weights (*.safetensors, *.bin) in {str(folder)!r}")
+        raise UserError(f"checkpoint: no weights (*.safetensors, *.bin) in {str(folder)!r}")
     theirs: Weights = {name: value for file in files for name, value in read_file(file).items()}
     depth = 1 + max((int(m[1]) for name in theirs if (m := re.match(r"transformer_blocks\.(\d+)\.", name))), default=-1)
     ours: Weights = {}
@@ -281,12 +280,12 @@ def _from_diffusers(path: Path) -> Weights:
                         continue
                     value = theirs[f"{block}norm1.emb.{their}.{part}"]
                     if not torch.equal(ours.setdefault(f"{our}.{part}", value), value):
-                        raise ValueError(
+                        raise UserError(
                             f"checkpoint: {str(path)!r} has another {their} in block {i} than in block 0, expected "
                             "copies of one"
                         )
     except KeyError as error:
-        raise ValueError(f"checkpoint: {str(path)!r} lacks {error}, which a DiT of diffusers has") from error
+        raise UserError(f"checkpoint: {str(path)!r} lacks {error}, which a DiT of diffusers has") from error
     hidden_size, _, patch_size = ours["x_embedder.proj.weight"].shape[:3]
     side = config["sample_size"] // patch_size
     ours["pos_embed"] = positions_2d(side, side, hidden_size)[None]  # fixed; diffusers does not store it
@@ -307,13 +306,13 @@ def to_diffusers(net: DiT) -> Any:
     from diffusers import DiTTransformer2DModel  # slow to import
 
     if net.input_size[0] != net.input_size[1]:
-        raise ValueError(f"export: input of {net.input_size[0]} x {net.input_size[1]}, diffusers takes squares only")
+        raise UserError(f"export: input of {net.input_size[0]} x {net.input_size[1]}, diffusers takes squares only")
     if net.null_label is None:
-        raise ValueError("export: class_dropout_prob is 0, but diffusers' network has a null label")
+        raise UserError("export: class_dropout_prob is 0, but diffusers' network has a null label")
     attention, hidden_size = _attention(net), net.pos_embed.shape[2]
     mlp_size = len(net.state_dict()["blocks.0.mlp.fc1.bias"])
     if mlp_size != 4 * hidden_size:
-        raise ValueError(f"export: mlp_ratio is {mlp_size / hidden_size:g}, but diffusers' network has 4")
+        raise UserError(f"export: mlp_ratio is {mlp_size / hidden_size:g}, but diffusers' network has 4")
     model = DiTTransformer2DModel(
         num_attention_heads=attention.num_heads,
         attention_head_dim=hidden_size // attention.num_heads,
@@ -363,14 +362,14 @@ def export_pipeline(net: DiT, schedule: NoiseSchedule, folder: Path, vae: str, c
     from lightning_diffclf.models.autoencoder import Autoencoder
 
     if not isinstance(schedule, DiscreteSchedule):
-        raise ValueError(f"export: a {type(schedule).__name__}, but diffusers' DiTPipeline has discrete timesteps only")
+        raise UserError(f"export: a {type(schedule).__name__}, but diffusers' DiTPipeline has discrete timesteps only")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"export: {str(folder)!r} is not empty, expected a new folder")
+        raise UserError(f"export: {str(folder)!r} is not empty, expected a new folder")
     transformer, autoencoder = to_diffusers(net), Autoencoder.load(vae)
     if autoencoder.channels != net.in_channels:
-        raise ValueError(f"vae: {vae!r} has latents of {autoencoder.channels} channels, expected {net.in_channels}")
+        raise UserError(f"vae: {vae!r} has latents of {autoencoder.channels} channels, expected {net.in_channels}")
     if autoencoder.shift:
-        raise ValueError(f"vae: {vae!r} has a shift_factor of {autoencoder.shift}, which DiTPipeline leaves out")
+        raise UserError(f"vae: {vae!r} has a shift_factor of {autoencoder.shift}, which DiTPipeline leaves out")
     scheduler = DDIMScheduler(prediction_type=schedule.prediction, clip_sample=False, **_betas(schedule))
     DiTPipeline(transformer, autoencoder.vae, scheduler).save_pretrained(folder)
     index = folder / "model_index.json"  # diffusers reads names from there, and does not write them

@@ -20,6 +20,7 @@ from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.data.stream import Share
 from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.conditions import Conditions, conditions
@@ -108,17 +109,17 @@ class ClassConditionalDiT(L.LightningModule):
         self.save_hyperparameters()
         self.schedule = _schedule(schedule, prediction)
         if learn_sigma and not (isinstance(self.schedule, DiscreteSchedule) and self.schedule.prediction == "epsilon"):
-            raise ValueError(
+            raise UserError(
                 f"learn_sigma: a variance is only defined for epsilon prediction on a discrete schedule, found "
                 f"{self.schedule.prediction!r} on {schedule!r}; set learn_sigma to false"
             )
         if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"class_names: {len(class_names)} names for num_classes = {num_classes}")
+            raise UserError(f"class_names: {len(class_names)} names for num_classes = {num_classes}")
         for name, value in (("lr", lr), ("num_classes", num_classes)):
             if value <= 0:
-                raise ValueError(f"{name}: {value}, expected a positive number")
+                raise UserError(f"{name}: {value}, expected a positive number")
         if vae is not None and not latents:
-            raise ValueError(f"vae: {vae!r} given, but latents is false: the network works on pixels")
+            raise UserError(f"vae: {vae!r} given, but latents is false: the network works on pixels")
         size = input_size if isinstance(input_size, int) else (input_size[0], input_size[1])
         shared: dict[str, Any] = {
             "input_size": size,
@@ -147,18 +148,18 @@ class ClassConditionalDiT(L.LightningModule):
         num_classes = self.hparams["num_classes"]
         if stage == "fit":
             if getattr(data, "num_classes", None) not in (None, num_classes):
-                raise ValueError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
+                raise UserError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
             groups = getattr(data, "network_classes", None)
             if groups is not None and len(groups) != num_classes:
-                raise ValueError(f"data: {len(groups)} classes to validate on, expected {num_classes} as in training")
+                raise UserError(f"data: {len(groups)} classes to validate on, expected {num_classes} as in training")
             if self.hparams["compile"]:
                 self.net.compile()
         for one in data.latents(stage) if hasattr(data, "latents") else []:
             if one.index.shape != self.image_shape:
-                raise ValueError(f"latents: {one.root!r} has {one.index.shape}, the network takes {self.image_shape}")
+                raise UserError(f"latents: {one.root!r} has {one.index.shape}, the network takes {self.image_shape}")
             if self.hparams["vae"] not in (None, one.index.vae):
                 vae = self.hparams["vae"]
-                raise ValueError(f"latents: {one.root!r} was made with {one.index.vae!r}, expected {vae!r} (model.vae)")
+                raise UserError(f"latents: {one.root!r} was made with {one.index.vae!r}, expected {vae!r} (model.vae)")
 
     def configure_model(self) -> None:
         """Shard the weights over processes, block by block, where the Trainer's strategy asks for it (FSDP).
@@ -171,7 +172,7 @@ class ClassConditionalDiT(L.LightningModule):
             mesh = strategy.device_mesh["data_parallel"]
             if mesh.size() != strategy.world_size:
                 found, expected = mesh.size(), strategy.world_size
-                raise ValueError(f"strategy: data_parallel_size {found}, expected {expected}, the number of processes")
+                raise UserError(f"strategy: data_parallel_size {found}, expected {expected}, the number of processes")
             for part in (*self.net.blocks, self.net):
                 fully_shard(part, mesh=mesh)
 
@@ -202,7 +203,7 @@ class ClassConditionalDiT(L.LightningModule):
         """
         if not self._autoencoder:
             if self.hparams["vae"] is None:
-                raise ValueError("vae: none given, expected an autoencoder between pixels and latents (model.vae)")
+                raise UserError("vae: none given, expected an autoencoder between pixels and latents (model.vae)")
             self._autoencoder.append(Autoencoder.load(self.hparams["vae"]))
         return self._autoencoder[0].to(self.device)
 
@@ -226,7 +227,7 @@ class ClassConditionalDiT(L.LightningModule):
         if not self.hparams["latents"] or self._are_pixels(images):
             low, high = (float(v) for v in images.aminmax())
             if not (low >= -1.001 and high <= 1.001):  # also refuses NaN
-                raise ValueError(f"images: values in [{low:.4g}, {high:.4g}], expected pixels in [-1, 1]")
+                raise UserError(f"images: values in [{low:.4g}, {high:.4g}], expected pixels in [-1, 1]")
 
     def _are_pixels(self, images: Tensor) -> bool:
         return bool(self.hparams["latents"]) and images.shape[1] == 3 != self.image_shape[0]
@@ -246,7 +247,7 @@ class ClassConditionalDiT(L.LightningModule):
 
     def _check_shape(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(
+            raise UserError(
                 f"images: shape {tuple(images.shape)}, expected (B, {', '.join(map(str, self.image_shape))})"
             )
 
@@ -321,12 +322,12 @@ class ClassConditionalDiT(L.LightningModule):
     def _training_batch(self, batch: Any, check: bool) -> tuple[Tensor, Tensor]:
         images, labels = unpack(batch)[:2]
         if labels is None:
-            raise ValueError("batch: no labels, expected a label for each image to train on")
+            raise UserError("batch: no labels, expected a label for each image to train on")
         if check:  # the values are looked at once: each look waits for the device
             self._check_pixels(images)
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= self.hparams["num_classes"]:
-                raise ValueError(f"labels: {low} … {high}, expected 0 … {self.hparams['num_classes'] - 1}")
+                raise UserError(f"labels: {low} … {high}, expected 0 … {self.hparams['num_classes'] - 1}")
         return images, labels
 
     def configure_optimizers(self) -> Any:
@@ -336,7 +337,7 @@ class ClassConditionalDiT(L.LightningModule):
         )
         total = self.trainer.estimated_stepping_batches if h["decay"] != "none" else math.inf
         if h["decay"] != "none" and not math.isfinite(total):
-            raise ValueError(f"decay: {h['decay']!r} needs an end, set trainer.max_steps")
+            raise UserError(f"decay: {h['decay']!r} needs an end, set trainer.max_steps")
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, h["warmup_steps"], total, h["decay"])
         )
@@ -372,11 +373,11 @@ class ClassConditionalDiT(L.LightningModule):
                 predicts something else than velocities.
         """
         if guidance_scale != 1 and self.hparams["class_dropout_prob"] == 0:
-            raise ValueError(f"guidance_scale: {guidance_scale}, but the network was trained without label dropout")
+            raise UserError(f"guidance_scale: {guidance_scale}, but the network was trained without label dropout")
         if not 1 <= steps <= 1000:
-            raise ValueError(f"steps: {steps}, expected 1 … 1000")
+            raise UserError(f"steps: {steps}, expected 1 … 1000")
         if isinstance(self.schedule, FlowSchedule) and self.schedule.prediction != "velocity":
-            raise ValueError(f"sampling from a flow that predicts {self.schedule.prediction!r}, expected 'velocity'")
+            raise UserError(f"sampling from a flow that predicts {self.schedule.prediction!r}, expected 'velocity'")
         noise, keyed = np.empty((len(labels), *self.image_shape), dtype=np.float32), KeyedNoise(seed)
         for out, image_id in zip(noise, range(len(labels)) if ids is None else ids, strict=True):
             keyed.fill(out, keyed.key(image_id), 0)
@@ -444,5 +445,5 @@ def _schedule(name: str, prediction: Any) -> NoiseSchedule:
         "cosine": NoiseSchedule.cosine,
     }
     if name not in makers:
-        raise ValueError(f"schedule: {name!r}, expected one of {[*makers, 'rectified_flow', 'sit']}")
+        raise UserError(f"schedule: {name!r}, expected one of {[*makers, 'rectified_flow', 'sit']}")
     return makers[name](prediction=prediction or "epsilon")

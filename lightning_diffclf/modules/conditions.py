@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.errors import UserError
 
 
 class Conditions(NamedTuple):
@@ -43,6 +44,6 @@ def conditions(num_classes: int, class_names: Sequence[str] | None, data: Any = 
     pairs = [(c, row) for c, group in enumerate(groups) for row in group]
     highest = max(row for _, row in pairs)
     if highest >= num_classes:
-        raise ValueError(f"data: classes up to {highest} of the network, but it has {num_classes}")
+        raise UserError(f"data: classes up to {highest} of the network, but it has {num_classes}")
     names = [names[c] if len(groups[c]) == 1 else f"{names[c]} ({row})" for c, row in pairs]
     return Conditions(Candidates(names, [c for c, _ in pairs]), torch.tensor([row for _, row in pairs]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_diffclf.data.prompts import TEMPLATES, PromptSet, from_csv, from_names
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -131,9 +132,9 @@ def make_prompts(prompts: str | Sequence[str], class_names: Sequence[str] | None
     templates = [TEMPLATES.get(one, one) for one in ([prompts] if isinstance(prompts, str) else prompts)]
     for template in templates:
         if "{}" not in template:
-            raise ValueError(
+            raise UserError(
                 f"prompts: {template!r}, expected a CSV file, a template with '{{}}', or one of {sorted(TEMPLATES)}"
             )
     if class_names is None:
-        raise ValueError("class_names: none given, expected a name for each class, or a CSV file as prompts")
+        raise UserError("class_names: none given, expected a name for each class, or a CSV file as prompts")
     return from_names(class_names, templates)

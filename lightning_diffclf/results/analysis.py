@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from lightning_diffclf.classifier import Posterior
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, Judged, crossfitted, fit, judge
 from lightning_diffclf.results.predictions import Row, from_table
 from lightning_diffclf.results.statistics import Interval, reliability, selective, wilson
@@ -48,7 +49,7 @@ class RunAnalysis:
         settings = Settings.read(Path(path))
         rows = from_table(read_table(Path(path), settings))
         if not rows:
-            raise ValueError(f"run: no image in {str(path)!r} yet")
+            raise UserError(f"run: no image in {str(path)!r} yet")
         return cls(Path(path), settings, rows)
 
     # --- names -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.analysis import RunAnalysis
 from lightning_diffclf.results.report import save_figures
@@ -61,14 +62,14 @@ def compare(first: RunAnalysis, second: RunAnalysis) -> Comparison:
         ValueError: if they share no image, or disagree about a label or about what classes there are.
     """
     if first.class_names != second.class_names:
-        raise ValueError(f"compare: {str(first.path)!r} and {str(second.path)!r} have different classes")
+        raise UserError(f"compare: {str(first.path)!r} and {str(second.path)!r} have different classes")
     other = {row.id: row for row in second.rows}
     pairs = [(row, other[row.id]) for row in first.rows if row.id in other]
     if not pairs:
-        raise ValueError(f"compare: {str(first.path)!r} and {str(second.path)!r} have no image in common")
+        raise UserError(f"compare: {str(first.path)!r} and {str(second.path)!r} have no image in common")
     for a, b in pairs:
         if None not in (a.label, b.label) and a.label != b.label:
-            raise ValueError(f"compare: image {a.id!r} has label {a.label} in one run and {b.label} in the other")
+            raise UserError(f"compare: image {a.id!r} has label {a.label} in one run and {b.label} in the other")
     judged = [(a, b) for a, b in pairs if a.label is not None and b.label is not None]
     outcomes = [(a.prediction == a.label, b.prediction == b.label) for a, b in judged]
     counts = {key: outcomes.count(key) for key in ((True, True), (True, False), (False, True), (False, False))}

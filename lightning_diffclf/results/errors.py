@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
+from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.results.predictions import order_by_id, publish
 
 ERRORS = "errors.parquet"
@@ -140,7 +141,7 @@ class ErrorsWriter:
         """
         if result.errors_KS is None or ("distances" in self._rows and result.distances_SKK is None):
             missing = "errors_KS" if result.errors_KS is None else "distances_SKK"
-            raise ValueError(f"image {result.image_id!r}: no {missing}, expected a classifier that keeps them")
+            raise UserError(f"image {result.image_id!r}: no {missing}, expected a classifier that keeps them")
         self.info = replace(self.info, dims=result.dims)
         row: dict[str, Any] = {
             "id": str(result.image_id),
@@ -239,15 +240,15 @@ class StoredErrors:
 
     def __init__(self, path: str | Path) -> None:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"errors: no file {str(path)!r}")
+            raise MissingFile(f"errors: no file {str(path)!r}")
         self.path = Path(path)
         try:
             with pq.ParquetFile(path) as file:
                 schema, self._images, self._groups = file.schema_arrow, file.metadata.num_rows, file.num_row_groups
         except pa.ArrowInvalid as error:
-            raise ValueError(f"errors: {str(path)!r} cannot be read ({error})") from error
+            raise UserError(f"errors: {str(path)!r} cannot be read ({error})") from error
         if INFO_KEY not in (schema.metadata or {}):
-            raise ValueError(f"errors: {str(path)!r} holds no errors, expected what keep_errors writes ({ERRORS})")
+            raise UserError(f"errors: {str(path)!r} holds no errors, expected what keep_errors writes ({ERRORS})")
         self.info = ErrorsInfo.from_json(schema.metadata[INFO_KEY])
         self.has_distances = "distances" in schema.names
 

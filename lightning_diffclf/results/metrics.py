@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 
 from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.classifier.posterior import sum_by_class
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.predictions import Row
 from lightning_diffclf.results.statistics import wilson
 
@@ -132,7 +133,7 @@ class ClassifierMetrics(nn.Module):
         support_C = confusion_CC.sum(1)
         images, right = int(tally["images"]), int(confusion_CC.diagonal().sum())
         if images == 0:
-            raise ValueError("evaluation: no image, expected at least one")
+            raise UserError("evaluation: no image, expected at least one")
         accuracy = wilson(right, images)
         seen = support_C > 0
         values = {

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification
+from lightning_diffclf.errors import FailedWrite
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def write_table(table: pa.Table, path: Path) -> None:
         publish(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)  # of a full disk: what it takes is of no use
-        raise OSError(f"{str(path)!r} cannot be written ({error}); what was written before is complete") from error
+        raise FailedWrite(f"{str(path)!r} cannot be written ({error}); what was written before is complete") from error
 
 
 def publish(temporary: Path, path: Path) -> None:

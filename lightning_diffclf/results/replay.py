@@ -22,6 +22,7 @@ from lightning_diffclf.classifier.draws import nested_order
 from lightning_diffclf.classifier.elimination import inflation_of
 from lightning_diffclf.classifier.flight import Flight, Piece
 from lightning_diffclf.classifier.score import timestep_weights
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors, StoredImage
 
 
@@ -115,12 +116,12 @@ def replay(
     rule, info = rule or Exhaustive(), errors.info
     weights = info.weights if weights is None else weights
     if len(errors) == 0:
-        raise ValueError(f"errors: {str(errors.path)!r} holds no image")
+        raise UserError(f"errors: {str(errors.path)!r} holds no image")
     if budget is not None and budget < 1:
-        raise ValueError(f"budget: {budget}, expected at least 1")
+        raise UserError(f"budget: {budget}, expected at least 1")
     rule.check(info.loss)
     if rule.needs == "distances" and not errors.has_distances:
-        raise ValueError(
+        raise UserError(
             f"{type(rule).__name__}: needs distances between candidates, which {str(errors.path)!r} does not hold; "
             "evaluate with `--keep-errors distances`"
         )
@@ -154,7 +155,7 @@ def measure_inflation(errors: StoredErrors) -> float:
     """
     info = errors.info
     if not errors.has_distances or info.draws < 2 or len(info.names) < 2:
-        raise ValueError(
+        raise UserError(
             f"inflation: needs distances, two draws and two candidates; {str(errors.path)!r} has "
             f"{'' if errors.has_distances else 'no '}distances, {info.draws} draws, {len(info.names)} candidates"
         )
@@ -181,7 +182,7 @@ def visiting_order(info: ErrorsInfo, rule: Elimination) -> np.ndarray:
     if order is None:
         return grid_S[nested_order(info.draws).numpy()]
     if sorted(order) != list(range(info.draws)):
-        raise ValueError(
+        raise UserError(
             f"{type(rule).__name__}: spends {len(order)} draws, but {info.draws} are stored; their timesteps are those "
             f"of a grid of {info.draws}"
         )
@@ -192,7 +193,7 @@ def _check(image: StoredImage, info: ErrorsInfo) -> None:
     unseen = int((image.draws_K < info.draws).sum())
     if unseen:
         limit = "" if info.budget is None else f", with a budget of {info.budget}"
-        raise ValueError(
+        raise UserError(
             f"image {image.image_id!r}: {unseen} of {len(image.draws_K)} candidates did not see all {info.draws} "
             f"draws: the run eliminated candidates ({info.elimination}{limit}); keep errors of an Exhaustive run"
         )
@@ -211,7 +212,7 @@ def _decide(
     assert dims is not None  # known since the first image
     spent = image.nfe - int(image.draws_K.sum())  # before the first draw
     if budget is not None and budget < spent + num_candidates:
-        raise ValueError(
+        raise UserError(
             f"budget: {budget} network calls for the {num_candidates} candidates of image {image.image_id!r}, "
             f"expected at least {spent + num_candidates}"
         )

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
+from lightning_diffclf.errors import FailedWrite
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.analysis import RunAnalysis
 from lightning_diffclf.results.predictions import Row
@@ -52,7 +53,7 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
         temporary.write_text(render(analysis, figures, gallery), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"report: {str(path)!r} cannot be written ({error})") from error
+        raise FailedWrite(f"report: {str(path)!r} cannot be written ({error})") from error
     return path
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torchmetrics.image.inception import InceptionScore
 
 from lightning_diffclf.data.images import find_images, open_image, published_crop
+from lightning_diffclf.errors import UserError
 
 NEIGHBOURS = 3  # k of precision and recall, as published
 CHUNK = 2048  # rows whose distances to all others are in memory at once
@@ -123,11 +124,11 @@ def inception(weights: str | None, device: torch.device) -> Extractor:
         ValueError: if torch-fidelity is not installed, or the weights cannot be had.
     """
     if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"weights: no file {weights!r}, expected {INCEPTION} of torch-fidelity")
+        raise UserError(f"weights: no file {weights!r}, expected {INCEPTION} of torch-fidelity")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     except ImportError as error:
-        raise ValueError("fid: torch-fidelity is not installed; pip install 'lightning-diffclf[fid]'") from error
+        raise UserError("fid: torch-fidelity is not installed; pip install 'lightning-diffclf[fid]'") from error
     if weights is None:
         weights = _downloaded(URL_INCEPTION_V3)
     try:
@@ -138,7 +139,7 @@ def inception(weights: str | None, device: torch.device) -> Extractor:
     except (OSError, EOFError, RuntimeError, TypeError, UnpicklingError) as error:
         # PyTorch would advise to unpickle it nevertheless
         reason = "not a file of tensors alone" if isinstance(error, UnpicklingError) else _first_line(error)
-        raise ValueError(
+        raise UserError(
             f"weights: {weights!r} has no Inception network ({reason}), expected {INCEPTION} of torch-fidelity"
         ) from error
     network = network.eval().to(device)
@@ -156,7 +157,7 @@ def _downloaded(url: str) -> str:
     try:
         torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError, UnpicklingError) as error:
-        raise ValueError(
+        raise UserError(
             f"fid: the weights of the Inception network could not be downloaded ({_first_line(error)}). Get {url} "
             "elsewhere and give the file as --weights"
         ) from error
@@ -174,10 +175,10 @@ def find_pictures(folder: str) -> list[Path]:
         ValueError: if there are too few for precision and recall.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"images: no folder {folder!r}")
+        raise UserError(f"images: no folder {folder!r}")
     found = find_images([folder])
     if len(found) <= NEIGHBOURS:
-        raise ValueError(f"images: {len(found)} in {folder!r}, expected at least {NEIGHBOURS + 1}")
+        raise UserError(f"images: {len(found)} in {folder!r}, expected at least {NEIGHBOURS + 1}")
     return found
 
 
@@ -210,7 +211,7 @@ def features_of(
             for path, image in zip(paths[first:], images, strict=False):
                 if image.shape != shape:
                     (_, height, width), (_, *expected) = image.shape, shape
-                    raise ValueError(
+                    raise UserError(
                         f"images: {str(path)!r} has {width} x {height} pixels, {str(paths[0])!r} {expected[1]} x "
                         f"{expected[0]}, expected one size; --size crops real ones as for training"
                     )
@@ -231,7 +232,7 @@ def sample_quality(generated: Features, real: Reference) -> SampleQuality:
     """
     width, expected = len(real.mean), generated.values.shape[1]
     if width != expected:
-        raise ValueError(f"reference: features of {width} values, expected {expected}")
+        raise UserError(f"reference: features of {width} values, expected {expected}")
     precision = recall = None
     if real.values is not None:
         precision, recall = precision_recall(_some(generated.values), real.values)
@@ -281,7 +282,7 @@ def precision_recall(generated: Tensor, real: Tensor, neighbours: int = NEIGHBOU
     """
     for name, features in (("generated", generated), ("real", real)):
         if len(features) <= neighbours:
-            raise ValueError(f"{name}: {len(features)} images, expected more than {neighbours}")
+            raise UserError(f"{name}: {len(features)} images, expected more than {neighbours}")
     return _share_inside(generated, real, neighbours), _share_inside(real, generated, neighbours)
 
 
@@ -319,7 +320,7 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"reference: nothing can be kept in {str(path.parent)!r} ({error.strerror}); give another file as --stats"
         ) from error
 
@@ -351,7 +352,7 @@ def is_kept(path: Path, digest: str) -> bool:
         return False
     found = _arrays(path, ["digest"])
     if "digest" not in found:
-        raise ValueError(f"stats: {str(path)!r} was not written by diffclf fid, expected another name")
+        raise UserError(f"stats: {str(path)!r} was not written by diffclf fid, expected another name")
     return str(found["digest"]) == digest
 
 
@@ -364,7 +365,7 @@ def load_reference(path: Path) -> Reference:
     found = _arrays(path, ["mu", "sigma", "features", "count"])
     mu, sigma = found.get("mu"), found.get("sigma")
     if mu is None or sigma is None or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"reference: {str(path)!r} has no mean and covariance, expected mu (D,) and sigma (D, D)")
+        raise UserError(f"reference: {str(path)!r} has no mean and covariance, expected mu (D,) and sigma (D, D)")
     values = torch.from_numpy(found["features"]) if "features" in found else None
     count = int(found["count"]) if "count" in found else None
     return Reference(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), values, count)
@@ -376,4 +377,4 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names if name in file.files}
     except (OSError, EOFError, ValueError, BadZipFile, AttributeError, TypeError) as error:
-        raise ValueError(f"reference: {str(path)!r} cannot be read ({error})") from error
+        raise UserError(f"reference: {str(path)!r} cannot be read ({error})") from error

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import binomtest
 
+from lightning_diffclf.errors import UserError
+
 
 class Interval(NamedTuple):
     """A share with its confidence interval, all in 0 … 1."""
@@ -31,7 +33,7 @@ def wilson(right: int, total: int, confidence: float = 0.95) -> Interval:
         97.78% (95.68% – 98.87%)
     """
     if not 0 <= right <= total or total < 1:
-        raise ValueError(f"interval: {right} of {total}, expected a count of at least one trial")
+        raise UserError(f"interval: {right} of {total}, expected a count of at least one trial")
     low, high = binomtest(right, total).proportion_ci(confidence, method="wilson")
     return Interval(right / total, float(low), float(high))
 

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification
+from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.predictions import SCHEMA, Row, list_views, order_by_id, to_table, write_table
 
@@ -73,12 +74,12 @@ class Settings:
         """
         path = folder / SETTINGS
         if not path.is_file():
-            raise FileNotFoundError(f"run: no {SETTINGS} in {str(folder)!r}, expected the folder of an evaluation")
+            raise MissingFile(f"run: no {SETTINGS} in {str(folder)!r}, expected the folder of an evaluation")
         try:
             values = json.loads(path.read_text())
             return cls(values["identity"], values["info"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"run: {str(path)!r} cannot be read ({error})") from error
+            raise UserError(f"run: {str(path)!r} cannot be read ({error})") from error
 
     def check_same(self, other: Settings, what: str) -> None:
         """Raise ValueError, naming all differences, unless ``other`` has the same identity."""
@@ -89,7 +90,7 @@ class Settings:
             if self.identity.get(name) != other.identity.get(name)
         ]
         if different:
-            raise ValueError(f"settings: {what} was made with other ones ({'; '.join(different)})")
+            raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")
 
 
 def claim(folder: Path, settings: Settings, elsewhere: bool = False) -> Path:
@@ -108,20 +109,20 @@ def claim(folder: Path, settings: Settings, elsewhere: bool = False) -> Path:
     number, place = 1, folder
     while True:
         if place.exists() and not place.is_dir():
-            raise ValueError(f"output: {str(place)!r} is a file, expected a folder")
+            raise UserError(f"output: {str(place)!r} is a file, expected a folder")
         if not (place / SETTINGS).is_file():
             taken = [name for name in (PREDICTIONS, PARTS, ERRORS) if (place / name).exists()]
             if not taken:
                 break
             if not elsewhere:
-                raise ValueError(f"output: {str(place)!r} holds {taken} without {SETTINGS}, expected another folder")
+                raise UserError(f"output: {str(place)!r} holds {taken} without {SETTINGS}, expected another folder")
         else:
             try:
                 settings.check_same(Settings.read(place), f"the run in {str(place)!r}")
                 return place
             except ValueError as error:
                 if not elsewhere:
-                    raise ValueError(f"{error}; give another folder") from error
+                    raise UserError(f"{error}; give another folder") from error
         number += 1
         place = folder.with_name(f"{folder.name}-{number}")
     try:
@@ -130,7 +131,7 @@ def claim(folder: Path, settings: Settings, elsewhere: bool = False) -> Path:
         temporary.write_text(settings.to_json() + "\n")
         os.replace(temporary, place / SETTINGS)
     except OSError as error:
-        raise OSError(f"output: {str(place)!r} cannot be written ({error})") from error
+        raise FailedWrite(f"output: {str(place)!r} cannot be written ({error})") from error
     return place
 
 
@@ -162,7 +163,7 @@ class Store:
         distances: bool = False,
     ) -> None:
         if flush_every < 1:
-            raise ValueError(f"flush_every: {flush_every}, expected at least 1")
+            raise UserError(f"flush_every: {flush_every}, expected at least 1")
         self.folder, self.settings, self.rank, self.flush_every = folder, settings, rank, flush_every
         self.stored = read_table(folder, settings)
         self.finished = frozenset(self.stored["id"].to_pylist())
@@ -236,9 +237,9 @@ def _read_part(path: Path, settings: Settings, columns: list[str]) -> pa.Table:
             found = (file.schema_arrow.metadata or {}).get(SETTINGS_KEY, b"none").decode()
             table = file.read(columns)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"run: {str(path)!r} cannot be read ({error}); {remedy}") from error
+        raise UserError(f"run: {str(path)!r} cannot be read ({error}); {remedy}") from error
     if found != settings.digest:
-        raise ValueError(
+        raise UserError(
             f"run: {str(path)!r} belongs to a run with other settings ({found}), expected {settings.digest} as in "
             f"{SETTINGS}; {remedy}"
         )
@@ -268,12 +269,12 @@ def _check_agreement(first: pa.Table, second: pa.Table) -> None:
             pairs = zip(first[name].to_pylist(), second[name].to_pylist(), strict=True)
             for row, (a, b) in enumerate(pairs):
                 if a != b:
-                    raise ValueError(f"image {first['id'][row].as_py()!r}: found twice, with {name} {a} and {b}")
+                    raise UserError(f"image {first['id'][row].as_py()!r}: found twice, with {name} {a} and {b}")
     if "scores_K" in first.column_names:
         a_scores, b_scores = (list_views(one["scores_K"].combine_chunks()) for one in (first, second))
         for row, (a_K, b_K) in enumerate(zip(a_scores, b_scores, strict=True)):
             if not np.allclose(a_K, b_K, rtol=1e-2):
-                raise ValueError(f"image {first['id'][row].as_py()!r}: found twice, with different scores")
+                raise UserError(f"image {first['id'][row].as_py()!r}: found twice, with different scores")
 
 
 def finish(run: Path, settings: Settings) -> pa.Table:
@@ -313,7 +314,7 @@ def merge(runs: Sequence[Path], out: Path) -> pa.Table:
         all_settings[0].check_same(settings, f"the run in {str(run)!r}")
     table = join([read_table(run, settings) for run, settings in zip(runs, all_settings, strict=True)])
     if table.num_rows == 0:
-        raise ValueError(f"merge: no image in {', '.join(map(str, runs))}")
+        raise UserError(f"merge: no image in {', '.join(map(str, runs))}")
     place = claim(out, all_settings[0])
     errors = [path for run in runs for path in _error_files(run)]
     if errors:

@@ -84,7 +84,7 @@ def test_the_bound_needs_its_schedule_and_a_variance(loss):
     with pytest.raises(ValueError, match="needs a discrete schedule with epsilon prediction, found FlowSchedule"):
         DiffusionClassifier(Toy(schedule=NoiseSchedule.rectified_flow()), loss=loss)
     with pytest.raises(ValueError, match=r"output \(10, 2, 4, 4\), expected \(10, 4, 4, 4\): epsilon and variance"):
-        list(DiffusionClassifier(Toy(), Draws(2), loss)(some_images(1)))
+        list(DiffusionClassifier(Toy(), Draws(2), loss=loss)(some_images(1)))
 
 
 @pytest.mark.parametrize(

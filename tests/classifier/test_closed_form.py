@@ -44,7 +44,7 @@ def decide(rule: Exhaustive | PairedTest | LikelihoodRatio, loss: str = "l2") ->
     """Labels of images of which many are close calls, and NFE for each."""
     means, images, _ = mixture(CLASSES, IMAGES, distance=0.35)
     denoiser = ExactGaussians(NoiseSchedule.linear(), means)
-    results = list(DiffusionClassifier(denoiser, Draws(DRAWS), loss, rule, microbatch=4096)(images))
+    results = list(DiffusionClassifier(denoiser, Draws(DRAWS), loss=loss, elimination=rule, microbatch=4096)(images))
     return torch.tensor([r.label for r in results]), sum(r.nfe for r in results) / IMAGES
 
 

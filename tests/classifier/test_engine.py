@@ -86,7 +86,7 @@ def test_dit_terms_are_the_references(golden_dit, loss):
     terms = dict(zip(("l2", "l1", "kl", "nll"), a["errors"].unbind(-1), strict=True))
     expected_BKS = sum(terms[term] for term in loss.split("+"))
     draws = Draws(50, timesteps=a["timesteps"], noise=a["noise"])
-    classifier = DiffusionClassifier(Denoiser(), draws, loss, microbatch=200, keep_errors=True)
+    classifier = DiffusionClassifier(Denoiser(), draws, loss=loss, microbatch=200, keep_errors=True)
     errors_BKS = torch.stack([result.errors_KS for result in classifier(a["latents"])])
     torch.testing.assert_close(errors_BKS, expected_BKS, rtol=1e-4, atol=0)
     assert json.loads((GOLDEN / "dit" / "dit_golden.json").read_text())["terms"][0].startswith("mse")

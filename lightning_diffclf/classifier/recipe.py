@@ -1,0 +1,93 @@
+"""What decides results, said once: the engine, the callback and the command line all take a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from lightning_diffclf.classifier.draws import Draws
+from lightning_diffclf.classifier.elimination import Elimination
+from lightning_diffclf.classifier.posterior import Posterior
+from lightning_diffclf.classifier.score import Loss
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.identity import identity_of
+
+Proposal = Callable[[Tensor], Any]
+"""Images (B, C, H, W) to the candidates to try: indices (B, m), or a list of them for each image.
+
+May have an attribute ``nfe``, the network calls that it costs for each image, which are then counted as spent.
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a denoiser classifies.
+
+    Args:
+        draws: (t, noise) pairs for each image at most; 250, or what the elimination rule spends, if omitted. In Python
+            also :class:`~.draws.Draws`, with a seed of its own.
+        seed: Key of the noise.
+        loss: Error terms: ``l2``, ``l1``, ``huber``, ``kl``, ``nll``, or several joined by ``+``.
+        elimination: Rule that drops candidates early; none if omitted.
+        weights: What the draws weigh in the score: ``uniform``, ``sample``, ``velocity``, ``clark_jaini``, or a number
+            for each draw from the cleanest to the noisiest; see :func:`~.score.timestep_weights`.
+        budget: Network calls for one image at most. An image that has spent them is decided by the draws so far.
+        abstain: Margin in nats below which an answer counts as not given.
+        ensemble: What counts where a class has several candidates (prompts): its ``best`` one, or the ``mean`` of their
+            errors; its candidates then stay or go together.
+        candidates: Indices of the candidates in play; all if omitted.
+        proposal: Names the candidates to try for each image, where nothing else does: any callable from images
+            (B, C, H, W) to indices (B, m).
+        reduction: ``mean`` or ``sum``: how probabilities are read off scores; see :class:`~.posterior.Posterior`.
+        temperature: Temperature of the probabilities.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    draws: int | Draws | None = None
+    seed: int = 0
+    loss: str = "l2"
+    elimination: Elimination | None = None
+    weights: str | list[float] = "uniform"
+    budget: int | None = None
+    abstain: float = 0.0
+    ensemble: Literal["best", "mean"] = "best"
+    candidates: list[int] | None = None
+    proposal: Proposal | None = None
+    reduction: Literal["mean", "sum"] = "sum"
+    temperature: float = 1.0
+
+    CANNOT_CHANGE_DECISIONS: ClassVar[dict[str, str]] = {
+        "reduction": "probabilities are made of stored differences whenever they are read",
+        "temperature": "likewise",
+    }
+
+    def __post_init__(self) -> None:
+        if isinstance(self.draws, int):
+            Draws(self.draws)
+        elif self.draws is not None and self.seed not in (0, self.draws.seed):
+            raise UserError(f"seed: {self.seed}, but draws have the seed {self.draws.seed}; expected one of them")
+        Loss(self.loss)
+        if self.budget is not None and self.budget < 1:
+            raise UserError(f"budget: {self.budget}, expected at least 1")
+        if not self.abstain >= 0:
+            raise UserError(f"abstain: {self.abstain}, expected a margin in nats, 0 or more")
+        if self.ensemble not in ("best", "mean"):
+            raise UserError(f"ensemble: {self.ensemble!r}, expected 'best' or 'mean'")
+        if self.candidates is not None and len(self.candidates) == 0:
+            raise UserError("candidates: an empty list, expected at least one index, or null for all")
+        Posterior(self.reduction, self.temperature)
+
+    @property
+    def posterior(self) -> Posterior:
+        """Turns differences of scores into probabilities."""
+        return Posterior(self.reduction, self.temperature)
+
+    def identity(self) -> dict[str, Any]:
+        """What decisions depend on."""
+        names = [field.name for field in fields(self) if field.name not in self.CANNOT_CHANGE_DECISIONS]
+        return {name: identity_of(getattr(self, name)) for name in names}

@@ -1,0 +1,22 @@
+"""What the user did wrong, told in one line: the command line shows these without a traceback, and nothing else."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something that was asked for cannot be done: names the thing, what was found and what was expected.
+
+    Everything else that is raised is a defect, of this package or below it, and keeps its traceback.
+    """
+
+
+class WrongType(UserError, TypeError):
+    """Something of another type than expected."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class FailedWrite(UserError, OSError):
+    """A file that cannot be read or written: a full disk, no permission."""
