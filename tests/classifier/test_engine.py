@@ -60,7 +60,7 @@ def golden_sd():
 def test_stages_reproduce_the_reference(golden_sd, loss, name, rule):
     denoiser, arrays = golden_sd
     classifier = DiffusionClassifier(
-        denoiser, Draws(100, noise=arrays["noise"]), loss, rule, microbatch=120, keep_errors=True
+        denoiser, Draws(100, noise=arrays["noise"]), loss=loss, elimination=rule, microbatch=120, keep_errors=True
     )
     timesteps, errors, predictions = (arrays[f"{loss}_{name}_{part}"] for part in ("timesteps", "errors", "pred"))
     for i, result in enumerate(classifier(arrays["latents"])):
