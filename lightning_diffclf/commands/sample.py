@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import write_json
 from lightning_diffclf.models.autoencoder import DEFAULT
 from lightning_diffclf.models.published import config_of, is_published, load_published
+from lightning_diffclf.modules.checkpoints import trained_module
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 from lightning_diffclf.results.figures import save_image_grid
 
@@ -125,10 +126,7 @@ def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT
     if not Path(path).exists():
         raise MissingFile(f"checkpoint: no file or folder {path!r}")
     if not is_published(path):
-        others: dict[str, Any] = {} if vae is None else {"vae": vae}
-        return ClassConditionalDiT.load_from_checkpoint(
-            path, map_location=torch.device("cpu"), weights_only=True, **others
-        )
+        return trained_module(path, vae)
     config = config_of(path)
     if schedule == "sit":
         config["learn_sigma"] = False
