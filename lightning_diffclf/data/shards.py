@@ -25,6 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_diffclf.data.images import SUFFIXES, upright_rgb
 from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.files import remove_temporaries, replacing, write_json
 
 INDEX = "index.json"
 
@@ -313,15 +314,10 @@ def write_shard(plan: Packed) -> Path:
     """
     if plan.path.is_file():
         return plan.path
-    temporary = plan.path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        with wds.TarWriter(file) as tar:
-            for position, path, label in plan.files:
-                name = path.suffix[1:].lower()
-                tar.write({"__key__": f"{position:08d}", name: path.read_bytes(), "cls": str(label)})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, plan.path)
+    with replacing(plan.path, "shards") as temporary, open(temporary, "wb") as file, wds.TarWriter(file) as tar:
+        for position, path, label in plan.files:
+            name = path.suffix[1:].lower()
+            tar.write({"__key__": f"{position:08d}", name: path.read_bytes(), "cls": str(label)})
     return plan.path
 
 
@@ -344,7 +340,8 @@ def pack(plans: Sequence[Packed], index: ShardIndex, processes: int = 1) -> Iter
             raise UserError(f"shards: {str(out)!r} holds other shards, expected an empty folder or the same data")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / INDEX).is_file():
-        planned.write_text(json.dumps(asdict(index)))
+        remove_temporaries(out)
+        write_json(asdict(index), planned, what="shards")
     if processes == 1:
         yield from map(write_shard, plans)
     else:
