@@ -285,7 +285,7 @@ def evaluate(args: Sequence[str] | None = None) -> None:
                 "test",
                 *[f"--config={config}" for config in configs],
                 f"--classifier.output_dir={out}",
-                *([] if known.out else ["--classifier.elsewhere=true"]),
+                *([] if known.out else ["--classifier.next_free=true"]),
                 "--verbose=false",
                 f"--run_dir={Path(out).parent}",
                 *[f"--classifier.keep_{what}=true" for what in kept],

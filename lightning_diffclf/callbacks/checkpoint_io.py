@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import glob
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lightning_diffclf.errors import FailedWrite, MissingFile
+from lightning_diffclf.errors import MissingFile
+from lightning_diffclf.files import remove_temporaries, replacing
 from lightning_diffclf.models.weight_files import read_file
 
 
@@ -43,16 +44,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        part = f"{path}.part"
-        try:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            torch.save(checkpoint, part)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-            if os.path.exists(part):
-                os.remove(part)
-            raise FailedWrite(
-                f"checkpoint: {str(path)!r} could not be written, what was there is intact ({error})"
-            ) from error
+        remove_temporaries(Path(path).parent, f"{glob.escape(Path(path).name)}.*")  # as large as a checkpoint
+        with replacing(path, "checkpoint") as temporary:
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:  # by which torch's writer tells of a full disk
+                raise OSError(error) from error

@@ -23,7 +23,7 @@ from lightning_diffclf.schedule import NoiseSchedule
 
 def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any) -> Settings:
     """What an evaluation by a DiffusionClassifierCallback depends on, and what else its reader may want to know."""
-    c, denoiser = callback.classifier, callback.classifier.denoiser
+    c, denoiser, recipe = callback.classifier, callback.classifier.denoiser, callback.recipe
     dataset: Any = getattr(loader, "dataset", None)
     names = json.dumps([denoiser.candidates.names, denoiser.candidates.classes]).encode()
     root = getattr(dataset, "root", None)
@@ -37,14 +37,14 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "names": hashlib.blake2b(names, digest_size=8).hexdigest(),
         "draws": len(c.timesteps_S),
         "seed": c.draws.seed,
-        "loss": callback.loss,
+        "loss": recipe.loss,
         "elimination": repr(c.rule),
-        "weights": callback.weights,
-        "budget": callback.budget,
-        "abstain": callback.abstain,
-        "proposal": None if callback.proposal is None else name_of(callback.proposal),
-        "candidates": callback.candidates,
-        "ensemble": callback.ensemble,
+        "weights": recipe.weights,
+        "budget": recipe.budget,
+        "abstain": recipe.abstain,
+        "proposal": None if recipe.proposal is None else name_of(recipe.proposal),
+        "candidates": recipe.candidates,
+        "ensemble": recipe.ensemble,
         "precision": str(trainer.precision),
         "keep_errors": callback.keep_errors,
         "keep_distances": callback.keep_distances,

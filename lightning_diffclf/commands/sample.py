@@ -16,7 +16,7 @@ from lightning_diffclf.callbacks.run_settings import fingerprint, schedule_name
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.files import write_json
+from lightning_diffclf.files import replacing, write_json
 from lightning_diffclf.models.autoencoder import DEFAULT
 from lightning_diffclf.models.published import config_of, is_published, load_published
 from lightning_diffclf.modules.checkpoints import trained_module
@@ -182,7 +182,5 @@ def file_of(out: Path, c: int, number: int) -> Path:
 def save_image(image: Tensor, path: Path) -> None:
     """Write an image (1 or 3, H, W) in [-1, 1] as PNG, whole or not at all."""
     values = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(temporary, "PNG")
-    temporary.replace(path)
+    with replacing(path, "sample") as temporary:
+        Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(temporary, "PNG")

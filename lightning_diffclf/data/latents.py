@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.files import write_json
-from lightning_diffclf.json_files import is_count, is_number, read_json
+from lightning_diffclf.files import is_count, is_number, read_json, write_json
 
 INDEX = "index.json"
 KIND = "diffclf latents 1"

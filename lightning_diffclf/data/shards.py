@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lightning_diffclf.data.images import SUFFIXES, upright_rgb
 from lightning_diffclf.data.tar import read_samples
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.json_files import is_count, read_json
+from lightning_diffclf.files import is_count, read_json
 
 INDEX = "index.json"
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.json_files import read_json
+from lightning_diffclf.files import read_json
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.schedule import NoiseSchedule

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.json_files import is_count, read_json
+from lightning_diffclf.files import is_count, read_json
 from lightning_diffclf.models.dit import SIZES, DiT, positions_2d
 from lightning_diffclf.models.weight_files import read_file
 from lightning_diffclf.schedule import DiscreteSchedule, NoiseSchedule

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import tempfile
 import warnings
 import zlib
@@ -30,6 +29,7 @@ from torchmetrics.image.inception import InceptionScore
 
 from lightning_diffclf.data.images import find_images, open_image, published_crop
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import replacing
 
 NEIGHBOURS = 3  # k of precision and recall, as published
 CHUNK = 2048  # rows whose distances to all others are in memory at once
@@ -332,8 +332,7 @@ def save_reference(reference: Reference, digest: str, path: Path) -> None:
     """Write a reference, whole or not at all; ``mu`` and ``sigma`` are named as in other implementations."""
     assert reference.values is not None
     assert reference.count is not None
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path, "reference") as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
             mu=reference.mean.numpy(),
@@ -342,7 +341,6 @@ def save_reference(reference: Reference, digest: str, path: Path) -> None:
             count=np.array(reference.count),
             digest=np.array(digest),
         )
-    os.replace(temporary, path)
 
 
 def is_kept(path: Path, digest: str) -> bool:
