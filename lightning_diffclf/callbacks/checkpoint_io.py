@@ -35,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """What ``path`` holds, on the CPU; whatever ``weights_only`` says."""
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             raise MissingFile(f"checkpoint: no file {str(path)!r}")
         return read_file(Path(path))
 
