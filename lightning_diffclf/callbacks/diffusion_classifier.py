@@ -307,7 +307,7 @@ class DiffusionClassifierCallback(L.Callback):
         if isinstance(outcome, Exception):
             raise outcome
         assert outcome is not None
-        errors = ErrorsInfo.of(self.classifier, self.weights) if self.keep_errors else None
+        errors = ErrorsInfo.of(self.classifier) if self.keep_errors else None
         rank, ranks = trainer.global_rank, trainer.world_size
         store = Store(outcome, settings, rank, self.flush_every, errors, self.keep_distances)
         self._folder, self._store = outcome, store
@@ -402,7 +402,7 @@ class DiffusionClassifierCallback(L.Callback):
                         extra["error_map"] = self._error_map(
                             replace(result, image_id=key), label, image.to(pl_module.device)
                         )
-                row = Row.of(result, classes, self.classifier.weights_S, label, **extra)
+                row = Row.of(result, classes, self.classifier.terms.weights_S, label, **extra)
                 rows.append(replace(row, thumbnail=None, error_map=None))
                 self.results.append(replace(result, errors_KS=None, distances_SKK=None))
                 if self._store is not None:

@@ -63,7 +63,7 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "candidate_classes": list(denoiser.candidates.classes),
         "class_names": class_names(denoiser),
         "timesteps_S": c.timesteps_S.tolist(),
-        "log_snr_S": c.log_snr_S.tolist(),
+        "log_snr_S": c.terms.log_snr_S.tolist(),
     }
     return Settings(identity, info)
 

@@ -18,15 +18,17 @@ Needs = Literal["scores", "errors", "distances"]
 
 @dataclass(frozen=True)
 class Round:
-    """What a rule is shown at each of its stops: the draws since the stop before (R) and the candidates in play (A).
+    """What a rule is shown at each of its stops: the draws since the stop before (R) and the contestants in play (A).
+
+    Contestants are the candidates; or classes, where means over their candidates (prompts) decide.
 
     Attributes:
         loss: Name of the error, as :class:`~.score.Loss` has it.
         done: Draws finished, those of this round included.
         total: Draws that an image may spend.
         dims: Number of values of x0, D.
-        active_A: Positions of the candidates in play among the image's own candidates (A,), int64. A candidate whose
-            error was NaN or infinite is in play no more.
+        active_A: Which of the image's contestants are in play (A,), int64, ascending. One whose error was NaN or
+            infinite is in play no more.
         scores_A: Mean weighted error over all ``done`` draws (A,), float64. All candidates in play have seen the same
             draws.
         log_snr_R: Log signal-to-noise ratio of each draw of this round (R,), float64.
@@ -35,8 +37,6 @@ class Round:
             errors or distances.
         distances_RAA: Mean squared difference between the noise that two candidates predict, over the D values of x0
             (R, A, A), float32; None unless the rule needs distances.
-        class_A: Class of each candidate (A,), where those of a class stay or go together; scores and errors are then
-            means over each class.
     """
 
     loss: str
@@ -49,11 +49,6 @@ class Round:
     weights_R: np.ndarray
     errors_RA: np.ndarray | None = None
     distances_RAA: np.ndarray | None = None
-    class_A: np.ndarray | None = None
-
-    def whole_classes(self, survives_A: np.ndarray) -> np.ndarray:
-        """Who survives (A,), bool, if all of a class do where one does."""
-        return survives_A if self.class_A is None else np.isin(self.class_A, self.class_A[survives_A])
 
 
 class Elimination:
@@ -249,7 +244,7 @@ class SequentialTest(Elimination):
             np.put_along_axis(survives_FA, order_FA, ~drops_FA, 1)
             for i, state, added, survives_A in zip(members, some, added_F.tolist(), survives_FA, strict=True):
                 state.spent += added
-                result[i] = rounds[i].whole_classes(survives_A)
+                result[i] = survives_A
         self.remember(states, rounds, result)
         return result
 

@@ -82,6 +82,7 @@ def test_the_file_says_what_it_holds_in_plain_json_and_lists(tmp_path):
         "loss": "l2",
         "seed": 0,
         "draws": 4,
+        "ensemble": "best",
         "dims": 32,
         "timesteps_S": timesteps.tolist(),
         "log_snr_S": classifier.denoiser.schedule.log_snr(timesteps).tolist(),
@@ -122,7 +123,10 @@ def test_parts_merge_in_the_order_of_predictions(ids, merge_bytes, tmp_path, mon
     errors, tables = [tmp_path / f"{rank}.parquet" for rank in range(3)], []
     for rank, share in enumerate(shares[::-1]):
         write(errors[rank], classifier, share, list(range(len(share))), distances=True)
-        rows = [Row.of(r, range(6), classifier.weights_S, label, seconds=0, rank=rank) for label, r in enumerate(share)]
+        rows = [
+            Row.of(r, range(6), classifier.terms.weights_S, label, seconds=0, rank=rank)
+            for label, r in enumerate(share)
+        ]
         tables.append(to_table(rows))
     assert merge_errors(errors, tmp_path / "e.parquet") == 6
     expected = join(tables).to_pydict()
