@@ -19,8 +19,8 @@ from lightning_diffclf.classifier import (
 )
 from lightning_diffclf.classifier.contest import Contest, Terms, judge
 from lightning_diffclf.classifier.draws import nested_order
-from lightning_diffclf.classifier.elimination import inflation_of
 from lightning_diffclf.classifier.score import timestep_weights
+from lightning_diffclf.classifier.sequential import inflation_of
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors, StoredImage
 
@@ -152,7 +152,7 @@ def replay(
 def measure_inflation(errors: StoredErrors) -> float:
     """How much more errors' differences vary than :class:`LikelihoodRatio` assumes: its ``inflation``, without labels.
 
-    The mean over images of what :func:`~lightning_diffclf.classifier.elimination.inflation_of` finds, 1 if residuals
+    The mean over images of what :func:`~lightning_diffclf.classifier.sequential.inflation_of` finds, 1 if residuals
     are as assumed. Measure it once, on images of the same kind, and keep it: results then depend on nothing else.
 
     Raises:
