@@ -35,6 +35,7 @@ from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_file, read_published
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
@@ -237,12 +238,16 @@ def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: 
     )
 
 
-def evaluation_config(path: str | Path) -> str:
+def evaluation_config(path: str | Path, trusted: bool = False) -> str:
     """YAML with model, data and classifier of the run that wrote a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        trusted: Whether it may name any class and any address; otherwise see :mod:`~lightning_diffclf.inert`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or was not written by this package's command line.
+        ValueError: if it cannot be read, was not written by this package's command line, or says what it may not.
     """
     checkpoint = read_published(path) if is_published(path) else read_checkpoint(path)
     if CONFIG_KEY not in checkpoint:
@@ -250,9 +255,10 @@ def evaluation_config(path: str | Path) -> str:
             f"checkpoint: {str(path)!r} does not say how it was made (no {CONFIG_KEY!r}, which `diffclf fit` writes); "
             "give --config as well, such as dit_256_imagenet.yaml for published weights"
         )
-    config = yaml.safe_load(checkpoint[CONFIG_KEY])
-    kept = {key: config[key] for key in KEPT_FOR_EVALUATION}
-    kept["trainer"] = {"precision": config["trainer"]["precision"]}
+    where = f"checkpoint: {str(path)!r}"
+    kept = for_evaluation(read_settings(checkpoint[CONFIG_KEY], where), KEPT_FOR_EVALUATION)
+    if not trusted:
+        check_inert(kept, where)
     return yaml.safe_dump(kept, sort_keys=False)
 
 
@@ -297,12 +303,17 @@ def evaluate(args: Sequence[str] | None = None) -> None:
     own.add_argument(
         "--plan", action="store_true", help="measure what the evaluation will cost, print that and write nothing"
     )
+    own.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="let the checkpoint's settings name any class and any address: like running a program of who made it",
+    )
     known, flags = own.parse_known_args(args)
     if known.ckpt is None and not known.config:
         own.error("give --ckpt PATH, or --config FILE for a network that needs no training")
 
     def run() -> None:
-        configs = [evaluation_config(known.ckpt)] if not known.config else known.config
+        configs = [evaluation_config(known.ckpt, known.trust_checkpoint)] if not known.config else known.config
         part = f"-{parse_part(known.part)[0]}of{parse_part(known.part)[1]}" if known.part else ""
         out = known.out or f"{default_output(known.ckpt, configs)}{part}"
         kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[known.keep_errors]

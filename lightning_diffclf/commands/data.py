@@ -12,7 +12,8 @@ from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.data.encoding import chunk_ends, encode
 from lightning_diffclf.data.imagenet import classes_of, network_classes_of, open_source
 from lightning_diffclf.data.latents import Latents, LatentsIndex, LatentsWriter
-from lightning_diffclf.data.shards import ShardIndex, pack, plan_shards
+from lightning_diffclf.data.packing import pack, plan_shards
+from lightning_diffclf.data.shards import ShardIndex
 from lightning_diffclf.data.zero_shot import FolderImages
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.autoencoder import DEFAULT, Autoencoder
