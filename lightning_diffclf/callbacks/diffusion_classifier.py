@@ -38,6 +38,7 @@ from lightning_diffclf.classifier import (
     Recipe,
 )
 from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.protocols import HasScore, NeedsEveryDraw
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import UserError, WrongType
 from lightning_diffclf.results.calibration import calibrate
@@ -222,6 +223,13 @@ class DiffusionClassifierCallback(L.Callback):
             keep_distances=self.keep_distances and stage != "fit",
             compile=self.compile,
         )
+        data = getattr(trainer, "datamodule", None)
+        exhaustive = type(self.classifier.rule) is Exhaustive and self.budget is None
+        if stage != "fit" and isinstance(data, NeedsEveryDraw) and data.needs_every_draw and not exhaustive:
+            raise UserError(
+                f"{type(data).__name__}: its score compares errors across images and candidates, which is fair only "
+                f"over the same draws; found {self.classifier.rule}, budget {self.budget}, expected neither"
+            )
         known = len(pl_module.candidates)
         if self.candidates is not None and not all(0 <= c < known for c in self.candidates):
             raise UserError(f"candidates: {self.candidates}, expected indices in 0 … {known - 1}")
@@ -501,9 +509,8 @@ class DiffusionClassifierCallback(L.Callback):
         if labelled:
             calibrated = calibrate(from_table(table), self.classifier.denoiser.candidates.classes, self.posterior)
             metrics = self.metrics | (asdict(calibrated) if calibrated is not None else {})
-        score = getattr(datamodule, "score", None)  # numbers of the data set's own
-        if score is not None:
-            self.metrics = metrics = score(from_table(table)) | metrics
+        if isinstance(datamodule, HasScore):
+            self.metrics = metrics = datamodule.score(from_table(table)) | metrics
         posterior = asdict(self.posterior)
         report = {"metrics": metrics, "settings": settings.identity | {"posterior": posterior} | settings.info}
         (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")

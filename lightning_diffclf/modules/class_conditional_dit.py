@@ -16,14 +16,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.protocols import HasLatents, HasNetworkClasses, HasNumClasses
 from lightning_diffclf.data.stream import Share
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.conditions import Conditions, conditions
+from lightning_diffclf.noise import KeyedNoise
 from lightning_diffclf.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
 from lightning_diffclf.variational import hybrid_loss
 
@@ -144,17 +145,17 @@ class ClassConditionalDiT(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data module against the network, before long work."""
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data: object = getattr(self._trainer, "datamodule", None)
         num_classes = self.hparams["num_classes"]
         if stage == "fit":
-            if getattr(data, "num_classes", None) not in (None, num_classes):
+            if isinstance(data, HasNumClasses) and data.num_classes not in (None, num_classes):
                 raise UserError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
-            groups = getattr(data, "network_classes", None)
+            groups = data.network_classes if isinstance(data, HasNetworkClasses) else None
             if groups is not None and len(groups) != num_classes:
                 raise UserError(f"data: {len(groups)} classes to validate on, expected {num_classes} as in training")
             if self.hparams["compile"]:
                 self.net.compile()
-        for one in data.latents(stage) if hasattr(data, "latents") else []:
+        for one in data.latents(stage) if isinstance(data, HasLatents) else []:
             if one.index.shape != self.image_shape:
                 raise UserError(f"latents: {one.root!r} has {one.index.shape}, the network takes {self.image_shape}")
             if self.hparams["vae"] not in (None, one.index.vae):
