@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
-from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, cli
+from lightning_diffclf.classifier.checks import resolve_candidates
 from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
 from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -390,3 +392,35 @@ def test_the_public_option_list_is_that_of_the_signatures(capsys):
     for flag in ("--run_dir", "--classifier.draws", "--ema.decay", "--checkpoint.save_last", "--samples.columns"):
         assert flag in shown
     assert "Rule that drops candidates early" in shown  # help texts come from the docstrings
+
+
+def test_only_errors_meant_for_the_user_become_one_line():
+    def wrapped():
+        try:
+            raise UserError("depth: 0, expected at least 1")
+        except UserError as error:
+            raise RuntimeError("instantiation failed") from error
+
+    def met_while_telling():
+        try:
+            raise UserError("depth: 0, expected at least 1")
+        except UserError:
+            {}["a defect"]
+
+    with pytest.raises(SystemExit, match="error: depth: 0, expected at least 1"):
+        cli._run(wrapped)
+    with pytest.raises(KeyError):
+        cli._run(met_while_telling)
+    for defect in (ValueError, TypeError, OSError):
+        with pytest.raises(defect):
+            cli._run(lambda kind=defect: resolve_candidates(Raises(kind), 1, 5))
+
+
+class Raises(list):
+    """Candidates whose length raises within a function of ours."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __len__(self):
+        raise self.kind("a defect")
