@@ -60,6 +60,11 @@ def identity_of(value: Any) -> Any:
     return _plain(value, ())
 
 
+def says(value: Any) -> bool:
+    """Whether a thing has a method ``identity()``."""
+    return callable(getattr(type(value), "identity", None))  # of the class: networks may have a part of that name
+
+
 class ByArguments:
     """Has an identity by the arguments of its constructor: for data modules and modules that keep them in ``hparams``.
 
@@ -107,7 +112,7 @@ def arguments_identity(thing: Any, arguments: Mapping[str, Any], cannot_matter: 
     return {"class": _name(type(thing)), **{name: identity_of(arguments[name]) for name in names}}
 
 
-# --- digests -----------------------------------------------------------------------------------------------------------
+# --- digests ---------------------------------------------------------------------------------------------------------
 
 
 def digest_of_weights(*modules: nn.Module) -> str:
@@ -132,7 +137,7 @@ def digest_of_structure(module: nn.Module) -> str:
     return digest_of(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(module)).encode())
 
 
-# --- one kind of value after another -----------------------------------------------------------------------------------
+# --- one kind of value after another ---------------------------------------------------------------------------------
 
 
 def _plain(value: Any, above: tuple[Any, ...]) -> Any:
@@ -150,7 +155,7 @@ def _plain(value: Any, above: tuple[Any, ...]) -> Any:
     if isinstance(value, (Tensor, np.ndarray)):
         return _array(value, above)
     if isinstance(value, (bytes, bytearray)):
-        return digest_of(value)
+        return digest_of(bytes(value))
     if isinstance(value, types.ModuleType):
         return value.__name__
     if isinstance(value, type):
@@ -159,7 +164,7 @@ def _plain(value: Any, above: tuple[Any, ...]) -> Any:
     if levels:
         return f"itself, {levels[-1]} above"
     above = (*above, value)
-    if callable(getattr(value, "identity", None)):
+    if says(value):
         own = _plain(value.identity(), above)
         return {"class": _name(type(value)), **(own if isinstance(own, dict) else {"identity": own})}
     if isinstance(value, nn.Module):
@@ -250,10 +255,10 @@ def _names(code: types.CodeType) -> set[str]:
 def _array(value: Tensor | np.ndarray, above: tuple[Any, ...]) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":  # of strings or objects
         return _plain(value.tolist(), above)
-    tensor = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
-    if tensor.numel() <= SHOWN and not tensor.is_complex():
-        return _plain(tensor.tolist(), above)
-    return digest_of_tensor(tensor)
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
+    shown = 0 < value.numel() <= SHOWN and value.dtype in (torch.float32, torch.int64, torch.bool)
+    return _plain(value.tolist(), above) if shown else digest_of_tensor(value)
 
 
 def _shortened(values: list[Any]) -> Any:

@@ -223,7 +223,7 @@ def test_pictures_of_networks_have_no_addresses():
     assert identity_of(Shown()) == identity_of(Shown())
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 49_999), st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]))
@@ -258,7 +258,7 @@ def test_large_and_empty_tensors_and_memory_formats():
     assert digest_of_tensor(photo[:, 1]) == digest_of_tensor(photo[:, 1].clone())
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------------
+# --- arguments -------------------------------------------------------------------------------------------------------
 
 
 class Kept(ByArguments):
@@ -280,5 +280,5 @@ def test_arguments_are_the_identity_but_for_those_that_cannot_matter():
 
 
 def test_an_argument_of_the_recipe_that_has_no_identity_is_refused():
-    with pytest.raises(ValueError, match="lock.* cannot be told from another"):
+    with pytest.raises(ValueError, match=r"lock.* cannot be told from another"):
         Recipe(proposal=closing_over(threading.Lock())).identity()

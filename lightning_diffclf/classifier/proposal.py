@@ -44,11 +44,17 @@ class LinearProbe:
         if top < 1:
             raise UserError(f"probe: top {top}, expected at least 1")
         self.denoiser, self.layer, self.timestep, self.top, self.ridge = denoiser, parts[layer], timestep, top, ridge
+        self._layer_name = layer
         self._weight: Tensor | None = None  # (features + 1, classes)
         self._candidates_of = [
             [k for k, its in enumerate(denoiser.candidates.classes) if its == c]
             for c in range(denoiser.candidates.num_classes)
         ]
+
+    def identity(self) -> dict[str, Any]:
+        """What proposals depend on beside the denoiser."""
+        names = {"layer": self._layer_name, "timestep": self.timestep, "top": self.top}
+        return names | {"weight": self._weight}
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
