@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.schedule import NoiseSchedule
 
-__all__ = ["Candidates", "ConditionalDenoiser"]
+__all__ = ["Candidates", "ConditionalDenoiser", "evaluating"]
 
 
 @runtime_checkable
@@ -44,3 +46,19 @@ class ConditionalDenoiser(Protocol):
             (N, C, h, w), or (N, 2C, h, w) from a network that also predicts a variance.
         """
         ...
+
+
+@contextmanager
+def evaluating(denoiser: Any) -> Iterator[None]:
+    """Evaluation mode (no dropout, no label dropout) inside, the mode before outside."""
+    modules = list(denoiser.modules()) if isinstance(denoiser, nn.Module) else []
+    training = [module.training for module in modules]  # each its own: a frozen encoder stays as it was
+    if any(training):
+        denoiser.eval()
+    try:
+        yield
+    finally:
+        if training and training[0]:
+            denoiser.train()  # which the class may have given more to do
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode

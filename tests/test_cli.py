@@ -79,7 +79,7 @@ def test_evaluate_needs_the_checkpoint_alone_and_flags_override(run_dir, capsys,
     first = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     assert first["metrics"]["images"] == 360
     assert first["metrics"]["nfe_per_image"] == 30
-    assert first["settings"]["draws"] == 3
+    assert first["settings"]["recipe"]["draws"] == 3
     assert "accuracy" in capsys.readouterr().out
     for name in ("predictions.parquet", "confusion.png", "timesteps.png"):
         assert (run_dir / "evaluation" / name).is_file()
@@ -95,7 +95,11 @@ def test_evaluate_needs_the_checkpoint_alone_and_flags_override(run_dir, capsys,
         ]
     )
     second = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert second["settings"]["elimination"] == "Stages(samples=[2, 10], keep=[3, 1])"
+    assert second["settings"]["recipe"]["elimination"] | {"class": ""} == {
+        "class": "",
+        "samples": [2, 10],
+        "keep": [3, 1],
+    }
     assert second["metrics"]["nfe_per_image"] == 2 * 10 + 8 * 3
     rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pydict()
     assert sorted(set(rows["draws_K"][0])) == [2, 10]

@@ -1,14 +1,10 @@
-"""Where the engine meets the device and the network: copies that do not wait, compilation, evaluation mode."""
+"""Where the engine meets the device: copies that do not wait, and the compiled network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_diffclf.denoiser import ConditionalDenoiser
 
@@ -44,19 +40,3 @@ class CompiledPredict:
         torch.compiler.cudagraph_mark_step_begin()
         output = self._predict(x_in[rows], time[rows], candidate[rows])
         return output[: len(x_in)].clone()  # a CUDA graph writes the next result to the same place
-
-
-@contextmanager
-def evaluating(denoiser: Any) -> Iterator[None]:
-    """Evaluation mode (no dropout, no label dropout) inside, the mode before outside."""
-    modules = list(denoiser.modules()) if isinstance(denoiser, nn.Module) else []
-    training = [module.training for module in modules]  # each its own: a frozen encoder stays as it was
-    if any(training):
-        denoiser.eval()
-    try:
-        yield
-    finally:
-        if training and training[0]:
-            denoiser.train()  # which the class may have given more to do
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode

@@ -22,13 +22,13 @@ from torch import Tensor
 from lightning_diffclf.classifier.checks import check_images, check_output, resolve_candidates
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.contest import Contest, Terms, judge
-from lightning_diffclf.classifier.device import CompiledPredict, download, evaluating, upload
+from lightning_diffclf.classifier.device import CompiledPredict, download, upload
 from lightning_diffclf.classifier.draws import Draws, KeyedNoise
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive
 from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut, measure_distances
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
-from lightning_diffclf.denoiser import ConditionalDenoiser
+from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating
 from lightning_diffclf.errors import UserError, WrongType
 
 

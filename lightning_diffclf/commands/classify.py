@@ -18,7 +18,7 @@ def classify_command(args: Sequence[str]) -> None:
     parser = Parser(
         prog="diffclf classify",
         description="Which label fits an image best, by a text-to-image model: the one whose prompt lets it predict "
-        "noise in the image best. LikelihoodRatio drops labels early unless --elimination says otherwise. Probabilities "
+        "noise in the image best. LikelihoodRatio drops labels early, or --elimination. Probabilities "
         "are those of a softmax with --temperature; see docs/results.md.",
     )
     parser.add_argument("images", type=str, nargs="+", help="files, folders or patterns")

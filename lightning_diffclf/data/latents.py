@@ -232,6 +232,10 @@ class Latents(Dataset[dict[str, Tensor]]):
         if found != expected:
             raise UserError(f"latents: files of shapes {found} in {self.root!r}, expected {expected}")
 
+    def identity(self) -> dict[str, Any]:
+        """What they were made of and with, and the classes and ids of the images; not their values."""
+        return {"index": self.index, "labels": np.asarray(self._labels)}
+
     def __getstate__(self) -> dict[str, Any]:  # worker processes open the files, they are not sent them
         return {"root": self.root, "index": self.index}
 

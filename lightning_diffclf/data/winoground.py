@@ -6,7 +6,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -23,6 +23,7 @@ from lightning_diffclf.data.prompts import PromptSet
 from lightning_diffclf.data.protocols import Decided
 from lightning_diffclf.data.stream import evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.identity import ByArguments
 
 HUB = "facebook/winoground"
 
@@ -145,7 +146,7 @@ class _Images(Dataset[dict[str, Any]]):
         }
 
 
-class WinogroundDataModule(L.LightningDataModule):
+class WinogroundDataModule(ByArguments, L.LightningDataModule):
     """Groups of two images and two captions; each image is asked about both captions, and about the empty prompt.
 
     Each caption is a candidate with a class of its own, and so is the empty prompt, whose error says how likely the
@@ -162,6 +163,11 @@ class WinogroundDataModule(L.LightningDataModule):
     Raises:
         ValueError: if a number is out of range.
     """
+
+    CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
+        "eval_batch_size": "results do not depend on how images are batched",
+        "num_workers": "nor on how fast they are read",
+    }
 
     def __init__(
         self,
@@ -194,6 +200,10 @@ class WinogroundDataModule(L.LightningDataModule):
         prompts = [*(caption for group in self.groups for caption in group.captions), ""]
         names = [f"{group.id}: {caption}" for group in self.groups for caption in group.captions]
         return PromptSet(Candidates([*names, "(no caption)"]), prompts)
+
+    def contents(self) -> dict[str, Any]:
+        places = [[one.name if isinstance(one, Path) else one for one in group.images] for group in self.groups]
+        return {"groups": [(g.id, g.captions, g.tag, images) for g, images in zip(self.groups, places, strict=True)]}
 
     def setup(self, stage: str | None = None) -> None:
         self.test = _Images(self.groups, self.size, self.source)  # type: ignore[arg-type]

@@ -106,7 +106,7 @@ def test_nothing_is_trained_saved_or_loaded_early():
 def test_other_weights_are_another_run(tmp_path):
     out = tmp_path / "out"
     evaluate(out, DigitScenesDataModule(eval_batch_size=4), 1, draws=2)
-    with pytest.raises(ValueError, match="weights_of_network"):
+    with pytest.raises(ValueError, match=r"module\.denoiser\.network\.weights"):
         evaluate(out, DigitScenesDataModule(eval_batch_size=4), 1, draws=2, model={"dtype": "bfloat16"})
 
 
