@@ -66,8 +66,7 @@ class KeepConfig(SaveConfigCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         before = checkpoint.get(PROCESSES_KEY, trainer.world_size)
         if trainer.state.fn == "fit" and before != trainer.world_size:
-            # What is seen in a step depends on the step only (data/stream.py).
-            rank_zero_info(f"going on with {trainer.world_size} processes in place of {before}, by the same batches")
+            rank_zero_info(f"resuming with {trainer.world_size} processes in place of {before}")
 
 
 class DiffClfCLI(LightningCLI):
@@ -164,7 +163,7 @@ class DiffClfCLI(LightningCLI):
             path = Path(self._get(self.config, "run_dir")) / "checkpoints" / "last.ckpt"
             if path.is_file():
                 path = str(path)
-                print(f"going on from {path}")
+                print(f"resuming from {path}")
             else:
                 path = self.config_init[subcommand]["ckpt_path"] = None
         if path is not None and path not in ("best", "hpc", "registry"):
