@@ -109,7 +109,7 @@ def test_the_same_command_again_goes_on(run_dir, tmp_path, capsys):
     folder = tmp_path / "again"
     train([*QUICK, f"--run_dir={folder}", "--trainer.max_steps=2", "--samples.columns=0"])
     train([*QUICK, f"--run_dir={folder}", "--samples.columns=0"])
-    assert f"going on from {folder}" in capsys.readouterr().out
+    assert f"resuming from {folder}" in capsys.readouterr().out
     again, straight = (read_checkpoint(last(d)) for d in (folder, run_dir))
     assert again["global_step"] == 4
     assert sorted(p.name for p in (folder / "logs").iterdir()) == ["version_0", "version_1"]
@@ -167,7 +167,7 @@ def test_published_weights_are_evaluated_and_trained_on(tmp_path, capsys):
     assert "give --config as well" in fails(capsys, evaluate, ["--ckpt=published.pt"])
     said = fails(capsys, evaluate, ["--ckpt=published.pt", "--config=dit_digits.yaml", *quiet])
     assert "does not fit the network as configured" in said
-    # training begins with them once, and then goes on from its own checkpoint
+    # training begins with them once, and then resumes from its own checkpoint
     begin = [*QUICK, "--run_dir=run", "--warm_start=published.pt", "--samples.columns=0", "--model.lr=1e-12"]
     train([*begin, "--trainer.max_steps=2", "--trainer.val_check_interval=2"])
     assert "weights of published.pt" in capsys.readouterr().out
@@ -175,7 +175,7 @@ def test_published_weights_are_evaluated_and_trained_on(tmp_path, capsys):
         torch.testing.assert_close(value, trained.state_dict()[name], atol=1e-6, rtol=0)
     train(begin)
     said = capsys.readouterr().out
-    assert "going on from run" in said
+    assert "resuming from run" in said
     assert "weights of" not in said
     torch.save({"state_dict": {}}, "empty.ckpt")
     assert "does not fit" in fails(capsys, train, [*QUICK, "--run_dir=other", "--warm_start=empty.ckpt"])
@@ -196,7 +196,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path):
 
     run("straight", 4, 1)
     run("changed", 2, 2)
-    assert "going on with 1 processes in place of 2, by the same batches" in run("changed", 4, 1)
+    assert "resuming with 1 processes in place of 2" in run("changed", 4, 1)
     straight, changed = (read_checkpoint(tmp_path / d / "checkpoints" / "last.ckpt") for d in ("straight", "changed"))
     assert straight["global_step"] == changed["global_step"] == 4
     for name, value in straight["current_model_state"].items():

@@ -32,7 +32,7 @@ def sample_command(args: Sequence[str]) -> None:
     parser = Parser(
         prog="diffclf sample",
         description="Generate images of given classes. An image depends on seed, class and number only, not on batch "
-        "size or devices. Into a folder, the same command goes on where it was stopped.",
+        "size or devices. Into a folder, the same command resumes where it was stopped.",
     )
     parser.add_argument("--ckpt", type=str, required=True, help="checkpoint (its averaged weights), or published ones")
     parser.add_argument("--out", type=str, required=True, help="a .png or .jpg for a grid, else a folder")

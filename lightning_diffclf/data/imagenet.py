@@ -112,7 +112,7 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
 
     Training has no epochs (:mod:`~lightning_diffclf.data.stream`): folders and latents are seen in an order that
     depends on (seed, step) only, also by another number of processes; shards by a stream that begins anew where a run
-    goes on.
+    is resumed.
 
     Args:
         train: What to train on.

@@ -5,7 +5,7 @@
     index.json       what they were made of and with; ``complete`` once all are there and checked
     moments.npy      (N, 2, 2C, h, w) float16: of image and mirror image, means and then standard deviations
     labels.npy       (N, 2) int64: class and id
-    chunks/*.json    count and CRC-32 of each finished chunk, by which a run that was stopped goes on
+    chunks/*.json    count and CRC-32 of each finished chunk, from which an interrupted run resumes
 
 Ids are those of the images that were encoded, so that latents get the noise that the images would. 42 GB for ImageNet
 at 256 x 256.
@@ -217,7 +217,7 @@ class Latents(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: str) -> None:
         self.root, self.index = folder, LatentsIndex.read(Path(folder))
         if not self.index.complete:
-            raise UserError(f"latents: {folder!r} is not complete; go on with `diffclf encode`")
+            raise UserError(f"latents: {folder!r} is not complete; finish it with `diffclf encode`")
         self._open()
 
     def _open(self) -> None:

@@ -295,7 +295,7 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
     def _training_draws(self, images: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """This batch's part of the step's timesteps (B,), noise (B, C, H, W), labels to drop (B,), posterior noise.
 
-        The latter two are None where there is nothing to drop or to encode.
+        The last two are None where there is nothing to drop or to encode.
         """
         share, device, count = Share.of(self._trainer), images.device, len(images)
         total, rows = count * share.world_size * share.accumulate, share.rows(count, batch_idx)
