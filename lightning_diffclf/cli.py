@@ -34,9 +34,10 @@ from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
 from lightning_diffclf.commands.parser import Parser
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
-from lightning_diffclf.models.published import is_published, load_published, read_file, read_published
+from lightning_diffclf.models.published import is_published, load_published, read_published
+from lightning_diffclf.modules.checkpoints import check_checkpoint, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
@@ -192,45 +193,6 @@ class DiffClfCLI(LightningCLI):
         print(f"weights of {path}")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint onto the CPU without running code from it.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no Lightning checkpoint.
-    """
-    if not Path(path).is_file():
-        raise MissingFile(f"checkpoint: no file {str(path)!r}")
-    checkpoint = read_file(Path(path))
-    if "state_dict" not in checkpoint:
-        raise UserError(f"checkpoint: {str(path)!r} has no 'state_dict', expected a Lightning checkpoint")
-    return checkpoint
-
-
-def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Raise ValueError unless ``checkpoint`` has the weights of a module like this one, trained on its schedule."""
-    for name in ("schedule", "prediction"):
-        trained, configured = (h.get(name) for h in (checkpoint.get("hyper_parameters", {}), module.hparams))
-        if "hyper_parameters" in checkpoint and trained != configured:
-            raise UserError(
-                f"checkpoint: {str(path)!r} was trained with {name} {trained!r}, "
-                f"but {name} is configured as {configured!r}"
-            )
-    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    if ours == theirs:
-        return
-    differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-    found = [f"{name} is {theirs[name]} there and {ours[name]} here" for name in differing[:3]]
-    missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    found += [f"{len(missing)} tensors are missing there, such as {missing[0]}"] if missing else []
-    found += [f"{len(surplus)} tensors are unknown here, such as {surplus[0]}"] if surplus else []
-    raise UserError(
-        f"checkpoint: {str(path)!r} does not fit {type(module).__name__} as configured: {'; '.join(found)}. "
-        "To train anew, give another --run_dir"
-    )
-
-
 def evaluation_config(path: str | Path, trusted: bool = False) -> str:
     """YAML with model, data and classifier of the run that wrote a checkpoint.
 
@@ -316,7 +278,7 @@ def evaluate(args: Sequence[str] | None = None) -> None:
                 "test",
                 *[f"--config={config}" for config in configs],
                 f"--classifier.output_dir={out}",
-                *([] if known.out else ["--classifier.elsewhere=true"]),
+                *([] if known.out else ["--classifier.next_free=true"]),
                 "--verbose=false",
                 f"--run_dir={Path(out).parent}",
                 *[f"--classifier.keep_{what}=true" for what in kept],

@@ -69,7 +69,7 @@ def _resolved(callback: Any) -> Recipe:
     c = callback.classifier
     fixed = c.draws.timesteps is not None or c.draws.noise is not None
     draws = c.draws if fixed else c.draws.count
-    return replace(c.recipe, draws=draws, seed=c.draws.seed, elimination=c.rule, candidates=callback.candidates)
+    return replace(c.recipe, draws=draws, seed=c.draws.seed, elimination=c.rule)
 
 
 def _data_module(trainer: L.Trainer) -> Any:

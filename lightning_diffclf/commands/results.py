@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from lightning_diffclf.classifier import Elimination, LikelihoodRatio
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import write_json
 from lightning_diffclf.results.analysis import RunAnalysis
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
@@ -51,8 +51,7 @@ def replay_command(args: Sequence[str]) -> None:
     if given.out is not None:
         numbers = {"file": given.file, "loss": errors.info.loss, "draws": errors.info.draws, "seed": errors.info.seed}
         numbers |= {} if inflation is None else {"inflation": inflation}
-        text = json.dumps(numbers | {"replays": [one.summary() for one in replays]}, indent=2)
-        Path(given.out).write_text(text + "\n")
+        write_json(numbers | {"replays": [one.summary() for one in replays]}, given.out, indent=2, what="replay")
 
 
 def merge_command(args: Sequence[str]) -> None:
@@ -90,7 +89,7 @@ def compare_command(args: Sequence[str]) -> None:
     if given.out is not None:
         save_plots(first, second, found, Path(given.out))
         runs = {"runs": [given.first, given.second]}
-        (Path(given.out) / "comparison.json").write_text(json.dumps(runs | found.summary(), indent=2) + "\n")
+        write_json(runs | found.summary(), Path(given.out) / "comparison.json", indent=2, what="compare")
 
 
 def report_command(args: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,7 @@ import webdataset as wds
 
 from lightning_diffclf.data.shards import INDEX, ShardIndex
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import read_json, remove_temporaries, replacing, write_json
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,10 @@ def write_shard(plan: Packed) -> Path:
     """
     if plan.path.is_file():
         return plan.path
-    temporary = plan.path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        with wds.TarWriter(file) as tar:
-            for position, path, label in plan.files:
-                name = path.suffix[1:].lower()
-                tar.write({"__key__": f"{position:08d}", name: path.read_bytes(), "cls": str(label)})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, plan.path)
+    with replacing(plan.path, "shards") as temporary, open(temporary, "wb") as file, wds.TarWriter(file) as tar:
+        for position, path, label in plan.files:
+            name = path.suffix[1:].lower()
+            tar.write({"__key__": f"{position:08d}", name: path.read_bytes(), "cls": str(label)})
     return plan.path
 
 
@@ -84,11 +79,12 @@ def pack(plans: Sequence[Packed], index: ShardIndex, processes: int = 1) -> Iter
     out = plans[0].path.parent
     planned = out / f"{INDEX}.planned"  # what the shards that are there were packed by, before all are
     for path in (out / INDEX, planned):
-        if path.is_file() and json.loads(path.read_text()) != asdict(index):
+        if path.is_file() and read_json(path, "shards") != asdict(index):
             raise UserError(f"shards: {str(out)!r} holds other shards, expected an empty folder or the same data")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / INDEX).is_file():
-        planned.write_text(json.dumps(asdict(index)))
+        remove_temporaries(out)
+        write_json(asdict(index), planned, what="shards")
     if processes == 1:
         yield from map(write_shard, plans)
     else:

@@ -8,7 +8,6 @@ shard has; shards of others need none.
 from __future__ import annotations
 
 import io
-import json
 import lzma
 import re
 import sys
@@ -27,6 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lightning_diffclf.data.images import SUFFIXES, upright_rgb
 from lightning_diffclf.data.tar import read_samples
 from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.files import is_count, read_json
 
 INDEX = "index.json"
 
@@ -64,8 +64,8 @@ class ShardIndex:
         if not path.is_file():
             return None
         try:
-            index = cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError, OSError) as error:
+            index = cls(**read_json(path, "shards"))
+        except TypeError as error:
             raise UserError(f"shards: {str(path)!r} cannot be read ({error})") from error
         index._check(path)
         return index
@@ -90,11 +90,6 @@ class ShardIndex:
                 raise UserError(
                     f"shards: {str(path)!r} names a shard {name!r}, expected the plain name of a file in its folder"
                 )
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value of a JSON file is a whole number from 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class Shards:

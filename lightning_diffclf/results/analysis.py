@@ -14,7 +14,7 @@ import torch
 from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, Judged, crossfitted, fit, judge
-from lightning_diffclf.results.predictions import Row, from_table
+from lightning_diffclf.results.predictions import Record, from_table
 from lightning_diffclf.results.statistics import Interval, reliability, selective, wilson
 from lightning_diffclf.results.store import Settings, read_table
 
@@ -36,7 +36,7 @@ class RunAnalysis:
 
     path: Path
     settings: Settings
-    rows: Sequence[Row]
+    rows: Sequence[Record]
 
     @classmethod
     def read(cls, path: str | Path) -> RunAnalysis:
@@ -65,7 +65,7 @@ class RunAnalysis:
         return list(self.settings.info["class_names"])
 
     @cached_property
-    def labelled(self) -> list[Row]:
+    def labelled(self) -> list[Record]:
         """Rows whose class is known."""
         return [row for row in self.rows if row.label is not None]
 
@@ -190,7 +190,7 @@ class RunAnalysis:
 
     def per_class(self) -> pd.DataFrame:
         """Images, accuracy with its interval and the commonest mistake of each class that occurs."""
-        rows_of: dict[int, list[Row]] = {}
+        rows_of: dict[int, list[Record]] = {}
         for row in self.labelled:
             rows_of.setdefault(int(row.label or 0), []).append(row)
         lines = []
@@ -258,14 +258,14 @@ class RunAnalysis:
 
     # --- images ----------------------------------------------------------------------------------------------------
 
-    def gallery(self, most: int = 240) -> list[Row]:
+    def gallery(self, most: int = 240) -> list[Record]:
         """Images to look at: wrong ones first, the surest before all; then right ones, the least sure first."""
         wrong = sorted((r for r in self.labelled if r.prediction != r.label), key=lambda row: -row.margin)
         right = sorted((r for r in self.rows if r.label in (None, r.prediction)), key=lambda row: row.margin)
         chosen = wrong[: most * 3 // 4]
         return chosen + right[: most - len(chosen)]
 
-    def story(self, row: Row, most: int = 10) -> pd.DataFrame:
+    def story(self, row: Record, most: int = 10) -> pd.DataFrame:
         """The best candidates of an image: class, probability, draws spent on each, and how far behind each is."""
         names = self.settings.info["candidate_names"]
         p_K = self.posterior(torch.tensor(row.differences_K)[None], row.dims)[0].numpy()
@@ -284,7 +284,7 @@ def _or(prediction: int | None) -> int:
     return -1 if prediction is None else prediction
 
 
-def _alive(row: Row, total: int) -> np.ndarray:
+def _alive(row: Record, total: int) -> np.ndarray:
     """Candidates in play at each of ``total`` draws, 1 or 0 after the decision."""
     at_least = np.bincount(row.draws_K, minlength=total + 1)[::-1].cumsum()[::-1]
     return at_least[1 : total + 1]

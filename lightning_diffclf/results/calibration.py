@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.classifier import Posterior
-from lightning_diffclf.results.predictions import Row
+from lightning_diffclf.results.predictions import Record
 from lightning_diffclf.results.statistics import brier, ece, nll
 
 FOLDS = 5
@@ -45,7 +45,7 @@ def fold_of(image_id: str) -> int:
     return hashlib.blake2b(image_id.encode(), digest_size=4).digest()[0] % FOLDS
 
 
-def padded(rows: Sequence[Row], classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Record], classes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Differences (B, K), infinite where an image had fewer candidates, and the class of each candidate, else -1."""
     width = max(len(row.candidates_K) for row in rows)
     differences_BK = torch.full((len(rows), width), torch.inf, dtype=torch.float64)
@@ -57,7 +57,7 @@ def padded(rows: Sequence[Row], classes: Sequence[int]) -> tuple[Tensor, Tensor]
     return differences_BK, class_BK
 
 
-def fit(rows: Sequence[Row], classes: Sequence[int], posterior: Posterior) -> Posterior:
+def fit(rows: Sequence[Record], classes: Sequence[int], posterior: Posterior) -> Posterior:
     """``posterior`` with the temperature that suits these labelled images; itself if none of them can tell."""
     # Images whose class was not among the candidates, or which were not decided, say nothing about temperatures.
     some = sorted(rows, key=lambda row: hashlib.blake2b(row.id.encode()).digest())
@@ -96,7 +96,7 @@ class Judged(NamedTuple):
         }
 
 
-def judge(rows: Sequence[Row], classes: Sequence[int], posteriors: Sequence[Posterior]) -> Judged:
+def judge(rows: Sequence[Record], classes: Sequence[int], posteriors: Sequence[Posterior]) -> Judged:
     """Class probabilities of labelled images, each with a posterior of its own, against their labels."""
     judged = [np.empty(len(rows)) for _ in Judged._fields]
     num_classes = max(classes) + 1
@@ -121,7 +121,7 @@ def judge(rows: Sequence[Row], classes: Sequence[int], posteriors: Sequence[Post
     return Judged(*judged)
 
 
-def crossfitted(rows: Sequence[Row], classes: Sequence[int], posterior: Posterior) -> list[Posterior]:
+def crossfitted(rows: Sequence[Record], classes: Sequence[int], posterior: Posterior) -> list[Posterior]:
     """A posterior for each image, with the temperature that was fitted to the images of the other folds."""
     fold_B = [fold_of(row.id) for row in rows]
     fitted = [
@@ -131,7 +131,7 @@ def crossfitted(rows: Sequence[Row], classes: Sequence[int], posterior: Posterio
     return [fitted[fold] for fold in fold_B]
 
 
-def calibrate(rows: Sequence[Row], classes: Sequence[int], posterior: Posterior) -> Calibration | None:
+def calibrate(rows: Sequence[Record], classes: Sequence[int], posterior: Posterior) -> Calibration | None:
     """Fit the temperature to labelled images, and judge it by five-fold cross-fitting; None if there are below 50."""
     rows = [row for row in rows if row.label is not None]
     if len(rows) < ENOUGH_TO_SAY:

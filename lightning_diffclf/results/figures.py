@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightning_diffclf.files import replacing
+
 
 def save_image_grid(images: Tensor, names: Sequence[str], path: Path) -> None:
     """Images in a grid, one row for each name.
@@ -75,5 +77,5 @@ def save_timestep_accuracy(timesteps: Tensor, accuracy: Tensor, chance: float, o
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with replacing(path, "picture") as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.classifier.posterior import sum_by_class
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results.predictions import Row
+from lightning_diffclf.results.predictions import Record
 from lightning_diffclf.results.statistics import wilson
 
 
@@ -86,7 +86,7 @@ class ClassifierMetrics(nn.Module):
         self.confusion = MulticlassConfusionMatrix(num_classes)
         self.calibration = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
 
-    def update(self, rows: Sequence[Row]) -> None:
+    def update(self, rows: Sequence[Record]) -> None:
         """Count labelled images."""
         if not rows:
             return
@@ -119,10 +119,10 @@ class ClassifierMetrics(nn.Module):
         self.confusion.update(torch.tensor(decided, device=device), target_B.to(device))
         self.calibration.update(probabilities_BC.float().to(device), target_B.to(device))
 
-    def _classes_of(self, row: Row) -> list[int]:
+    def _classes_of(self, row: Record) -> list[int]:
         return [self.classes[k] for k in row.candidates_K.tolist()]
 
-    def _probabilities(self, row: Row) -> Tensor:
+    def _probabilities(self, row: Record) -> Tensor:
         probabilities_1K = self.posterior(torch.tensor(row.differences_K)[None], row.dims)
         return sum_by_class(probabilities_1K, self._classes_of(row), self.num_classes)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification
-from lightning_diffclf.errors import FailedWrite
+from lightning_diffclf.files import replacing
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """The decision on one image, as stored; docs/results.md explains each column.
 
     Attributes:
@@ -70,8 +69,8 @@ class Row:
         weights_S: np.ndarray,
         label: int | None = None,
         **others: Any,
-    ) -> Row:
-        """The row of a decision.
+    ) -> Record:
+        """The record of a decision.
 
         Args:
             result: The decision, with its errors.
@@ -142,21 +141,21 @@ SCHEMA = pa.schema(
 )
 
 
-def to_table(rows: Sequence[Row]) -> pa.Table:
-    """Rows as a table of :data:`SCHEMA`."""
+def to_table(records: Sequence[Record]) -> pa.Table:
+    """Records as a table of :data:`SCHEMA`."""
     columns = {}
     for name in SCHEMA.names:
-        values = [getattr(row, name) for row in rows]
+        values = [getattr(record, name) for record in records]
         if name == "error_map":
             values = [None if value is None else list(value) for value in values]
         columns[name] = pa.array(values, SCHEMA.field(name).type)
     return pa.table(columns, schema=SCHEMA)
 
 
-def from_table(table: pa.Table) -> list[Row]:
-    """Undo :func:`to_table`; the arrays are views of the table's memory. Columns left out must have defaults."""
-    columns: dict[str, Sequence[Any]] = {}
-    for name in [field.name for field in fields(Row) if field.name in table.column_names]:
+def from_table(table: pa.Table) -> list[Record]:
+    """Undo :func:`to_table`; the arrays are views of the table's memory. Of columns left out, records have None."""
+    columns: dict[str, Sequence[Any]] = dict.fromkeys(SCHEMA.names, [None] * table.num_rows)
+    for name in [name for name in SCHEMA.names if name in table.column_names]:
         column = table[name].combine_chunks() if table.num_rows else pa.array([], SCHEMA.field(name).type)
         if name == "error_map":
             columns[name] = [None if v is None else np.array(v, np.float32) for v in column.to_pylist()]
@@ -164,7 +163,7 @@ def from_table(table: pa.Table) -> list[Row]:
             columns[name] = list_views(column)
         else:
             columns[name] = column.to_pylist()
-    return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+    return [Record(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
 
 def list_views(column: pa.ListArray) -> list[np.ndarray]:
@@ -173,31 +172,7 @@ def list_views(column: pa.ListArray) -> list[np.ndarray]:
     return [values[a:b] for a, b in pairwise(ends)]
 
 
-def order_by_id(ids: Sequence[str]) -> np.ndarray:
-    """Positions (N,) that sort ids: as numbers where all are."""
-    numeric = all(i.removeprefix("-").isdecimal() for i in ids)
-    return np.array(sorted(range(len(ids)), key=lambda row: int(ids[row]) if numeric else ids[row]), dtype=np.int64)
-
-
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write ``table`` to ``path`` at once: the file is complete or not there, also after a crash of the machine."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``table`` to ``path`` at once; see :func:`~lightning_diffclf.files.replacing`."""
+    with replacing(path, "results") as temporary:
         pq.write_table(table, temporary, compression="zstd")
-        publish(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)  # of a full disk: what it takes is of no use
-        raise FailedWrite(f"{str(path)!r} cannot be written ({error}); what was written before is complete") from error
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Give a complete file its name, once it is on the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +17,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
-from lightning_diffclf.errors import FailedWrite
+from lightning_diffclf.files import write_bytes, write_text
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.analysis import RunAnalysis
-from lightning_diffclf.results.predictions import Row
+from lightning_diffclf.results.predictions import Record
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -46,14 +45,8 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
     analysis = RunAnalysis.read(run)
     path = Path(run) / REPORT if out is None else Path(out)
     figures = make_figures(analysis)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_figures(figures, path.parent / FIGURES)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(render(analysis, figures, gallery), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise FailedWrite(f"report: {str(path)!r} cannot be written ({error})") from error
+    save_figures(figures, path.parent / FIGURES)
+    write_text(render(analysis, figures, gallery), path, "report")
     return path
 
 
@@ -78,12 +71,11 @@ def make_figures(run: RunAnalysis) -> dict[str, Any]:
 def save_figures(figures: dict[str, Any], folder: Path) -> None:
     """Each chart as PNG (for slides) and SVG (for papers); pictures of an earlier report are replaced."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     with alt.data_transformers.enable("default", max_rows=None):
         for name, chart in figures.items():
             spec = chart.to_json()
-            (folder / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(spec))
-            (folder / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+            write_text(vl_convert.vegalite_to_svg(spec), folder / f"{name}.svg", "figure")
+            write_bytes(vl_convert.vegalite_to_png(spec, scale=2), folder / f"{name}.png", "figure")
 
 
 def render(run: RunAnalysis, figures: dict[str, Any], gallery: int) -> str:
@@ -137,7 +129,7 @@ def _finite(values: Any) -> Any:
     return values.item() if isinstance(values, np.generic) else values
 
 
-def _card(run: RunAnalysis, number: int, row: Row) -> dict[str, Any]:
+def _card(run: RunAnalysis, number: int, row: Record) -> dict[str, Any]:
     return {
         "number": number,
         "id": row.id,
@@ -150,7 +142,7 @@ def _card(run: RunAnalysis, number: int, row: Row) -> dict[str, Any]:
     }
 
 
-def _details(run: RunAnalysis, row: Row) -> dict[str, Any]:
+def _details(run: RunAnalysis, row: Record) -> dict[str, Any]:
     """What a click on a card shows."""
     story = run.story(row).to_dict("records")
     details: dict[str, Any] = {"candidates": story, "votes": row.votes, "draws": int(row.draws_K.max())}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lightning_diffclf.results.predictions import Row, to_table
+from lightning_diffclf.results.predictions import Record, to_table
 from lightning_diffclf.results.store import Settings, claim, write_whole
 
 
@@ -30,7 +30,7 @@ def made_up_rows(count: int, classes: int, seed: int = 0, draws: int = 20, label
         spent[best] = draws
         choice = np.where(rng.random(draws) < 0.7, best, rng.integers(classes, size=draws))
         leader = np.where(np.arange(draws) < 3, choice, best)
-        yield Row(
+        yield Record(
             id=str(i),
             label=label if labelled else None,
             prediction=best,

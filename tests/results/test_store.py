@@ -20,7 +20,7 @@ import pytest
 
 from lightning_diffclf import DiffusionClassifier, Draws
 from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors
-from lightning_diffclf.results.predictions import Row, from_table, to_table
+from lightning_diffclf.results.predictions import Record, from_table, to_table
 from lightning_diffclf.results.store import Settings, Store, claim, finish, join, merge, read_table
 from tests.classifier.toys import Toy, some_images
 
@@ -32,7 +32,7 @@ def decisions(count: int, first: int = 0):
     classifier = DiffusionClassifier(Toy(), Draws(6), keep_errors=True)
     results = list(classifier(some_images(count), ids=range(first, first + count)))
     rows = [
-        Row.of(r, range(5), classifier.terms.weights_S, label=i % 5, seconds=0.5, rank=0, thumbnail=b"RIFF")
+        Record.of(r, range(5), classifier.terms.weights_S, label=i % 5, seconds=0.5, rank=0, thumbnail=b"RIFF")
         for i, r in enumerate(results)
     ]
     return classifier, results, rows
@@ -55,7 +55,7 @@ def test_what_goes_in_comes_out(tmp_path):
     rows[2] = replace(rows[2], label=None, prediction=None, margin=float("inf"))
     rows[3] = replace(rows[3], error_map=np.arange(6, dtype=np.float32).reshape(2, 3), thumbnail=None)
     for row, back in zip(rows, from_table(to_table(rows)), strict=True):
-        for name in Row.__dataclass_fields__:
+        for name in Record.__dataclass_fields__:
             a, b = getattr(row, name), getattr(back, name)
             np.testing.assert_array_equal(a, b) if isinstance(a, np.ndarray) else None
             assert isinstance(a, np.ndarray) or a == b, name
