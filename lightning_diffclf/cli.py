@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -33,14 +32,13 @@ from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
+from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
 from lightning_diffclf.modules.checkpoints import check_checkpoint, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
 
@@ -54,20 +52,6 @@ KEPT_FOR_EVALUATION = (
     "ema",
     "checkpoint",
 )  # of a checkpoint's configuration
-
-
-class NamedConfig(ActionConfigFile):
-    """``--config dit_digits.yaml``: that file, else the file of that name in configs/."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Replace a bare name and go on as the base class."""
-        if isinstance(values, str) and "\n" not in values and not Path(values).is_file():
-            if (CONFIGS / values).is_file():
-                values = str(CONFIGS / values)
-            elif values.endswith((".yaml", ".yml")):
-                known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
-                parser.error(f"config: no file {values!r}, neither here nor in {CONFIGS} (which has: {known})")
-        super().__call__(parser, cfg, values, option_string)
 
 
 class KeepConfig(SaveConfigCallback):
@@ -84,8 +68,7 @@ class KeepConfig(SaveConfigCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         before = checkpoint.get(PROCESSES_KEY, trainer.world_size)
         if trainer.state.fn == "fit" and before != trainer.world_size:
-            # What is seen in a step depends on the step only (data/stream.py).
-            rank_zero_info(f"going on with {trainer.world_size} processes in place of {before}, by the same batches")
+            rank_zero_info(f"resuming with {trainer.world_size} processes in place of {before}")
 
 
 class DiffClfCLI(LightningCLI):
@@ -118,6 +101,12 @@ class DiffClfCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
+            f"--{EXTENDS}",
+            type=str | list[str] | None,
+            default=None,
+            help="In a file: the file, or list of files, whose values it changes",
+        )
+        parser.add_argument(
             "--run_dir", type=str, default="runs/default", help="Folder for checkpoints, logs and results of this run"
         )
         parser.add_argument(
@@ -144,6 +133,10 @@ class DiffClfCLI(LightningCLI):
         if self._default_subcommand and not (args and args[0] in self.subcommands()):
             args = [self._default_subcommand, *args]
         self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        if self._get(self.config, EXTENDS) is not None:
+            raise UserError(f"{EXTENDS}: only files say what they extend; expected --config, which may be repeated")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the base class would let a checkpoint's hyperparameters override flags and YAML in silence."""
@@ -172,7 +165,7 @@ class DiffClfCLI(LightningCLI):
             path = Path(self._get(self.config, "run_dir")) / "checkpoints" / "last.ckpt"
             if path.is_file():
                 path = str(path)
-                print(f"going on from {path}")
+                print(f"resuming from {path}")
             else:
                 path = self.config_init[subcommand]["ckpt_path"] = None
         if path is not None and path not in ("best", "hpc", "registry"):
@@ -303,10 +296,9 @@ def default_output(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
     """Folder for results: beside ``checkpoints/`` of a run's checkpoint, else in the last ``run_dir`` of the files."""
     if ckpt is None or is_published(ckpt):
         run_dir = Path()
-        for config in configs:
-            path = Path(config) if Path(config).is_file() else CONFIGS / config
-            values = yaml.safe_load(path.read_text()) if path.is_file() else None  # else the parser will complain
-            run_dir = Path((values or {}).get("run_dir", run_dir))
+        for config in configs:  # names of files, or YAML itself
+            for layer in layers(find(config)) if is_file_name(config) else []:
+                run_dir = Path((yaml.safe_load(layer.read_text()) or {}).get("run_dir", run_dir))
         return run_dir / "evaluation"
     folder = Path(ckpt).parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"

@@ -37,7 +37,7 @@ CLASSES: Mapping[str, frozenset[str]] = {
     "classifier.elimination": frozenset(
         f"lightning_diffclf.{folder}{name}"
         for name in ("Exhaustive", "Stages", "PairedTest", "LikelihoodRatio")
-        for folder in ("", "classifier.", "classifier.elimination.")
+        for folder in ("", "classifier.", "classifier.elimination.", "classifier.sequential.")
     ),
 }  # that settings of others may name, and where
 

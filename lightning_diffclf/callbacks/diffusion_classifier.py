@@ -14,7 +14,8 @@ from lightning_diffclf.callbacks.plan import Planner
 from lightning_diffclf.callbacks.run_settings import run_settings
 from lightning_diffclf.callbacks.run_writer import RunWriter, draw
 from lightning_diffclf.callbacks.sharding import images_on_this_rank, parse_part, the_loader
-from lightning_diffclf.classifier import Classification, DiffusionClassifier, Recipe
+from lightning_diffclf.classifier import Classification, DiffusionClassifier, Exhaustive, Recipe
+from lightning_diffclf.data.protocols import HasScore, NeedsEveryDraw
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import FailedWrite, UserError, WrongType
 from lightning_diffclf.results.metrics import ClassifierMetrics
@@ -141,6 +142,13 @@ class DiffusionClassifierCallback(L.Callback):
             keep_distances=self.keep_distances and stage != "fit",
             compile=self.compile,
         )
+        data, rule = getattr(trainer, "datamodule", None), self.classifier.rule
+        exhaustive = type(rule) is Exhaustive and recipe.budget is None
+        if stage != "fit" and isinstance(data, NeedsEveryDraw) and data.needs_every_draw and not exhaustive:
+            raise UserError(
+                f"{type(data).__name__}: its score compares errors across images and candidates, which is fair only "
+                f"over the same draws; found {rule}, budget {recipe.budget}, expected neither"
+            )
         self._metrics = ClassifierMetrics(
             candidates.classes,
             candidates.num_classes,
@@ -216,7 +224,8 @@ class DiffusionClassifierCallback(L.Callback):
             )
             counts = self._metrics.tally.compute(), self._metrics.confusion.compute()  # on all ranks: they sync
         if trainer.is_global_zero and self._writer is not None:
-            score = getattr(getattr(trainer, "datamodule", None), "score", None)
+            data = getattr(trainer, "datamodule", None)
+            score = data.score if isinstance(data, HasScore) else None
             self.metrics = self._writer.finish(self.metrics, counts, score) | self.metrics
             self._writer.close()
         elif trainer.is_global_zero and counts is not None and trainer.loggers and trainer.state.fn == "fit":

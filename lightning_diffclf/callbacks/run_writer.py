@@ -75,7 +75,7 @@ class RunWriter:
         self._classifier, self._rank, self._ranks = classifier, trainer.global_rank, trainer.world_size
         try:
             self.folder = self._claim(trainer, folder, settings, next_free)
-            errors = ErrorsInfo.of(classifier, classifier.recipe.weights) if keep_errors else None
+            errors = ErrorsInfo.of(classifier) if keep_errors else None
             self._store = Store(self.folder, settings, self._rank, flush_every, errors, keep_distances)
             self.finished = self._store.finished
             made = sum(len(t) - t["error_map"].null_count for t in self._mine(["error_map"]))

@@ -24,7 +24,7 @@ def shards_command(args: Sequence[str]) -> None:
     parser = Parser(
         prog="diffclf shards",
         description="Pack a folder of images, one folder for each class, into tar shards in webdataset's layout. "
-        "Images go in as they are, in random order. The same command goes on where it was stopped.",
+        "Images go in as they are, in random order. The same command resumes where it was stopped.",
     )
     parser.add_argument("--data", type=str, required=True, help="folder with a folder of images for each class")
     parser.add_argument("--out", type=str, required=True, help="folder for the shards")
@@ -59,7 +59,7 @@ def encode_command(args: Sequence[str]) -> None:
         prog="diffclf encode",
         description="Make latents of a folder of images or of tar shards, once: of each image and its mirror image, "
         "the mean and standard deviation of the autoencoder's posterior, in float16. Runs on several devices, also "
-        "under torchrun or srun; the same command goes on where it stopped. At the end all is read back and checked.",
+        "under torchrun or srun; the same command resumes where it stopped. At the end all is read back and checked.",
     )
     parser.add_argument("--data", type=str, required=True, help="folder with a folder for each class, or tar shards")
     parser.add_argument("--out", type=str, required=True, help="folder for the latents")

@@ -96,7 +96,7 @@ def report_command(args: Sequence[str]) -> None:
     """``diffclf report``: one HTML file."""
     parser = Parser(
         prog="diffclf report",
-        description="One HTML file that shows an evaluation (also one that is still going on), and its figures as PNG "
+        description="One HTML file that shows an evaluation (also one that is still running), and its figures as PNG "
         "and SVG. Needs no network, neither to make nor to open.",
     )
     parser.add_argument("run", type=str, help="folder of an evaluation")

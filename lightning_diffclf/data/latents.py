@@ -5,7 +5,7 @@
     index.json       what they were made of and with; ``complete`` once all are there and checked
     moments.npy      (N, 2, 2C, h, w) float16: of image and mirror image, means and then standard deviations
     labels.npy       (N, 2) int64: class and id
-    chunks/*.json    count and CRC-32 of each finished chunk, by which a run that was stopped goes on
+    chunks/*.json    count and CRC-32 of each finished chunk, from which an interrupted run resumes
 
 Ids are those of the images that were encoded, so that latents get the noise that the images would. 42 GB for ImageNet
 at 256 x 256.
@@ -238,7 +238,7 @@ class Latents(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: str) -> None:
         self.root, self.index = folder, LatentsIndex.read(Path(folder))
         if not self.index.complete:
-            raise UserError(f"latents: {folder!r} is not complete; go on with `diffclf encode`")
+            raise UserError(f"latents: {folder!r} is not complete; finish it with `diffclf encode`")
         self._open()
 
     def _open(self) -> None:
@@ -252,6 +252,10 @@ class Latents(Dataset[dict[str, Tensor]]):
         expected = ((count, 2, 2 * c, h, w), (count, 2))
         if found != expected:
             raise UserError(f"latents: files of shapes {found} in {self.root!r}, expected {expected}")
+
+    def identity(self) -> dict[str, Any]:
+        """What they were made of and with, and the classes and ids of the images; not their values."""
+        return {"index": self.index, "labels": np.asarray(self._labels)}
 
     def __getstate__(self) -> dict[str, Any]:  # worker processes open the files, they are not sent them
         return {"root": self.root, "index": self.index}

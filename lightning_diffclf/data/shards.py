@@ -132,6 +132,10 @@ class Shards:
         """Number of images in a shard, None if unknown."""
         return None if self.index is None else self.index.counts.get(Path(url).name)
 
+    def identity(self) -> dict[str, Any]:
+        """Which shards there are, and what the index says of them."""
+        return {"shards": [Path(url).name for url in self.urls], "index": self.index}
+
     def samples(self, url: str) -> Iterator[dict[str, Any]]:
         """Undecoded samples of a shard: members by suffix, ``__key__`` and ``__url__``.
 

@@ -353,8 +353,7 @@ def export_pipeline(net: DiT, schedule: NoiseSchedule, folder: Path, vae: str, c
 
 def _betas(schedule: DiscreteSchedule) -> dict[str, Any]:
     """Noise levels as a scheduler of diffusers takes them: by name where there is one, as others would write them."""
-    alphas = schedule.alphas_cumprod
-    betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
+    alphas, betas = schedule.alphas_cumprod, schedule.betas
     ends = {"beta_start": round(float(betas[0]), 8), "beta_end": round(float(betas[-1]), 8)}
     for name in ("linear", "scaled_linear"):
         maker: Any = getattr(NoiseSchedule, name)

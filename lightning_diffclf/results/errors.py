@@ -60,6 +60,7 @@ class ErrorsInfo:
         elimination: The rule of the run, as ``repr`` has it.
         weights: The timestep weights of the run; see :func:`~lightning_diffclf.classifier.score.timestep_weights`.
         budget: Network calls for one image at most in the run; None for no limit.
+        ensemble: What counted where a class has several candidates: ``best`` or ``mean``.
         dims: Number of values of x0, D; None as long as no image was classified.
     """
 
@@ -72,6 +73,7 @@ class ErrorsInfo:
     elimination: str
     weights: str | tuple[float, ...] = "uniform"
     budget: int | None = None
+    ensemble: str = "best"
     dims: int | None = None
 
     @property
@@ -80,19 +82,20 @@ class ErrorsInfo:
         return len(self.timesteps_S)
 
     @classmethod
-    def of(cls, classifier: DiffusionClassifier, weights: str | Sequence[float] = "uniform") -> ErrorsInfo:
-        """Info on the errors of ``classifier``, which was made with these ``weights``."""
-        denoiser, timesteps_S = classifier.denoiser, classifier.timesteps_S
+    def of(cls, classifier: DiffusionClassifier) -> ErrorsInfo:
+        """Info on the errors of ``classifier``."""
+        denoiser, timesteps_S, recipe = classifier.denoiser, classifier.timesteps_S, classifier.recipe
         return cls(
             loss=classifier.loss.name,
             seed=classifier.draws.seed,
             timesteps_S=tuple(timesteps_S.double().tolist()),
-            log_snr_S=tuple(denoiser.schedule.log_snr(timesteps_S).double().tolist()),
+            log_snr_S=tuple(classifier.terms.log_snr_S.tolist()),
             names=denoiser.candidates.names,
             classes=denoiser.candidates.classes,
             elimination=repr(classifier.rule),
-            weights=weights if isinstance(weights, str) else tuple(weights),
-            budget=classifier.budget,
+            weights=recipe.weights if isinstance(recipe.weights, str) else tuple(recipe.weights),
+            budget=recipe.budget,
+            ensemble=recipe.ensemble,
         )
 
     def to_json(self) -> str:
@@ -205,7 +208,8 @@ class StoredImage:
         nfe: Network calls that the run spent on it.
         errors_SK: Errors (S, K), float32, draws in the order spent; NaN where not evaluated.
         distances_SP: Mean squared differences between what two candidates predict, for the P = K (K-1) / 2 pairs of
-            ``np.triu_indices(K, 1)`` (S, P), float32 of ten bits; None if not stored or not asked for.
+            ``np.triu_indices(K, 1)`` (S, P), float32, as the classifier saw them; None if not stored or not asked
+            for.
     """
 
     image_id: str

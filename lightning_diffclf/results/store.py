@@ -86,14 +86,18 @@ class Settings:
 
     def check_same(self, other: Settings, what: str) -> None:
         """Raise ValueError, naming all differences, unless ``other`` has the same identity."""
-        names = [*self.identity, *(name for name in other.identity if name not in self.identity)]
-        different = [
-            f"{name}: {other.identity.get(name)!r} there, {self.identity.get(name)!r} here"
-            for name in names
-            if self.identity.get(name) != other.identity.get(name)
-        ]
+        different = list(_differences(other.identity, self.identity))
         if different:
             raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")
+
+
+def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    """Where two identities differ, such as ``data.size: 8 there, 16 here``."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in dict.fromkeys([*here, *there]):
+            yield from _differences(there.get(name), here.get(name), f"{path}.{name}" if path else name)
+    elif json.dumps(there, sort_keys=True) != json.dumps(here, sort_keys=True):
+        yield f"{path}: {there!r} there, {here!r} here"
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

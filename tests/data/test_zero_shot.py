@@ -7,7 +7,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision import datasets
 
-from lightning_diffclf.data.zero_shot import CATS, SOURCES, ZeroShotDataModule
+from lightning_diffclf.data.zero_shot import CATS, PUBLIC_SETS, ZeroShotDataModule
 from lightning_diffclf.modules.conditions import conditions
 
 
@@ -131,7 +131,7 @@ def test_names_of_pets_have_their_species():
     class Pets:
         classes = ("Abyssinian", "American Bulldog", "Pug", "Sphynx")
 
-    names = SOURCES["pets"].names(Pets())
+    names = PUBLIC_SETS["pets"].names(Pets())
     assert names == ["Abyssinian cat", "American Bulldog", "Pug dog", "Sphynx cat"]
     assert len(CATS) == 12
 

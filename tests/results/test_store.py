@@ -32,7 +32,7 @@ def decisions(count: int, first: int = 0):
     classifier = DiffusionClassifier(Toy(), Draws(6), keep_errors=True)
     results = list(classifier(some_images(count), ids=range(first, first + count)))
     rows = [
-        Record.of(r, range(5), classifier.weights_S, label=i % 5, seconds=0.5, rank=0, thumbnail=b"RIFF")
+        Record.of(r, range(5), classifier.terms.weights_S, label=i % 5, seconds=0.5, rank=0, thumbnail=b"RIFF")
         for i, r in enumerate(results)
     ]
     return classifier, results, rows

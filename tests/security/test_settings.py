@@ -13,7 +13,8 @@ import torch
 import yaml
 
 import lightning_diffclf
-from lightning_diffclf.classifier.elimination import Elimination, SequentialTest
+from lightning_diffclf.classifier.elimination import Elimination
+from lightning_diffclf.classifier.sequential import SequentialTest
 from lightning_diffclf.cli import CONFIG_KEY, evaluate, evaluation_config
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import CLASSES
