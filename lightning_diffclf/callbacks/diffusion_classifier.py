@@ -40,13 +40,14 @@ from lightning_diffclf.classifier import (
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import UserError, WrongType
+from lightning_diffclf.results import charts
 from lightning_diffclf.results.calibration import calibrate
 from lightning_diffclf.results.errors import ErrorsInfo
-from lightning_diffclf.results.figures import save_confusion_matrix, save_timestep_accuracy
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.plan import Measurement, Plan, measure
 from lightning_diffclf.results.predictions import Row, from_table
 from lightning_diffclf.results.store import Store, claim, finish
+from lightning_diffclf.results.summary import Outline, Summary
 from lightning_diffclf.results.thumbnails import thumbnail
 
 
@@ -228,14 +229,19 @@ class DiffusionClassifierCallback(L.Callback):
         # On the module, so that Lightning moves them to its device. They have no parameters and save nothing.
         pl_module.add_module(
             self._metrics_name,
-            ClassifierMetrics(
-                pl_module.candidates.classes,
-                pl_module.candidates.num_classes,
-                len(self.classifier.timesteps_S),
-                self.posterior,
-                abstains=self.abstain > 0,
-                proposes=self.proposal is not None,
-            ),
+            ClassifierMetrics(self.outline),
+        )
+
+    @property
+    def outline(self) -> Outline:
+        """What must be known to sum decisions up; from ``setup`` on."""
+        return Outline(
+            classes=tuple(self.classifier.denoiser.candidates.classes),
+            class_names=tuple(class_names(self.classifier.denoiser)),
+            timesteps_S=tuple(self.classifier.timesteps_S.tolist()),
+            posterior=self.posterior,
+            abstains=self.abstain > 0,
+            proposes=self.proposal is not None,
         )
 
     @property
@@ -402,7 +408,7 @@ class DiffusionClassifierCallback(L.Callback):
                         extra["error_map"] = self._error_map(
                             replace(result, image_id=key), label, image.to(pl_module.device)
                         )
-                row = Row.of(result, classes, self.classifier.weights_S, label, **extra)
+                row = Row.of(result, classes, self.classifier.weights_S, label, self.ensemble, **extra)
                 rows.append(replace(row, thumbnail=None, error_map=None))
                 self.results.append(replace(result, errors_KS=None, distances_SKK=None))
                 if self._store is not None:
@@ -463,43 +469,31 @@ class DiffusionClassifierCallback(L.Callback):
         if self._planning:
             self.planned = self._make_plan(trainer)
             return
-        labelled = trainer.state.fn != "predict"
-        if labelled:
-            self.metrics = self._metrics(pl_module).compute()
+        summary: Summary | None = None
+        if trainer.state.fn != "predict":
+            summary = self._metrics(pl_module).compute()  # by all ranks: it syncs
+            self.metrics = summary.numbers()
             pl_module.log_dict(
                 {f"{self.name}/{name}": value for name, value in self.metrics.items()},
                 sync_dist=trainer.world_size > 1,  # equal on all ranks already; says so to Lightning
             )
-        tally = self._metrics(pl_module).tally.compute() if labelled else None  # by all ranks: it syncs
-        confusion = self._metrics(pl_module).confusion.compute() if labelled else None
         if trainer.is_global_zero and self._folder is not None:
-            self._write(self._folder, labelled, getattr(trainer, "datamodule", None))
-        if trainer.is_global_zero and tally is not None and confusion is not None:
+            self._write(self._folder, summary is not None, getattr(trainer, "datamodule", None))
+        if trainer.is_global_zero and summary is not None:
             if self._folder is not None:
-                self._draw(tally, confusion, self._folder)
+                charts.save(charts.of_summary(summary), self._folder, ["png"])
             elif trainer.loggers and trainer.state.fn == "fit":
                 folder = Path(trainer.default_root_dir) / "validation"
-                for path in self._draw(tally, confusion, folder):
+                for path in charts.save(charts.of_summary(summary), folder, ["png"]):
                     log_picture(trainer, f"{self.name}/{path.stem}", path)
-
-    def _draw(self, tally: dict[str, Tensor], confusion: Tensor, folder: Path) -> list[Path]:
-        """Pictures of what was counted; returns their files."""
-        paths = [folder / "confusion.png"]
-        save_confusion_matrix(confusion, class_names(self.classifier.denoiser), paths[0])
-        if bool((tally["judged_S"] > 0).any()):
-            paths.append(folder / "timesteps.png")
-            accuracy_S = tally["correct_S"].cpu() / tally["judged_S"].cpu()
-            chance = 1 / len(self.candidates or self.classifier.denoiser.candidates)
-            save_timestep_accuracy(self.classifier.timesteps_S, accuracy_S, chance, self.metrics["accuracy"], paths[1])
-        return paths
 
     def _write(self, folder: Path, labelled: bool, datamodule: Any) -> None:
         assert self._store is not None
         settings = self._store.settings
         table = finish(folder, settings)
-        metrics: dict[str, Any] = self.metrics or {"images": table.num_rows, "nfe": sum(table["nfe"].to_pylist())}
+        metrics: dict[str, Any] = self.metrics or Summary.of(self.outline, [table]).numbers()
         if labelled:
-            calibrated = calibrate(from_table(table), self.classifier.denoiser.candidates.classes, self.posterior)
+            calibrated = calibrate([table], self.outline)
             metrics = self.metrics | (asdict(calibrated) if calibrated is not None else {})
         score = getattr(datamodule, "score", None)  # numbers of the data set's own
         if score is not None:

@@ -60,10 +60,8 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
         "candidate_names": list(denoiser.candidates.names),
-        "candidate_classes": list(denoiser.candidates.classes),
-        "class_names": class_names(denoiser),
-        "timesteps_S": c.timesteps_S.tolist(),
         "log_snr_S": c.log_snr_S.tolist(),
+        **callback.outline.to_info(),
     }
     return Settings(identity, info)
 

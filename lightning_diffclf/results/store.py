@@ -118,21 +118,28 @@ def claim(folder: Path, settings: Settings, elsewhere: bool = False) -> Path:
                 raise UserError(f"output: {str(place)!r} holds {taken} without {SETTINGS}, expected another folder")
         else:
             try:
-                settings.check_same(Settings.read(place), f"the run in {str(place)!r}")
+                stored = Settings.read(place)
+                settings.check_same(stored, f"the run in {str(place)!r}")
+                if stored.info.get("summary") != settings.info.get("summary"):  # another temperature, say
+                    _write_settings(place, Settings(stored.identity, stored.info | settings.info))
                 return place
             except ValueError as error:
                 if not elsewhere:
                     raise UserError(f"{error}; give another folder") from error
         number += 1
         place = folder.with_name(f"{folder.name}-{number}")
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        temporary = place / f"{SETTINGS}.tmp"
-        temporary.write_text(settings.to_json() + "\n")
-        os.replace(temporary, place / SETTINGS)
-    except OSError as error:
-        raise FailedWrite(f"output: {str(place)!r} cannot be written ({error})") from error
+    _write_settings(place, settings)
     return place
+
+
+def _write_settings(folder: Path, settings: Settings) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{SETTINGS}.tmp"
+        temporary.write_text(settings.to_json() + "\n")
+        os.replace(temporary, folder / SETTINGS)
+    except OSError as error:
+        raise FailedWrite(f"output: {str(folder)!r} cannot be written ({error})") from error
 
 
 class Store:
