@@ -97,7 +97,7 @@ def confusion(counts: pd.DataFrame, names: pd.DataFrame, num_classes: int, subti
         x="order == 'class' ? datum.predicted : datum.predicted_rank",
         y="order == 'class' ? datum.true : datum.true_rank",
     )
-    squares = base.mark_rect(width=max(cell, 1), height=max(cell, 1)).encode(
+    squares = base.mark_rect(width=max(cell, 2), height=max(cell, 2)).encode(
         x=x,
         y=y,
         color=alt.Color(
@@ -162,7 +162,7 @@ def by_timestep(frame: pd.DataFrame, overall: float, chance: float) -> Chart:
     rules = (
         alt.Chart(pd.DataFrame({"accuracy": [overall, chance], "what": ["all draws", "chance"]}))
         .mark_rule(strokeDash=[4, 4])
-        .encode(y="accuracy:Q", color=alt.Color("what:N", title=None))
+        .encode(y="accuracy:Q", color=alt.Color("what:N", title=None, scale=alt.Scale(range=["#2ca02c", "#808080"])))
     )
     return _finished(alt.layer(band, line, rules), "Accuracy of one draw, by timestep")
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import from_numpy
+import torch
 
 from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.results.columns import Chunk, Columns
@@ -258,6 +258,6 @@ def judge(columns: Columns, outline: Outline, posterior: Posterior) -> Judged:
     return Judged(
         confidence=p_BC.amax(1).numpy(),
         right=columns.numbers("prediction") == label_B,
-        label=p_BC.gather(1, from_numpy(label_B)[:, None])[:, 0].numpy(),
+        label=p_BC.gather(1, torch.tensor(label_B)[:, None])[:, 0].numpy(),
         squares=p_BC.square().sum(1).numpy(),
     )
