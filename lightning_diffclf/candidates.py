@@ -38,6 +38,14 @@ class Candidates:
         return len(self.names)
 
     @property
+    def class_names(self) -> list[str]:
+        """A name for each class: that of its first candidate, or else its index."""
+        names = [str(c) for c in range(self.num_classes)]
+        for name, c in reversed(list(zip(self.names, self.classes, strict=True))):
+            names[c] = name
+        return names
+
+    @property
     def num_classes(self) -> int:
         """One more than the largest class index."""
         return max(self.classes) + 1

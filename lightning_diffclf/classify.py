@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lightning_diffclf.classifier import DiffusionClassifier, LikelihoodRatio, Recipe
-from lightning_diffclf.classifier.posterior import sum_by_class
+from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.data.batch import content_ids
 from lightning_diffclf.data.images import find_images, open_image, transform
 from lightning_diffclf.data.prompts import from_names
@@ -99,7 +99,8 @@ def classify(
         nonlocal start
         for result in results:
             classes = [denoiser.candidates.classes[k] for k in result.candidates_K.tolist()]
-            p_C = sum_by_class(recipe.posterior(result.differences_K[None], result.dims), classes, len(names))[0]
+            differences_1C = class_differences(result.differences_K[None], torch.tensor([classes]), len(names))
+            p_C = recipe.posterior(differences_1C, result.dims)[0]
             order = p_C.argsort(descending=True, stable=True).tolist()
             best = {c: min((i for i, own in enumerate(classes) if own == c), key=result.ranking.index) for c in order}
             now = time.perf_counter()

@@ -154,6 +154,13 @@ def _claim(folder: Path, settings: Settings) -> None:
         raise _Taken(f"{error}; give another folder") from error
 
 
+def refresh(folder: Path, settings: Settings) -> None:
+    """Let a resumed run's settings say how its numbers are made now: with another temperature, say."""
+    stored = Settings.read(folder)
+    if stored.info.get("summary") != settings.info.get("summary"):
+        write_text(Settings(stored.identity, stored.info | settings.info).to_json() + "\n", folder / SETTINGS, "output")
+
+
 class Store:
     """Writes the decisions of one process to the folder of a run.
 
@@ -263,6 +270,24 @@ def scan(run: Path, columns: Sequence[str] | None = None, settings: Settings | N
                     yield fresh
             return
     raise _unsteady(run)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Some columns of a run's records, to be read in chunks as often as needed: each pass is a :func:`scan`.
+
+    Args:
+        run: Its folder.
+        settings: Those of the run.
+        columns: The columns to read.
+    """
+
+    run: Path
+    settings: Settings
+    columns: Sequence[str]
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return scan(self.run, self.columns, self.settings)
 
 
 def read_table(run: Path, settings: Settings | None = None, columns: Sequence[str] | None = None) -> pa.Table:
