@@ -20,7 +20,7 @@ from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sa
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
 from lightning_diffclf.results.statistics import Scores
-from lightning_diffclf.results.store import Settings, scan
+from lightning_diffclf.results.store import SETTINGS, Settings, scan
 from lightning_diffclf.results.summary import Outline, Summary
 
 
@@ -57,7 +57,13 @@ class Evaluation:
     @cached_property
     def outline(self) -> Outline:
         """What summaries need to know."""
-        return Outline.of(self.settings.info)
+        try:
+            return Outline.of(self.settings.info)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"run: {str(self.path / SETTINGS)!r} does not say what was evaluated ({error!r}), expected what an "
+                "evaluation writes"
+            ) from error
 
     def chunks(self, columns: Sequence[str], ids: Collection[str] | None = None) -> Iterator[pa.Table]:
         """Some columns of the decisions, a few megabytes at a time; of the images ``ids`` only, if given."""

@@ -79,10 +79,13 @@ class Settings:
         if not path.is_file():
             raise MissingFile(f"run: no {SETTINGS} in {str(folder)!r}, expected the folder of an evaluation")
         values = read_json(path, "run")
-        try:
-            return cls(values["identity"], values["info"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"run: {str(path)!r} cannot be read ({error})") from error
+        parts = [values.get(name) if isinstance(values, dict) else None for name in ("identity", "info")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise UserError(f"run: {str(path)!r} cannot be read, expected identity and info")
+        found = cls(*parts)
+        if values.get("digest", found.digest) != found.digest:
+            raise UserError(f"run: {str(path)!r} was changed: its digest is not that of its identity")
+        return found
 
     def check_same(self, other: Settings, what: str) -> None:
         """Raise ValueError, naming all differences, unless ``other`` has the same identity."""
