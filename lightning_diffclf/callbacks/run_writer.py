@@ -207,7 +207,7 @@ def draw(
     save_confusion_matrix(confusion, class_names(classifier.denoiser), paths[0])
     if bool((tally["judged_S"] > 0).any()):
         paths.append(folder / "timesteps.png")
-        accuracy_S = tally["correct_S"].cpu() / tally["judged_S"].cpu()
+        accuracy_S = tally["correct_S"].cpu().reshape(-1) / tally["judged_S"].cpu().reshape(-1)  # one draw: a number
         chance = 1 / len(classifier.recipe.candidates or classifier.denoiser.candidates)
         save_timestep_accuracy(classifier.timesteps_S, accuracy_S, chance, accuracy, paths[1])
     return paths

@@ -79,6 +79,14 @@ def test_metrics_agree_with_independent_ones(tmp_path):
     }
 
 
+def test_one_draw_is_enough(tmp_path):
+    trainer(DiffusionClassifierCallback(draws=1, output_dir=str(tmp_path / "out"))).test(
+        Gaussians(), loader(4), verbose=False
+    )
+    assert read(tmp_path / "out")[1]["metrics"]["nfe_per_image"] == CLASSES
+    assert (tmp_path / "out" / "timesteps.png").is_file()
+
+
 def test_agrees_with_the_classifier_without_a_trainer(tmp_path):
     callback = DiffusionClassifierCallback(elimination=Stages((5, 20), (3, 1)), output_dir=str(tmp_path / "out"))
     module, data = Gaussians(), Samples(10)
