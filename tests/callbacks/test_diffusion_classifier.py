@@ -201,12 +201,11 @@ class WrongLength(IterableDataset):
         return self.said
 
 
-@pytest.mark.parametrize("said", [None, 7, 40])
-@pytest.mark.parametrize("averaging", [EMA, partial(EMAWeightAveraging, use_buffers=False)])
+@pytest.mark.parametrize(
+    ("averaging", "said"), [(EMA, None), (EMA, 40), (partial(EMAWeightAveraging, use_buffers=False), None)]
+)
 def test_streams_of_unknown_length_are_classified_with_averaged_weights(averaging, said):
     """Also the last images, which fill no micro-batch, where the averaging callback comes first."""
-    if averaging is not EMA and said == 40:
-        pytest.skip("nobody can know the last batch, and averages of others go before the end of the epoch")
     callback, seen = DiffusionClassifierCallback(draws=4, fit_images=None, microbatch=256), {}
     module, data = tiny_dit(), DigitsDataModule(batch_size=64)
     data.setup("fit")
@@ -222,8 +221,8 @@ def test_streams_of_unknown_length_are_classified_with_averaged_weights(averagin
         averaging(decay=0.9),
         callback,
         Keep(),
-        max_steps=6,
-        val_check_interval=6,
+        max_steps=3,
+        val_check_interval=3,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
     )
