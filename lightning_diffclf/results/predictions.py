@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification
-from lightning_diffclf.files import replacing
+from lightning_diffclf.results.seal import sealed_writer
 
 
 @dataclass(frozen=True)
@@ -210,6 +209,6 @@ def list_views(column: pa.ListArray) -> list[np.ndarray]:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write ``table`` to ``path`` at once; see :func:`~lightning_diffclf.files.replacing`."""
-    with replacing(path, "results") as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    """Write ``table`` to ``path`` at once; see :func:`~.seal.sealed_writer`."""
+    with sealed_writer(path, table.schema, "results") as out:
+        out.write_table(table)
