@@ -30,6 +30,7 @@ import pyarrow as pa
 from lightning_diffclf.classifier import Classification
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
 from lightning_diffclf.files import FolderLock, read_json, remove_temporaries, write_text
+from lightning_diffclf.identity import differences
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.parts import Parts, Vanished
 from lightning_diffclf.results.predictions import SCHEMA, Record, list_views, to_table, write_table
@@ -86,18 +87,9 @@ class Settings:
 
     def check_same(self, other: Settings, what: str) -> None:
         """Raise ValueError, naming all differences, unless ``other`` has the same identity."""
-        different = list(_differences(other.identity, self.identity))
+        different = list(differences(other.identity, self.identity))
         if different:
             raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")
-
-
-def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    """Where two identities differ, such as ``data.size: 8 there, 16 here``."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in dict.fromkeys([*here, *there]):
-            yield from _differences(there.get(name), here.get(name), f"{path}.{name}" if path else name)
-    elif json.dumps(there, sort_keys=True) != json.dumps(here, sort_keys=True):
-        yield f"{path}: {there!r} there, {here!r} here"
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
