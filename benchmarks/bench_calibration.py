@@ -24,19 +24,19 @@ from sklearn.linear_model import LogisticRegression
 
 from lightning_diffclf import DiffusionClassifier, Draws, Exhaustive, PairedTest, Posterior
 from lightning_diffclf.results.calibration import crossfitted, fold_of, judge
-from lightning_diffclf.results.predictions import Row
+from lightning_diffclf.results.predictions import Record
 from lightning_diffclf.results.replay import replay
 from lightning_diffclf.results.statistics import ece
 
 
-def rows_of(found, errors_of: dict[str, np.ndarray], classes: list[int], weights_S: np.ndarray) -> list[Row]:
+def rows_of(found, errors_of: dict[str, np.ndarray], classes: list[int], weights_S: np.ndarray) -> list[Record]:
     """Rows of replayed decisions, with the errors that each would have seen."""
     rows = []
     for result, label in zip(found.results, found.labels, strict=True):
         errors_KS = errors_of[result.image_id].T.copy()
         errors_KS[np.arange(errors_KS.shape[1]) >= result.draws_K.numpy()[:, None]] = np.nan
         seen = result.__class__(**{**result.__dict__, "errors_KS": torch.from_numpy(errors_KS)})
-        rows.append(Row.of(seen, classes, weights_S, label, seconds=0.0, rank=0))
+        rows.append(Record.of(seen, classes, weights_S, label, seconds=0.0, rank=0))
     return rows
 
 
@@ -75,7 +75,7 @@ def main() -> None:
                 report(task, rule, rows, classes)
 
 
-def report(task: str, rule: object, rows: list[Row], classes: list[int]) -> None:
+def report(task: str, rule: object, rows: list[Record], classes: list[int]) -> None:
     right_B = np.array([row.prediction == row.label for row in rows])
     fold_B = np.array([fold_of(row.id) for row in rows])
     kinds = {

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.noise import KeyedNoise
 from lightning_diffclf.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import glob
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lightning_diffclf.errors import FailedWrite
+from lightning_diffclf.errors import MissingFile
+from lightning_diffclf.files import remove_temporaries, replacing
+from lightning_diffclf.models.weight_files import read_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -20,25 +22,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Pass it to the Trainer: ``plugins=[AtomicCheckpointIO()]``. Addresses such as ``s3://…`` are left to Lightning.
 
+    Reading verifies the checksum of every tensor, and never runs code from the file.
+
     Raises:
         OSError: from ``save_checkpoint``, if the file cannot be written.
+        ValueError: from ``load_checkpoint``, if the file is not what was written, or more than weights and numbers.
     """
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """What ``path`` holds, on the CPU; whatever ``weights_only`` says."""
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        if not Path(path).is_file():
+            raise MissingFile(f"checkpoint: no file {str(path)!r}")
+        return read_file(Path(path))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write ``checkpoint`` to ``path``, for which there must be room beside the file of that name."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        part = f"{path}.part"
-        try:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            torch.save(checkpoint, part)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-            if os.path.exists(part):
-                os.remove(part)
-            raise FailedWrite(
-                f"checkpoint: {str(path)!r} could not be written, what was there is intact ({error})"
-            ) from error
+        remove_temporaries(Path(path).parent, f"{glob.escape(Path(path).name)}.*")  # as large as a checkpoint
+        with replacing(path, "checkpoint") as temporary:
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:  # by which torch's writer tells of a full disk
+                raise OSError(error) from error

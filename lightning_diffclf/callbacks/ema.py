@@ -76,6 +76,12 @@ class EMA(WeightAveraging):
         super()._swap_models(pl_module)
         self._swapped = not self._swapped
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing yet: other callbacks may still use the weights in this hook, whatever the order of callbacks."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Change places rather than copy, so that a checkpoint written from here on still has both.
         if self._average_model is not None:

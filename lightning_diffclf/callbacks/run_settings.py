@@ -20,10 +20,10 @@ from torch.utils.data import Dataset, IterableDataset
 from torchmetrics import Metric
 
 from lightning_diffclf.classifier import Recipe
-from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import digest_of_tensor, identity_of, says
 from lightning_diffclf.results.store import Settings
+from lightning_diffclf.results.summary import Outline
 
 LOADING = ("batch_size", "eval_batch_size", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
 
@@ -56,10 +56,8 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
         "candidate_names": list(denoiser.candidates.names),
-        "candidate_classes": list(denoiser.candidates.classes),
-        "class_names": class_names(denoiser),
-        "timesteps_S": c.timesteps_S.tolist(),
-        "log_snr_S": c.log_snr_S.tolist(),
+        "log_snr_S": c.terms.log_snr_S.tolist(),
+        **Outline.of_classifier(c).to_info(),
     }
     return Settings(trainer.strategy.broadcast(identity), info)
 
@@ -69,21 +67,13 @@ def _resolved(callback: Any) -> Recipe:
     c = callback.classifier
     fixed = c.draws.timesteps is not None or c.draws.noise is not None
     draws = c.draws if fixed else c.draws.count
-    return replace(c.recipe, draws=draws, seed=c.draws.seed, elimination=c.rule, candidates=callback.candidates)
+    return replace(c.recipe, draws=draws, seed=c.draws.seed, elimination=c.rule)
 
 
 def _data_module(trainer: L.Trainer) -> Any:
     """The data module of this evaluation: ``trainer.datamodule`` may be that of one before."""
     selector = trainer._data_connector._datahook_selector
     return None if selector is None else selector.datamodule
-
-
-def class_names(module: ConditionalDenoiser) -> list[str]:
-    """A name for each class: that of its first candidate."""
-    names = [str(i) for i in range(module.candidates.num_classes)]
-    for name, c in reversed(list(zip(module.candidates.names, module.candidates.classes, strict=True))):
-        names[c] = name
-    return names
 
 
 # --- of users' own classes -------------------------------------------------------------------------------------------

@@ -6,11 +6,36 @@ import hashlib
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_diffclf.errors import UserError
 
 BATCH_LIMITS = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+
+
+def the_loader(trainer: L.Trainer, name: str) -> Any:
+    """The one loader of an evaluation that all ranks can classify.
+
+    Args:
+        trainer: The Trainer that evaluates.
+        name: Who asks, for errors.
+
+    Raises:
+        UserError: if there are several, or weights are sharded.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise UserError(
+            f"{name}: weights are sharded ({type(trainer.strategy).__name__}), but each process makes its own "
+            "number of network calls; evaluate with ddp, and set fit_images to 0 in training"
+        )
+    loaders = {"test": trainer.test_dataloaders, "predict": trainer.predict_dataloaders}.get(
+        trainer.state.fn or "", trainer.val_dataloaders
+    )
+    loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+    if len(loaders) != 1:
+        raise UserError(f"dataloaders: {len(loaders)}, expected one to classify")
+    return loaders[0]
 
 
 def batches_within_limit(trainer: L.Trainer, loader: Any) -> int | None:
@@ -20,6 +45,18 @@ def batches_within_limit(trainer: L.Trainer, loader: Any) -> int | None:
     if isinstance(limit, int):
         return limit
     return None if limit == 1.0 else int(limit * len(loader))
+
+
+def is_last_batch(trainer: L.Trainer) -> bool:
+    """Whether the batch at hand is the last one of an evaluation, also where nobody knew how many there would be."""
+    loops: dict[str, Any] = {
+        "fit": trainer.fit_loop.epoch_loop.val_loop,
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+        "predict": trainer.predict_loop,
+    }
+    assert trainer.state.fn is not None
+    return bool(loops[trainer.state.fn].batch_progress.is_last_batch)
 
 
 def parse_part(text: str) -> tuple[int, int]:

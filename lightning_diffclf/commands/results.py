@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from rich.table import Table
 from lightning_diffclf.classifier import Elimination, LikelihoodRatio
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results.analysis import RunAnalysis
+from lightning_diffclf.files import write_json
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
 from lightning_diffclf.results.errors import StoredErrors
+from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.replay import measure_inflation, replay, to_table, usual_rules
-from lightning_diffclf.results.report import write_report
+from lightning_diffclf.results.report import headline, write_report
 from lightning_diffclf.results.store import merge
 
 
@@ -51,8 +51,7 @@ def replay_command(args: Sequence[str]) -> None:
     if given.out is not None:
         numbers = {"file": given.file, "loss": errors.info.loss, "draws": errors.info.draws, "seed": errors.info.seed}
         numbers |= {} if inflation is None else {"inflation": inflation}
-        text = json.dumps(numbers | {"replays": [one.summary() for one in replays]}, indent=2)
-        Path(given.out).write_text(text + "\n")
+        write_json(numbers | {"replays": [one.summary() for one in replays]}, given.out, indent=2, what="replay")
 
 
 def merge_command(args: Sequence[str]) -> None:
@@ -66,9 +65,9 @@ def merge_command(args: Sequence[str]) -> None:
     parser.add_argument("--out", type=str, required=True, help="folder for the whole")
     given = parser.parse_args(list(args))
     merge([Path(run) for run in given.runs], Path(given.out))
-    run = RunAnalysis.read(given.out)
+    run = Evaluation.read(given.out)
     table = Table(title=f"merged into {given.out}", show_header=False)
-    for name, value, note in run.headline():
+    for name, value, note in headline(run):
         table.add_row(name, value, note)
     Console(soft_wrap=True).print(table)
 
@@ -84,20 +83,20 @@ def compare_command(args: Sequence[str]) -> None:
     parser.add_argument("second", type=str, help="folder of another on the same images")
     parser.add_argument("--out", type=str | None, default=None, help="folder for figures and comparison.json")
     given = parser.parse_args(list(args))
-    first, second = RunAnalysis.read(given.first), RunAnalysis.read(given.second)
+    first, second = Evaluation.read(given.first), Evaluation.read(given.second)
     found = compare(first, second)
     Console(soft_wrap=True).print(comparison_table(found, given.first, given.second))
     if given.out is not None:
         save_plots(first, second, found, Path(given.out))
         runs = {"runs": [given.first, given.second]}
-        (Path(given.out) / "comparison.json").write_text(json.dumps(runs | found.summary(), indent=2) + "\n")
+        write_json(runs | found.summary(), Path(given.out) / "comparison.json", indent=2, what="compare")
 
 
 def report_command(args: Sequence[str]) -> None:
     """``diffclf report``: one HTML file."""
     parser = Parser(
         prog="diffclf report",
-        description="One HTML file that shows an evaluation (also one that is still going on), and its figures as PNG "
+        description="One HTML file that shows an evaluation (also one that is still running), and its figures as PNG "
         "and SVG. Needs no network, neither to make nor to open.",
     )
     parser.add_argument("run", type=str, help="folder of an evaluation")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.files import write_json
+from lightning_diffclf.files import replacing, write_json
 from lightning_diffclf.identity import differences, digest_of_weights, identity_of
 from lightning_diffclf.models.autoencoder import DEFAULT
 from lightning_diffclf.models.published import config_of, is_published, load_published
+from lightning_diffclf.modules.checkpoints import trained_module
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 from lightning_diffclf.results.figures import save_image_grid
 
@@ -32,7 +33,7 @@ def sample_command(args: Sequence[str]) -> None:
     parser = Parser(
         prog="diffclf sample",
         description="Generate images of given classes. An image depends on seed, class and number only, not on batch "
-        "size or devices. Into a folder, the same command goes on where it was stopped.",
+        "size or devices. Into a folder, the same command resumes where it was stopped.",
     )
     parser.add_argument("--ckpt", type=str, required=True, help="checkpoint (its averaged weights), or published ones")
     parser.add_argument("--out", type=str, required=True, help="a .png or .jpg for a grid, else a folder")
@@ -124,10 +125,7 @@ def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT
     if not Path(path).exists():
         raise MissingFile(f"checkpoint: no file or folder {path!r}")
     if not is_published(path):
-        others: dict[str, Any] = {} if vae is None else {"vae": vae}
-        return ClassConditionalDiT.load_from_checkpoint(
-            path, map_location=torch.device("cpu"), weights_only=True, **others
-        )
+        return trained_module(path, vae)
     config = config_of(path)
     if schedule == "sit":
         config["learn_sigma"] = False
@@ -182,7 +180,5 @@ def file_of(out: Path, c: int, number: int) -> Path:
 def save_image(image: Tensor, path: Path) -> None:
     """Write an image (1 or 3, H, W) in [-1, 1] as PNG, whole or not at all."""
     values = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(temporary, "PNG")
-    temporary.replace(path)
+    with replacing(path, "sample") as temporary:
+        Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).save(temporary, "PNG")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_diffclf.data.images import published_crop, stacked, to_tensor, transform
 from lightning_diffclf.data.latents import Latents, is_latents
 from lightning_diffclf.data.shards import ShardImages, Shards, ShardStream, is_remote
-from lightning_diffclf.data.stream import Share, check_end, evaluation_loader, training_loader
+from lightning_diffclf.data.stream import Share, evaluation_loader, next_step, training_loader
 from lightning_diffclf.data.zero_shot import IMAGENET_NAMES, FolderImages, ImageNetFolders
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.identity import ByArguments
@@ -112,7 +112,7 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
 
     Training has no epochs (:mod:`~lightning_diffclf.data.stream`): folders and latents are seen in an order that
     depends on (seed, step) only, also by another number of processes; shards by a stream that begins anew where a run
-    goes on.
+    is resumed.
 
     Args:
         train: What to train on.
@@ -223,16 +223,14 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
         if not isinstance(source, Shards):
             take = _Take(source, self.size, self.flip, self.seed)
             return training_loader(len(source), take, self.batch_size, self.seed, self.trainer, self.num_workers)
-        check_end(self.trainer)
         share = Share.of(self.trainer)
-        step = 0 if self.trainer is None else self.trainer.global_step
         stream = ShardStream(
             source,
             partial(cropped, size=self.size, flip=self.flip),
             share.rank,
             share.world_size,
             seed=self.seed,
-            step=step,
+            step=next_step(self.trainer),
             buffer=self.buffer,
             skip_bad=self.skip_bad,
         )

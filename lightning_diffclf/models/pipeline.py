@@ -7,7 +7,7 @@ What they share is here: loading, the autoencoder, prompts that are embedded onc
 
 from __future__ import annotations
 
-import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import read_json
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
@@ -247,7 +248,7 @@ def load(
         **others: For ``DiffusionPipeline.from_pretrained``, such as ``text_encoder_3=None``.
 
     Raises:
-        ValueError: if it is not there, is gated, or lacks a part; says what to do.
+        ValueError: if it is not there, is gated, lacks a part, or comes with code of its own; says what to do.
     """
     from diffusers import DiffusionPipeline
 
@@ -258,9 +259,13 @@ def load(
     if folder.exists():
         _check_folder(folder, others)
     try:
+        if not folder.exists():
+            check_parts(DiffusionPipeline.load_config(pretrained, revision=revision), pretrained)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older versions know no other
             pipeline = DiffusionPipeline.from_pretrained(pretrained, revision=revision, torch_dtype=dtype, **others)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         if folder.exists():
             raise UserError(f"pretrained: {pretrained!r} cannot be loaded ({_first_line(error)})") from error
@@ -297,16 +302,39 @@ def _check_folder(folder: Path, others: dict[str, Any]) -> None:
         raise UserError(
             f"pretrained: {str(folder)!r} has no model_index.json, expected a pipeline in diffusers' format"
         )
-    try:
-        parts = json.loads(index.read_text())
-    except ValueError as error:
-        raise UserError(f"pretrained: {str(index)!r} cannot be read ({error})") from error
+    parts = read_json(index, "pretrained")
+    check_parts(parts, str(folder))
     wanted = [
         name for name, value in parts.items() if isinstance(value, list) and value[0] is not None and name not in others
     ]
     missing = [name for name in wanted if not (folder / name).is_dir()]
     if missing:
         raise UserError(f"pretrained: {str(folder)!r} lacks {missing}, which its model_index.json names")
+
+
+def check_parts(parts: Any, pretrained: str) -> None:
+    """Raise ValueError unless a pipeline is made of classes that diffusers and transformers have.
+
+    ``model_index.json`` names modules and classes, and older versions of diffusers import whatever it names: any module
+    of this machine, or a file that comes with the weights.
+    """
+    from diffusers import pipelines
+
+    name = parts.get("_class_name") if isinstance(parts, dict) else None
+    if not isinstance(name, str) or not name.isidentifier():
+        raise UserError(f"pretrained: {pretrained!r} is a pipeline {name!r}, expected the name of one of diffusers")
+    for part, value in parts.items():
+        if not isinstance(value, (list, tuple)) or list(value) == [None, None]:
+            continue
+        library, cls = value if len(value) == 2 else (None, None)
+        plain = isinstance(library, str) and isinstance(cls, str) and library.isidentifier() and cls.isidentifier()
+        ours = library in ("diffusers", "transformers") or (plain and hasattr(pipelines, str(library)))
+        indirect = plain and re.match(r"Auto(?!encoder)|.*Pipeline", str(cls))  # which look elsewhere for what to load
+        if not (plain and ours and part.isidentifier()) or indirect:
+            raise UserError(
+                f"pretrained: {pretrained!r} has a part {part}: {value!r}, expected a class of diffusers or "
+                "transformers; code that comes with weights is never run"
+            )
 
 
 def check_lengths(pipeline: Any, encoders: Sequence[str], prompts: list[str]) -> None:

@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.protocols import HasLatents, HasNetworkClasses, HasNumClasses
 from lightning_diffclf.data.stream import Share
 from lightning_diffclf.denoiser import Candidates, evaluating
 from lightning_diffclf.errors import UserError
@@ -23,6 +23,7 @@ from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.conditions import Conditions, conditions
 from lightning_diffclf.modules.training import keyed_generator, learning_rate_factor, schedule_named
+from lightning_diffclf.noise import KeyedNoise
 from lightning_diffclf.sampling import denoise, initial_noise
 from lightning_diffclf.schedule import DiscreteSchedule
 from lightning_diffclf.variational import hybrid_loss
@@ -150,17 +151,17 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check the data module against the network, before long work."""
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data: object = getattr(self._trainer, "datamodule", None)
         num_classes = self.hparams["num_classes"]
         if stage == "fit":
-            if getattr(data, "num_classes", None) not in (None, num_classes):
+            if isinstance(data, HasNumClasses) and data.num_classes not in (None, num_classes):
                 raise UserError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
-            groups = getattr(data, "network_classes", None)
+            groups = data.network_classes if isinstance(data, HasNetworkClasses) else None
             if groups is not None and len(groups) != num_classes:
                 raise UserError(f"data: {len(groups)} classes to validate on, expected {num_classes} as in training")
             if self.hparams["compile"]:
                 self.net.compile()
-        for one in data.latents(stage) if hasattr(data, "latents") else []:
+        for one in data.latents(stage) if isinstance(data, HasLatents) else []:
             if one.index.shape != self.image_shape:
                 raise UserError(f"latents: {one.root!r} has {one.index.shape}, the network takes {self.image_shape}")
             if self.hparams["vae"] not in (None, one.index.vae):
@@ -294,7 +295,7 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
     def _training_draws(self, images: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """This batch's part of the step's timesteps (B,), noise (B, C, H, W), labels to drop (B,), posterior noise.
 
-        The latter two are None where there is nothing to drop or to encode.
+        The last two are None where there is nothing to drop or to encode.
         """
         share, device, count = Share.of(self._trainer), images.device, len(images)
         total, rows = count * share.world_size * share.accumulate, share.rows(count, batch_idx)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.data.prompts import TEMPLATES, PromptSet, from_csv, from_names
+from lightning_diffclf.data.protocols import HasClassNames, HasPrompts
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
@@ -79,12 +80,11 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
 
     def _prompt_set(self) -> PromptSet:
         prompts, class_names = self._given
-        data: Any = getattr(self._trainer, "datamodule", None)
-        if hasattr(data, "prompt_set"):  # the data say it all
-            found: PromptSet = data.prompt_set
-            return found
-        if class_names is None and not is_csv(prompts):
-            class_names = getattr(data, "class_names", None)
+        data: object = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, HasPrompts):  # the data say it all
+            return data.prompt_set
+        if class_names is None and not is_csv(prompts) and isinstance(data, HasClassNames):
+            class_names = data.class_names
         return make_prompts(prompts, class_names)
 
     def contents(self) -> dict[str, Any]:

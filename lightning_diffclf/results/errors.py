@@ -8,7 +8,9 @@ roots: half precision reaches from 6e-8 to 6e4, distances reach further.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -20,15 +22,18 @@ import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.results.predictions import order_by_id, publish
+from lightning_diffclf.results.parts import ROW_GROUP_BYTES, Parts
+from lightning_diffclf.results.seal import check_seal, sealed_writer
 
 ERRORS = "errors.parquet"
 
+# Errors never repeat, so a dictionary would only add to them; their bytes compress when sorted by significance.
+ENCODING: dict[str, Any] = {
+    "use_dictionary": False,
+    "column_encoding": {"errors.list.element": "BYTE_STREAM_SPLIT"},
+}
+
 INFO_KEY = b"diffclf"  # in the metadata of the file's schema
-
-ROW_GROUP_BYTES = 2**24  # what a writer holds in memory before it goes to disk
-
-MERGE_BYTES = 2**28  # what a merge holds in memory
 
 COLUMNS = {
     "id": pa.string(),
@@ -55,6 +60,7 @@ class ErrorsInfo:
         elimination: The rule of the run, as ``repr`` has it.
         weights: The timestep weights of the run; see :func:`~lightning_diffclf.classifier.score.timestep_weights`.
         budget: Network calls for one image at most in the run; None for no limit.
+        ensemble: What counted where a class has several candidates: ``best`` or ``mean``.
         dims: Number of values of x0, D; None as long as no image was classified.
     """
 
@@ -67,6 +73,7 @@ class ErrorsInfo:
     elimination: str
     weights: str | tuple[float, ...] = "uniform"
     budget: int | None = None
+    ensemble: str = "best"
     dims: int | None = None
 
     @property
@@ -75,19 +82,20 @@ class ErrorsInfo:
         return len(self.timesteps_S)
 
     @classmethod
-    def of(cls, classifier: DiffusionClassifier, weights: str | Sequence[float] = "uniform") -> ErrorsInfo:
-        """Info on the errors of ``classifier``, which was made with these ``weights``."""
-        denoiser, timesteps_S = classifier.denoiser, classifier.timesteps_S
+    def of(cls, classifier: DiffusionClassifier) -> ErrorsInfo:
+        """Info on the errors of ``classifier``."""
+        denoiser, timesteps_S, recipe = classifier.denoiser, classifier.timesteps_S, classifier.recipe
         return cls(
             loss=classifier.loss.name,
             seed=classifier.draws.seed,
             timesteps_S=tuple(timesteps_S.double().tolist()),
-            log_snr_S=tuple(denoiser.schedule.log_snr(timesteps_S).double().tolist()),
+            log_snr_S=tuple(classifier.terms.log_snr_S.tolist()),
             names=denoiser.candidates.names,
             classes=denoiser.candidates.classes,
             elimination=repr(classifier.rule),
-            weights=weights if isinstance(weights, str) else tuple(weights),
-            budget=classifier.budget,
+            weights=recipe.weights if isinstance(recipe.weights, str) else tuple(recipe.weights),
+            budget=recipe.budget,
+            ensemble=recipe.ensemble,
         )
 
     def to_json(self) -> str:
@@ -123,11 +131,8 @@ class ErrorsWriter:
         self._columns = [name for name in COLUMNS if distances or name != "distances"]
         self._rows: dict[str, list[Any]] = {name: [] for name in self._columns}
         self._bytes = 0  # of the rows in memory
+        self._files = ExitStack()
         self._file: pq.ParquetWriter | None = None
-
-    @property
-    def _temporary(self) -> Path:
-        return self.path.with_suffix(".tmp")
 
     def add(self, result: Classification, label: int | None) -> None:
         """Store one image.
@@ -138,6 +143,7 @@ class ErrorsWriter:
 
         Raises:
             ValueError: if the errors (or distances) were not kept.
+            FailedWrite: if they cannot be written; then all that were given before are lost as well.
         """
         if result.errors_KS is None or ("distances" in self._rows and result.distances_SKK is None):
             missing = "errors_KS" if result.errors_KS is None else "distances_SKK"
@@ -166,18 +172,20 @@ class ErrorsWriter:
         columns = [_to_array(self._rows[name], COLUMNS[name]) for name in self._columns]
         if self._file is None:
             schema = pa.schema([(name, COLUMNS[name]) for name in self._columns])
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _open(self._temporary, schema.with_metadata({INFO_KEY: self.info.to_json().encode()}))
+            described = schema.with_metadata({INFO_KEY: self.info.to_json().encode()})
+            self._file = self._files.enter_context(sealed_writer(self.path, described, "errors", **ENCODING))
         if self._bytes:
-            self._file.write_table(pa.Table.from_arrays(columns, schema=self._file.schema))
+            try:
+                self._file.write_table(pa.Table.from_arrays(columns, schema=self._file.schema))
+            except OSError:
+                self._files.__exit__(*sys.exc_info())  # removes the file, and raises FailedWrite
+                raise
         self._rows, self._bytes = {name: [] for name in self._columns}, 0
 
     def close(self) -> None:
         """Write what is left and give the file its name, also if no image was added."""
         self._flush()
-        assert self._file is not None
-        self._file.close()
-        publish(self._temporary, self.path)
+        self._files.close()
 
 
 def _to_array(values: list[Any], kind: pa.DataType) -> pa.Array:
@@ -186,17 +194,6 @@ def _to_array(values: list[Any], kind: pa.DataType) -> pa.Array:
     ends = list(accumulate((len(value) for value in values), initial=0))
     flat = np.concatenate(values).astype(kind.value_type.to_pandas_dtype(), copy=False)
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat, kind.value_type))
-
-
-def _open(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    # Errors never repeat, so a dictionary would only add to them; their bytes compress when sorted by significance.
-    return pq.ParquetWriter(
-        path,
-        schema,
-        compression="zstd",
-        use_dictionary=False,
-        column_encoding={"errors.list.element": "BYTE_STREAM_SPLIT"},
-    )
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,8 @@ class StoredImage:
         nfe: Network calls that the run spent on it.
         errors_SK: Errors (S, K), float32, draws in the order spent; NaN where not evaluated.
         distances_SP: Mean squared differences between what two candidates predict, for the P = K (K-1) / 2 pairs of
-            ``np.triu_indices(K, 1)`` (S, P), float32 of ten bits; None if not stored or not asked for.
+            ``np.triu_indices(K, 1)`` (S, P), float32, as the classifier saw them; None if not stored or not asked
+            for.
     """
 
     image_id: str
@@ -242,15 +240,25 @@ class StoredErrors:
         if not Path(path).is_file():
             raise MissingFile(f"errors: no file {str(path)!r}")
         self.path = Path(path)
-        try:
-            with pq.ParquetFile(path) as file:
-                schema, self._images, self._groups = file.schema_arrow, file.metadata.num_rows, file.num_row_groups
-        except pa.ArrowInvalid as error:
-            raise UserError(f"errors: {str(path)!r} cannot be read ({error})") from error
-        if INFO_KEY not in (schema.metadata or {}):
+        with self._open() as file:
+            schema, self._images, self._groups = file.schema_arrow, file.metadata.num_rows, file.num_row_groups
+        if INFO_KEY not in (schema.metadata or {}) or not set(schema.names) >= COLUMNS.keys() - {"distances"}:
             raise UserError(f"errors: {str(path)!r} holds no errors, expected what keep_errors writes ({ERRORS})")
-        self.info = ErrorsInfo.from_json(schema.metadata[INFO_KEY])
+        try:
+            self.info = ErrorsInfo.from_json(schema.metadata[INFO_KEY])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(f"errors: {str(path)!r} cannot be read ({error!r})") from error
         self.has_distances = "distances" in schema.names
+
+    @contextmanager
+    def _open(self) -> Iterator[pq.ParquetFile]:
+        """The file, verified; what goes wrong with it is told with its name."""
+        try:
+            check_seal(self.path)
+            with pq.ParquetFile(self.path) as file:
+                yield file
+        except (UserError, pa.ArrowException, OSError) as error:
+            raise UserError(f"errors: {str(self.path)!r} cannot be read ({error})") from error
 
     def __len__(self) -> int:
         return self._images
@@ -261,10 +269,11 @@ class StoredErrors:
     def images(self, distances: bool = True) -> Iterator[StoredImage]:
         """The images, in the order of the file; without their distances if they are not needed."""
         columns = [name for name in COLUMNS if name != "distances" or (distances and self.has_distances)]
-        with pq.ParquetFile(self.path) as file:
-            for group in range(self._groups):
-                for batch in file.read_row_group(group, columns=columns).to_batches():
-                    yield from self._unpack(batch)
+        for group in range(self._groups):
+            with self._open() as file:
+                batches = file.read_row_group(group, columns=columns).to_batches()
+            for batch in batches:
+                yield from self._unpack(batch)
 
     def _unpack(self, batch: pa.RecordBatch) -> Iterator[StoredImage]:
         def values(name: str, row: int) -> np.ndarray:
@@ -288,7 +297,7 @@ class StoredErrors:
 def merge_errors(parts: Sequence[Path], path: Path) -> int:
     """Join parts into ``path``, ordered by id (as numbers where all are). Of images in several, the first counts.
 
-    The parts may be larger than the memory.
+    The parts may be larger than the memory; see :class:`~.parts.Parts`.
 
     Args:
         parts: Files that :class:`ErrorsWriter` wrote.
@@ -297,33 +306,6 @@ def merge_errors(parts: Sequence[Path], path: Path) -> int:
     Returns:
         Number of images.
     """
-    files = [pq.ParquetFile(part) for part in parts]
-    groups = [(file, group) for file in files for group in range(file.num_row_groups)]
-    sizes = [file.metadata.row_group(group).num_rows for file, group in groups]
-    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    ids = [i for file, group in groups for i in file.read_row_group(group, columns=["id"])["id"].to_pylist()]
-    order = order_by_id(ids)
-    first_of: dict[str, int] = {}
-    for row, image_id in enumerate(ids):
-        first_of.setdefault(image_id, row)
-    order = order[[first_of[ids[row]] == row for row in order]]
-    bytes_per_row = max(sum(f.metadata.row_group(g).total_byte_size for f, g in groups) / max(len(ids), 1), 1)
-    chunk, rows_per_group = (max(1, int(size / bytes_per_row)) for size in (MERGE_BYTES, ROW_GROUP_BYTES))
-    described = next((file for file in files if file.metadata.num_rows), files[0])  # a rank may have had no image
-    temporary = path.with_suffix(".tmp")
-    with _open(temporary, described.schema_arrow) as out:
-        for first in range(0, len(order), chunk):
-            wanted = order[first : first + chunk]
-            group_of = np.searchsorted(starts, wanted, side="right") - 1
-            taken, positions = [], []
-            for number in np.unique(group_of):
-                file, group = groups[number]
-                here = np.flatnonzero(group_of == number)
-                taken.append(file.read_row_group(group).take(pa.array(wanted[here] - starts[number])))
-                positions.append(here)
-            table = pa.concat_tables(taken).take(pa.array(np.argsort(np.concatenate(positions))))
-            out.write_table(table.replace_schema_metadata(described.schema_arrow.metadata), rows_per_group)
-    for file in files:
-        file.close()
-    publish(temporary, path)
-    return len(order)
+    whole = Parts(parts)
+    whole.write(path, **ENCODING)
+    return len(whole)

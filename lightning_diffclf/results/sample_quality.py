@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,11 +29,14 @@ from torchmetrics.image.inception import InceptionScore
 
 from lightning_diffclf.data.images import find_images, open_image, published_crop
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import replacing
 
 NEIGHBOURS = 3  # k of precision and recall, as published
 CHUNK = 2048  # rows whose distances to all others are in memory at once
 SPLITS = 10  # of the Inception Score, as usual
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # or pt_inception-…, the same file
+MAX_ARRAY = 2**31  # bytes of an array in a file of references
+
 PUBLISHED = 50_000  # images with which FID is reported; with few, it is biased upwards
 
 Extractor = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -329,8 +332,7 @@ def save_reference(reference: Reference, digest: str, path: Path) -> None:
     """Write a reference, whole or not at all; ``mu`` and ``sigma`` are named as in other implementations."""
     assert reference.values is not None
     assert reference.count is not None
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path, "reference") as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
             mu=reference.mean.numpy(),
@@ -339,7 +341,6 @@ def save_reference(reference: Reference, digest: str, path: Path) -> None:
             count=np.array(reference.count),
             digest=np.array(digest),
         )
-    os.replace(temporary, path)
 
 
 def is_kept(path: Path, digest: str) -> bool:
@@ -375,6 +376,11 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
     """Those of the named arrays that a file has."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            large = [part.filename for part in file.zip.infolist() if part.file_size > MAX_ARRAY]
+            if large:  # a compressed one may be a thousand times its file
+                raise UserError(f"reference: {str(path)!r} has a {large[0]} of more than {MAX_ARRAY:,} bytes")
             return {name: file[name] for name in names if name in file.files}
-    except (OSError, EOFError, ValueError, BadZipFile, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, BadZipFile, AttributeError, TypeError, zlib.error) as error:
         raise UserError(f"reference: {str(path)!r} cannot be read ({error})") from error

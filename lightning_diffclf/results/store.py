@@ -3,41 +3,44 @@
 ::
 
     settings.json         what the results depend on, and what they were made with
-    parts/*.parquet       rows of predictions.py, a few images each; beside them *.errors.parquet, if errors are kept
-    predictions.parquet   all rows, once the run has ended; the parts are gone then
+    parts/*.parquet       records of predictions.py, a few images each; beside them *.errors.parquet, if errors are kept
+    predictions.parquet   all records, once the run has ended; the parts are gone then
     errors.parquet        all errors, likewise
+    .lock                 while a process writes to the folder
 
-A part is written under another name, synced and renamed: it is complete or not there. So a run that was killed is gone
-on with by the same command, and can be read at any time.
+Files are complete or not there. So a run that was killed is resumed by the same command, and can be read at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
+from lightning_diffclf.files import FolderLock, read_json, remove_temporaries, write_text
 from lightning_diffclf.identity import differences
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
-from lightning_diffclf.results.predictions import SCHEMA, Row, list_views, order_by_id, to_table, write_table
+from lightning_diffclf.results.parts import Parts, Vanished
+from lightning_diffclf.results.predictions import SCHEMA, Record, list_views, to_table, write_table
 
 PREDICTIONS = "predictions.parquet"
 SETTINGS = "settings.json"
 PARTS = "parts"
 ERRORS_SUFFIX = ".errors.parquet"
+
+ATTEMPTS = 10  # to read a run that changes meanwhile
 
 FLUSH_SECONDS = 60.0  # a part is also written when the last one is so old: images may take minutes each
 
@@ -49,7 +52,7 @@ class Settings:
     """What a run was made with, as plain values.
 
     Attributes:
-        identity: What the results depend on. Only runs that agree in all of it can be joined or gone on with.
+        identity: What the results depend on. Only runs that agree in all of it can be joined or resumed.
         info: What else is worth knowing: names, timesteps, versions, hardware, command.
     """
 
@@ -76,10 +79,10 @@ class Settings:
         path = folder / SETTINGS
         if not path.is_file():
             raise MissingFile(f"run: no {SETTINGS} in {str(folder)!r}, expected the folder of an evaluation")
+        values = read_json(path, "run")
         try:
-            values = json.loads(path.read_text())
             return cls(values["identity"], values["info"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise UserError(f"run: {str(path)!r} cannot be read ({error})") from error
 
     def check_same(self, other: Settings, what: str) -> None:
@@ -89,46 +92,65 @@ class Settings:
             raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")
 
 
-def claim(folder: Path, settings: Settings, elsewhere: bool = False) -> Path:
-    """The folder for a run with ``settings``: a new one, or one with results of the same settings, to go on with.
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def claim(folder: Path, settings: Settings, next_free: bool = False) -> Path:
+    """The folder for a run with ``settings``: a new one, or one with results of the same settings, to resume.
 
     Args:
         folder: Where results should go.
         settings: Those of the run.
-        elsewhere: Where ``folder`` holds results of other settings, take the first of ``folder-2``, ``folder-3``, …
+        next_free: Where ``folder`` holds results of other settings, take the first of ``folder-2``, ``folder-3``, …
             that does not.
 
     Raises:
-        ValueError: if the folder holds results of other settings (unless ``elsewhere``).
+        ValueError: if the folder holds results of other settings (unless ``next_free``), or another process is about
+            to write to it.
         OSError: if it cannot be written.
     """
-    number, place = 1, folder
-    while True:
-        if place.exists() and not place.is_dir():
-            raise UserError(f"output: {str(place)!r} is a file, expected a folder")
-        if not (place / SETTINGS).is_file():
-            taken = [name for name in (PREDICTIONS, PARTS, ERRORS) if (place / name).exists()]
-            if not taken:
-                break
-            if not elsewhere:
-                raise UserError(f"output: {str(place)!r} holds {taken} without {SETTINGS}, expected another folder")
-        else:
-            try:
-                settings.check_same(Settings.read(place), f"the run in {str(place)!r}")
-                return place
-            except ValueError as error:
-                if not elsewhere:
-                    raise UserError(f"{error}; give another folder") from error
-        number += 1
-        place = folder.with_name(f"{folder.name}-{number}")
+    for number in count(1):
+        place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            _claim(place, settings)
+            return place
+        except _Taken:
+            if not next_free:
+                raise
+    raise AssertionError
+
+
+class _Taken(UserError):
+    """A folder that holds something else."""
+
+
+def _claim(folder: Path, settings: Settings) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output: {str(folder)!r} is a file, expected a folder")
+    if not (folder / SETTINGS).is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FailedWrite(f"output: {str(folder)!r} cannot be written ({error})") from error
+        with FolderLock(folder):  # or two processes could claim it for different runs
+            if not (folder / SETTINGS).is_file():
+                taken = [name for name in (PREDICTIONS, PARTS, ERRORS) if (folder / name).exists()]
+                if taken:
+                    raise _Taken(f"output: {str(folder)!r} holds {taken} without {SETTINGS}, expected another folder")
+                write_text(settings.to_json() + "\n", folder / SETTINGS, "output")
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        temporary = place / f"{SETTINGS}.tmp"
-        temporary.write_text(settings.to_json() + "\n")
-        os.replace(temporary, place / SETTINGS)
-    except OSError as error:
-        raise FailedWrite(f"output: {str(place)!r} cannot be written ({error})") from error
-    return place
+        settings.check_same(Settings.read(folder), f"the run in {str(folder)!r}")
+    except MissingFile:
+        raise
+    except UserError as error:
+        raise _Taken(f"{error}; give another folder") from error
+
+
+def refresh(folder: Path, settings: Settings) -> None:
+    """Let a resumed run's settings say how its numbers are made now: with another temperature, say."""
+    stored = Settings.read(folder)
+    if stored.info.get("summary") != settings.info.get("summary"):
+        write_text(Settings(stored.identity, stored.info | settings.info).to_json() + "\n", folder / SETTINGS, "output")
 
 
 class Store:
@@ -143,7 +165,7 @@ class Store:
         distances: Keep the distances between candidates' predictions as well.
 
     Attributes:
-        stored: The rows that were there before, (N rows).
+        finished: Ids of the images that were decided before.
 
     Raises:
         ValueError: if a part cannot be read or is of another run.
@@ -161,102 +183,163 @@ class Store:
         if flush_every < 1:
             raise UserError(f"flush_every: {flush_every}, expected at least 1")
         self.folder, self.settings, self.rank, self.flush_every = folder, settings, rank, flush_every
-        self.stored = read_table(folder, settings)
-        self.finished = frozenset(self.stored["id"].to_pylist())
+        self.finished = frozenset(_parts(_files(folder), settings).ids)
         self._errors_info, self._distances = errors, distances
         self._session, self._number = uuid.uuid4().hex[:12], 0
-        self._rows: list[Row] = []
+        self._records: list[Record] = []
         self._errors: ErrorsWriter | None = None
         self._flushed = time.monotonic()
 
-    def add(self, row: Row, result: Classification) -> None:
-        """Store one image; ``result`` has its errors."""
+    def add(self, record: Record, result: Classification) -> None:
+        """Store one image; ``result`` has its errors.
+
+        Raises:
+            FailedWrite: if a part cannot be written; the images in it will be evaluated again.
+        """
         if self._errors_info is not None:
             if self._errors is None:
                 self._errors = ErrorsWriter(self._part(ERRORS_SUFFIX), self._errors_info, self._distances)
-            self._errors.add(result, row.label)
-        self._rows.append(row)
-        if len(self._rows) >= self.flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            try:
+                self._errors.add(result, record.label)
+            except OSError:  # the errors of the others have gone with the file
+                self._records, self._errors = [], None
+                raise
+        self._records.append(record)
+        if len(self._records) >= self.flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not on the disk yet."""
-        if self._rows:
-            # Errors first: an image counts as finished when its row is there.
-            if self._errors is not None:
-                self._errors.close()
-                self._errors = None
-            table = to_table(self._rows).replace_schema_metadata({SETTINGS_KEY: self.settings.digest.encode()})
+        """Write what is not on the disk yet.
+
+        Raises:
+            FailedWrite: as :meth:`add`.
+        """
+        if self._records:
+            records, errors = self._records, self._errors
+            self._records, self._errors = [], None
+            # Errors first: an image counts as finished when its record is there.
+            if errors is not None:
+                errors.close()
+            table = to_table(records).replace_schema_metadata({SETTINGS_KEY: self.settings.digest.encode()})
             write_table(table, self._part(".parquet"))
-            self._rows, self._number = [], self._number + 1
+            self._number += 1
         self._flushed = time.monotonic()
 
     def _part(self, suffix: str) -> Path:
         return self.folder / PARTS / f"{self.rank:05d}-{self._session}-{self._number:06d}{suffix}"
 
 
-def read_table(run: Path, settings: Settings | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a run, whether it has ended or not, ordered by id.
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def scan(run: Path, columns: Sequence[str] | None = None, settings: Settings | None = None) -> Iterator[pa.Table]:
+    """The records of a run a few megabytes at a time, each image once, whether it has ended or not.
+
+    A run that has ended is ordered by id; others are not. A run may end meanwhile.
 
     Args:
         run: Its folder.
+        columns: The columns to read, in the order of :data:`~.predictions.SCHEMA`; all if omitted.
         settings: Those of the run, if known already.
-        columns: The columns to read; all if omitted.
 
     Raises:
         FileNotFoundError: if there is no run.
         ValueError: if a file cannot be read, is of another run, or files disagree about an image.
+
+    Example:
+        >>> sum(table.num_rows for table in scan(Path("out"), ["id"]))  # doctest: +SKIP
+        50000
+    """
+    settings, seen = settings or Settings.read(run), set[str]()
+    names = None if columns is None else ["id", *columns]
+    for _ in _attempts():
+        with suppress(Vanished):
+            for table in _parts(_files(run), settings).tables(names):
+                ids = table["id"].to_pylist()
+                fresh = table if seen.isdisjoint(ids) else table.filter([image_id not in seen for image_id in ids])
+                seen.update(ids)
+                if len(fresh):
+                    yield fresh
+            return
+    raise _unsteady(run)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Some columns of a run's records, to be read in chunks as often as needed: each pass is a :func:`scan`.
+
+    Args:
+        run: Its folder.
+        settings: Those of the run.
+        columns: The columns to read.
+    """
+
+    run: Path
+    settings: Settings
+    columns: Sequence[str]
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return scan(self.run, self.columns, self.settings)
+
+
+def read_table(run: Path, settings: Settings | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """The records of a run, whether it has ended or not, ordered by id; :func:`scan` needs less memory.
+
+    Args:
+        run: Its folder.
+        settings: Those of the run, if known already.
+        columns: The columns to read, besides ``id``; all if omitted.
+
+    Raises:
+        FileNotFoundError: if there is no run.
+        ValueError: as :func:`scan`.
     """
     settings = settings or Settings.read(run)
-    names = list(SCHEMA.names if columns is None else dict.fromkeys(["id", *columns]))
-    tables = [_read_part(path, settings, names) for path in _files(run)]
-    empty = pa.schema([SCHEMA.field(name) for name in names]).empty_table()
-    return join([empty, *tables])
+    names = list(SCHEMA.names) if columns is None else ["id", *columns]
+    empty = pa.schema([field for field in SCHEMA if field.name in names]).empty_table()
+    for _ in _attempts():
+        with suppress(Vanished):
+            return pa.concat_tables([empty, *_parts(_files(run), settings).ordered(names)])
+    raise _unsteady(run)
+
+
+def _attempts() -> Iterator[int]:
+    """Chances to read a run that ends meanwhile: its parts go, and their rows are elsewhere."""
+    for number in range(ATTEMPTS):
+        time.sleep(0.05 * number)
+        yield number
+
+
+def _unsteady(run: Path) -> UserError:
+    return UserError(f"run: files in {str(run)!r} come and go, expected one process that writes to it")
 
 
 def _files(run: Path) -> list[Path]:
+    # Parts first: they go when the whole is there.
     parts = [p for p in sorted((run / PARTS).glob("*.parquet")) if not p.name.endswith(ERRORS_SUFFIX)]
     whole = run / PREDICTIONS
     return [whole, *parts] if whole.is_file() else parts
 
 
-def _error_files(run: Path) -> list[Path]:
-    # Errors whose rows were not written any more are of images that will be evaluated again.
-    files = [p.with_name(ERRORS if p.name == PREDICTIONS else f"{p.stem}{ERRORS_SUFFIX}") for p in _files(run)]
-    return [path for path in files if path.is_file()]
+def _errors_of(path: Path) -> Path:
+    """Where the errors of a file of records are, if they were kept."""
+    return path.with_name(ERRORS if path.name == PREDICTIONS else f"{path.stem}{ERRORS_SUFFIX}")
 
 
-def _read_part(path: Path, settings: Settings, columns: list[str]) -> pa.Table:
-    remedy = "remove it, and its images will be evaluated again"
-    try:
-        with pq.ParquetFile(path) as file:
-            found = (file.schema_arrow.metadata or {}).get(SETTINGS_KEY, b"none").decode()
-            table = file.read(columns)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"run: {str(path)!r} cannot be read ({error}); {remedy}") from error
-    if found != settings.digest:
-        raise UserError(
-            f"run: {str(path)!r} belongs to a run with other settings ({found}), expected {settings.digest} as in "
-            f"{SETTINGS}; {remedy}"
-        )
-    return table.replace_schema_metadata(None)
+def _parts(paths: Sequence[Path], settings: Settings) -> Parts:
+    def check(path: Path, schema: pa.Schema) -> None:
+        found = (schema.metadata or {}).get(SETTINGS_KEY, b"none").decode()
+        if found != settings.digest:
+            raise UserError(
+                f"run: {str(path)!r} belongs to a run with other settings ({found}), expected {settings.digest} as in "
+                f"{SETTINGS}; remove it, and its images will be evaluated again"
+            )
+
+    return Parts(paths, SCHEMA.with_metadata(_described(settings)), check, _check_agreement)
 
 
-def join(tables: Sequence[pa.Table]) -> pa.Table:
-    """Rows of all tables, each image once, ordered by id.
-
-    Raises:
-        ValueError: if tables disagree about an image.
-    """
-    table = pa.concat_tables(tables)
-    ids = table["id"].to_pylist()
-    first_of: dict[str, int] = {}
-    again = [row for row, image_id in enumerate(ids) if first_of.setdefault(image_id, row) != row]
-    if again:
-        _check_agreement(table.take([first_of[ids[row]] for row in again]), table.take(again))
-    order = order_by_id(ids)
-    order = order[[first_of[ids[row]] == row for row in order]]
-    return table.take(pa.array(order, pa.int64()))
+def _described(settings: Settings) -> dict[bytes, bytes]:
+    return {SETTINGS_KEY: settings.digest.encode(), b"diffclf": settings.to_json().encode()}
 
 
 def _check_agreement(first: pa.Table, second: pa.Table) -> None:
@@ -273,49 +356,74 @@ def _check_agreement(first: pa.Table, second: pa.Table) -> None:
                 raise UserError(f"image {first['id'][row].as_py()!r}: found twice, with different scores")
 
 
-def finish(run: Path, settings: Settings) -> pa.Table:
-    """All parts become one file; the parts go. Call it on one process. Returns the rows.
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+
+def finish(run: Path, settings: Settings) -> int:
+    """All parts become one file; those that were read go. Call it on one process. Returns the number of images.
 
     Raises:
-        ValueError: as :func:`read_table`.
+        ValueError: if a file cannot be read, is of another run, or files disagree about an image.
+        FailedWrite: if something cannot be written.
     """
-    table = read_table(run, settings)
-    errors = _error_files(run)
+    return _write_whole(_files(run), settings, run)
+
+
+def _write_whole(paths: Sequence[Path], settings: Settings, run: Path) -> int:
+    records = _parts(paths, settings)
+    # Errors whose records were not written any more are of images that will be evaluated again.
+    errors = [_errors_of(path) for path in paths if _errors_of(path).is_file()]
     if errors:
         merge_errors(errors, run / ERRORS)
-    write_whole(table, settings, run)
-    shutil.rmtree(run / PARTS, ignore_errors=True)
-    return table
+    records.write(run / PREDICTIONS)
+    # Records first: who finds errors missing finds records missing as well, and looks again.
+    for path in [*paths, *errors]:
+        if path.parent == run / PARTS:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # others may have written to it since
+        (run / PARTS).rmdir()
+    return len(records)
 
 
 def write_whole(table: pa.Table, settings: Settings, run: Path) -> None:
-    """Write the rows of a whole run to its folder."""
-    described = {SETTINGS_KEY: settings.digest.encode(), b"diffclf": settings.to_json().encode()}
-    write_table(table.replace_schema_metadata(described), run / PREDICTIONS)
+    """Write the records of a whole run to its folder."""
+    write_table(table.replace_schema_metadata(_described(settings)), run / PREDICTIONS)
 
 
-def merge(runs: Sequence[Path], out: Path) -> pa.Table:
-    """Join runs with the same settings, ended or not, into a new one. Returns its rows.
+def clean(run: Path) -> None:
+    """Remove what killed processes left half written. Only for who has the lock of the folder, before anyone writes."""
+    for folder in (run, run / PARTS):
+        remove_temporaries(folder)
+    complete = {_errors_of(path) for path in _files(run)}
+    for path in (run / PARTS).glob(f"*{ERRORS_SUFFIX}"):
+        if path not in complete:
+            path.unlink(missing_ok=True)
+
+
+def merge(runs: Sequence[Path], out: Path) -> int:
+    """Join runs with the same settings, ended, killed or going on, in one folder. Returns its number of images.
 
     Args:
         runs: Their folders.
-        out: Folder of the whole; may be one of them.
+        out: Folder of the whole; may be one of them, or one with images of the same settings, which stay in it.
 
     Raises:
         FileNotFoundError: if a folder is no run.
-        ValueError: if settings differ, runs disagree about an image, or none has images.
+        ValueError: if settings differ, runs disagree about an image, none has images, or another process writes to
+            ``out``.
+        FailedWrite: if something cannot be written.
     """
-    all_settings = [Settings.read(run) for run in runs]
-    for run, settings in zip(runs[1:], all_settings[1:], strict=True):
-        all_settings[0].check_same(settings, f"the run in {str(run)!r}")
-    table = join([read_table(run, settings) for run, settings in zip(runs, all_settings, strict=True)])
-    if table.num_rows == 0:
+    runs, out = [run.resolve() for run in runs], out.resolve()
+    settings = Settings.read(runs[0])
+    for run in runs[1:]:
+        settings.check_same(Settings.read(run), f"the run in {str(run)!r}")
+    if not any(len(table) for run in runs for table in scan(run, ["id"], settings)):
         raise UserError(f"merge: no image in {', '.join(map(str, runs))}")
-    place = claim(out, all_settings[0])
-    errors = [path for run in runs for path in _error_files(run)]
-    if errors:
-        merge_errors(errors, place / ERRORS)
-    write_whole(table, all_settings[0], place)
-    if place in runs:
-        shutil.rmtree(place / PARTS, ignore_errors=True)
-    return table
+    place = claim(out, settings)
+    with FolderLock(place):
+        clean(place)
+        for _ in _attempts():
+            with suppress(Vanished):
+                paths = [path for run in dict.fromkeys([place, *runs]) for path in _files(run)]
+                return _write_whole(paths, settings, place)
+    raise _unsteady(place)

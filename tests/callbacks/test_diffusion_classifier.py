@@ -1,8 +1,11 @@
+import copy
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -12,10 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from PIL import Image
 from scipy.special import log_softmax
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_diffclf import (
     EMA,
@@ -25,9 +29,11 @@ from lightning_diffclf import (
     Draws,
     LikelihoodRatio,
     Stages,
+    files,
 )
 from lightning_diffclf.callbacks.sharding import images_on_this_rank
 from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.errors import StoredErrors
 from lightning_diffclf.results.store import read_table
 from tests.gaussians import CLASSES, Gaussians, Samples, class_means, loader
@@ -180,18 +186,67 @@ def test_validation_sees_averaged_weights_whatever_the_order(ema_first, tmp_path
     assert not torch.allclose(callback.results[0].scores_K, trained[0].scores_K, rtol=1e-4)
 
 
+class WrongLength(IterableDataset):
+    """Says that it has more images than it gives, as a folder of shards may."""
+
+    def __init__(self, images: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor, said: int | None) -> None:
+        self.parts, self.said = (images, labels, ids), said
+
+    def __iter__(self):
+        return iter(zip(*self.parts, strict=True))
+
+    def __len__(self):
+        if self.said is None:
+            raise TypeError("unknown")
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("averaging", "said"), [(EMA, None), (EMA, 40), (partial(EMAWeightAveraging, use_buffers=False), None)]
+)
+def test_streams_of_unknown_length_are_classified_with_averaged_weights(averaging, said):
+    """Also the last images, which fill no micro-batch, where the averaging callback comes first."""
+    callback, seen = DiffusionClassifierCallback(draws=4, fit_images=None, microbatch=256), {}
+    module, data = tiny_dit(), DigitsDataModule(batch_size=64)
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    images, ids, labels = (batch[name][:7] for name in ("image", "id", "label"))
+
+    class Keep(L.Callback):  # the averaged weights, while they are in place
+        def on_validation_batch_start(self, trainer, pl_module, *_):
+            seen.update({name: value.clone() for name, value in pl_module.net.state_dict().items()})
+
+    stream = DataLoader(WrongLength(images, ids, labels, said), batch_size=2)
+    fitting = trainer(
+        averaging(decay=0.9),
+        callback,
+        Keep(),
+        max_steps=3,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+    )
+    fitting.fit(module, data.train_dataloader(), stream)
+    assert callback.metrics["images"] == 7
+    averaged = copy.deepcopy(module)
+    averaged.net.load_state_dict(seen)
+    expected = list(DiffusionClassifier(averaged, Draws(4))(images, ids))
+    for one, other in zip(callback.results, expected, strict=True):
+        torch.testing.assert_close(one.scores_K, other.scores_K, rtol=1e-5, atol=1e-7)
+
+
 def test_fit_classifies_every_nth_validation_and_skips_the_sanity_check():
-    calls = []
+    steps = []
 
-    class Spy(DiffusionClassifierCallback):
-        def _end(self, trainer, pl_module):
-            calls.append(trainer.global_step)
-            super()._end(trainer, pl_module)
+    class Seen(Gaussians):
+        def predict(self, x_t, t, candidate):
+            steps.append(self.trainer.global_step)
+            return super().predict(x_t, t, candidate)
 
-    spy = Spy(draws=2, fit_images=3, every_n_validations=2)
-    fitting = trainer(spy, max_steps=8, val_check_interval=2, check_val_every_n_epoch=None)
-    fitting.fit(Gaussians(), loader(40), loader(6))
-    assert calls == [4, 8]
+    callback = DiffusionClassifierCallback(draws=2, fit_images=3, every_n_validations=2)
+    fitting = trainer(callback, max_steps=8, val_check_interval=2, check_val_every_n_epoch=None)
+    fitting.fit(Seen(), loader(40), loader(6))
+    assert sorted(set(steps)) == [4, 8]
     assert fitting.callback_metrics["diffclf/images"] == 3
 
 
@@ -240,12 +295,11 @@ def test_the_same_again_goes_on_and_others_go_elsewhere(tmp_path):
         return callback
 
     first = evaluate(6, draws=4)
-    assert [r.image_id for r in first.results] == list(range(100, 106))
+    assert first.results == []  # what is in the folder is not in memory
     rows, _ = read(out)
     again = evaluate(12, draws=4)
-    assert [r.image_id for r in again.results] == list(range(106, 112))  # the others were there
     more_rows, more = read(out)
-    assert {name: values[:6] for name, values in more_rows.items()} == rows
+    assert {name: values[:6] for name, values in more_rows.items()} == rows  # seconds as well: they were there
     assert more["metrics"]["images"] == again.metrics["images"] == 12
     fresh = DiffusionClassifierCallback(draws=4, output_dir=str(tmp_path / "fresh"))
     trainer(fresh).test(Gaussians(), loader(12), verbose=False)
@@ -261,11 +315,52 @@ def test_the_same_again_goes_on_and_others_go_elsewhere(tmp_path):
         evaluate(12, draws=5)
     assert read(out)[1] == more
     for expected in ("out-2", "out-3"):
-        evaluate(2, draws=5 if expected == "out-2" else 6, elsewhere=True)
+        evaluate(2, draws=5 if expected == "out-2" else 6, next_free=True)
         assert (tmp_path / expected / "predictions.parquet").is_file()
-    evaluate(4, draws=5, elsewhere=True)  # back to its own
+    evaluate(4, draws=5, next_free=True)  # back to its own
     assert len(read(tmp_path / "out-2")[0]["id"]) == 4
     assert not (tmp_path / "out-4").exists()
+
+
+def test_a_folder_takes_one_evaluation_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    out, failing = tmp_path / "out", Samples(4)
+    failing.labels[3] = 99
+
+    def evaluate(data=None, **settings):
+        callback = DiffusionClassifierCallback(draws=2, output_dir=str(out), **settings)
+        data = loader(4) if data is None else DataLoader(data, 4)
+        trainer(callback).test(Gaussians(), data, verbose=False)
+
+    evaluate()
+    with files.FolderLock(out):  # as another process that evaluates the same
+        for settings in ({}, {"next_free": True}):
+            with pytest.raises(UserError, match=rf"output: '.*out' is being written to by process {os.getpid()} on"):
+                evaluate(**settings)
+        evaluate(seed=1, next_free=True)  # other results do not wait
+    assert (tmp_path / "out-2" / "metrics.json").is_file()
+    evaluate()  # neither an evaluation that ended nor one that failed keeps the folder
+    with pytest.raises(UserError, match="label: 99"):
+        evaluate(failing)
+    assert not list(tmp_path.rglob(files.LOCK))
+    evaluate()
+
+
+def test_what_another_process_has_half_written_is_not_resumed(tmp_path):
+    out = tmp_path / "out"
+    callback = DiffusionClassifierCallback(draws=2, microbatch=16, output_dir=str(out), keep_errors=True, flush_every=2)
+    data = Samples(6)
+    data.labels[5] = 99
+    with pytest.raises(UserError, match="label: 99"):
+        trainer(callback).test(Gaussians(), DataLoader(data, 4), verbose=False)
+    [errors, _] = sorted((out / "parts").glob("*.errors.parquet"))
+    orphan = errors.with_name("00000-000000000000-000000.errors.parquet")
+    shutil.copy(errors, orphan)  # killed before the records were written
+    (out / "parts" / "00000-000000000000-000001.parquet.12345678.tmp").write_bytes(b"half")
+    again = DiffusionClassifierCallback(draws=2, output_dir=str(out), keep_errors=True)
+    trainer(again).test(Gaussians(), loader(6), verbose=False)
+    assert [image.image_id for image in StoredErrors(out / "errors.parquet")] == [str(100 + i) for i in range(6)]
+    assert not (out / "parts").exists()
 
 
 def test_other_weights_or_data_are_other_settings(tmp_path):

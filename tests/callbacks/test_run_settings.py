@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning_diffclf.classifier.proposal import LinearProbe
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -35,7 +36,6 @@ from lightning_diffclf import (
 )
 from lightning_diffclf.callbacks.run_settings import data_identity, module_identity
 from lightning_diffclf.classifier import Recipe
-from lightning_diffclf.classifier.proposal import LinearProbe
 from lightning_diffclf.commands.data import encode_command
 from lightning_diffclf.data.digit_scenes import WORDS, DigitScenesDataModule
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule

@@ -123,7 +123,7 @@ def test_sharded_weights_learn_what_whole_ones_would(tmp_path):
     assert whole.keys() == sharded.keys()
     for name, value in whole.items():
         torch.testing.assert_close(sharded[name], value, rtol=1e-2, atol=1e-3)
-    # a checkpoint of sharded weights is one like any other: one process goes on with it
+    # a checkpoint of sharded weights is one like any other: one process resumes from it
     resumed = run_ranks("fit_fsdp.py", 1, 8, tmp_path, tmp_path / "2-6.ckpt")[0]
     straight = run_ranks("fit_fsdp.py", 1, 8, tmp_path)[0]
     assert resumed["losses"] == pytest.approx(straight["losses"][6:], rel=1e-4)

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lightning_diffclf.results.predictions import Row, to_table
+from lightning_diffclf.results.predictions import Record, to_table
 from lightning_diffclf.results.store import Settings, claim, write_whole
+from lightning_diffclf.results.summary import Outline
 
 
 def picture(shade: int) -> bytes:
@@ -30,7 +31,7 @@ def made_up_rows(count: int, classes: int, seed: int = 0, draws: int = 20, label
         spent[best] = draws
         choice = np.where(rng.random(draws) < 0.7, best, rng.integers(classes, size=draws))
         leader = np.where(np.arange(draws) < 3, choice, best)
-        yield Row(
+        yield Record(
             id=str(i),
             label=label if labelled else None,
             prediction=best,
@@ -52,13 +53,17 @@ def made_up_rows(count: int, classes: int, seed: int = 0, draws: int = 20, label
         )
 
 
+def made_up_outline(classes: int, draws: int = 20) -> Outline:
+    """Of made-up decisions."""
+    names = tuple(f"kind {c} <&>" for c in range(classes))
+    timesteps = tuple(np.random.default_rng(0).permutation(draws).tolist())
+    return Outline(tuple(range(classes)), names, timesteps)
+
+
 def made_up_run(folder: Path, rows, classes: int, draws: int = 20, **identity) -> Path:
-    names = [f"kind {c} <&>" for c in range(classes)]
-    info = {
-        "candidate_names": names,
-        "candidate_classes": list(range(classes)),
-        "class_names": names,
-        "timesteps_S": np.random.default_rng(0).permutation(draws).tolist(),
+    outline = made_up_outline(classes, draws)
+    info = outline.to_info() | {
+        "candidate_names": list(outline.class_names),
         "log_snr_S": list(range(draws)),
         "command": "evaluate.py --ckpt 'a b.ckpt'",
     }

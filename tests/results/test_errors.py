@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader
 
 from lightning_diffclf import DiffusionClassifier, DiffusionClassifierCallback, Draws, Stages
 from lightning_diffclf.results import errors as module
+from lightning_diffclf.results import parts
 from lightning_diffclf.results.errors import INFO_KEY, ErrorsInfo, ErrorsWriter, StoredErrors, merge_errors
-from lightning_diffclf.results.predictions import Row, to_table, write_table
-from lightning_diffclf.results.store import join, read_table
+from lightning_diffclf.results.parts import Parts
+from lightning_diffclf.results.predictions import Record, to_table, write_table
+from lightning_diffclf.results.store import read_table
 from tests.classifier.toys import Toy, some_images
 from tests.gaussians import CLASSES, Gaussians, Samples, loader
 
@@ -82,6 +84,7 @@ def test_the_file_says_what_it_holds_in_plain_json_and_lists(tmp_path):
         "loss": "l2",
         "seed": 0,
         "draws": 4,
+        "ensemble": "best",
         "dims": 32,
         "timesteps_S": timesteps.tolist(),
         "log_snr_S": classifier.denoiser.schedule.log_snr(timesteps).tolist(),
@@ -112,20 +115,26 @@ def test_every_error_costs_at_most_its_four_bytes(tmp_path):
     assert column.total_compressed_size < 40 * 50 * 5 * 4
 
 
-@pytest.mark.parametrize("merge_bytes", [1, 3000, 2**28])
+@pytest.mark.parametrize("chunk_bytes", [1, 3000, 2**28])
 @pytest.mark.parametrize("ids", [[30, 4, 100, -2, 7, 11], ["b", "a", "10", "9", "z", "c"]])
-def test_parts_merge_in_the_order_of_predictions(ids, merge_bytes, tmp_path, monkeypatch):
+def test_parts_merge_in_the_order_of_predictions(ids, chunk_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ROW_GROUP_BYTES", 300)
-    monkeypatch.setattr(module, "MERGE_BYTES", merge_bytes)
+    monkeypatch.setattr(parts, "ROW_GROUP_BYTES", 300)
+    monkeypatch.setattr(parts, "CHUNK_BYTES", chunk_bytes)
     classifier, results = classify(6, ids, keep_distances=True)
     shares = [results[::2], [], results[1::2]]  # a rank without an image
-    errors, tables = [tmp_path / f"{rank}.parquet" for rank in range(3)], []
+    errors, records = [tmp_path / f"{rank}.parquet" for rank in range(3)], []
     for rank, share in enumerate(shares[::-1]):
         write(errors[rank], classifier, share, list(range(len(share))), distances=True)
-        rows = [Row.of(r, range(6), classifier.weights_S, label, seconds=0, rank=rank) for label, r in enumerate(share)]
-        tables.append(to_table(rows))
+        rows = [
+            Record.of(r, range(6), classifier.terms.weights_S, label, seconds=0, rank=rank)
+            for label, r in enumerate(share)
+        ]
+        records.append(tmp_path / f"records {rank}.parquet")
+        write_table(to_table(rows), records[-1])
     assert merge_errors(errors, tmp_path / "e.parquet") == 6
-    expected = join(tables).to_pydict()
+    Parts(records).write(tmp_path / "p.parquet")
+    expected = pq.read_table(tmp_path / "p.parquet").to_pydict()
     stored = StoredErrors(tmp_path / "e.parquet")
     assert [image.image_id for image in stored] == expected["id"]
     assert [image.label for image in stored] == expected["label"]
@@ -189,7 +198,7 @@ def test_the_callback_writes_the_errors_beside_the_predictions(distances, tmp_pa
         assert (image.distances_SP is not None) == distances
     assert stored.info.dims == 9
     assert stored.info.names == tuple(f"class {k}" for k in range(CLASSES))
-    assert all(r.errors_KS is None and r.distances_SKK is None for r in callback.results)
+    assert callback.results == []  # what is in the folder is not in memory
     assert not list(out.glob("*rank*")) + list(out.glob("*.tmp"))
 
 
@@ -233,10 +242,10 @@ def test_an_error_in_the_network_loses_nothing_that_was_decided(tmp_path):
         trainer(callback).test(Fails(), loader(8, batch_size=8), verbose=False)
     [errors] = (out / "parts").glob("*.errors.parquet")
     assert [image.image_id for image in StoredErrors(errors)] == read_table(out)["id"].to_pylist() == ["100", "101"]
-    again = DiffusionClassifierCallback(draws=4, microbatch=16, output_dir=str(out), keep_errors=True)
-    fails_at = 0
-    trainer(again).test(Fails(), loader(8, batch_size=8), verbose=False)
-    assert [r.image_id for r in again.results] == list(range(102, 108))
+    again = DiffusionClassifierCallback(draws=4, microbatch=16, output_dir=str(out), keep_errors=True, error_maps=0)
+    fails_at, module = 0, Fails()
+    trainer(again).test(module, loader(8, batch_size=8), verbose=False)
+    assert module.calls == -(-6 * 4 * CLASSES // 16)  # for the other six
     assert [image.image_id for image in StoredErrors(out / "errors.parquet")] == [str(100 + i) for i in range(8)]
     assert not (out / "parts").exists()
 

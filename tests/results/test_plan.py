@@ -17,8 +17,9 @@ from lightning_diffclf import (
     PairedTest,
     Stages,
 )
-from lightning_diffclf.callbacks import diffusion_classifier
+from lightning_diffclf.callbacks import plan as callbacks_plan
 from lightning_diffclf.results.plan import Measurement, Plan, measure
+from lightning_diffclf.results.store import read_table
 from tests.classifier.toys import Toy, some_images
 from tests.gaussians import CLASSES, Gaussians, loader
 
@@ -109,7 +110,7 @@ def test_arithmetic_of_a_plan():
 @pytest.fixture
 def quickly(monkeypatch):
     """Plans that time the network for an instant."""
-    monkeypatch.setattr(diffusion_classifier, "measure", partial(measure, seconds=0.01))
+    monkeypatch.setattr(callbacks_plan, "measure", partial(measure, seconds=0.01))
 
 
 def trainer(*callbacks, **settings):
@@ -139,7 +140,7 @@ def test_the_callback_plans_and_writes_nothing(stage, limit, images, tmp_path, c
     assert "plan of the evaluation" in capsys.readouterr().out
     plan.plan = False
     getattr(runner, stage)(module, loader(22))
-    assert len(plan.results) == images
+    assert len(read_table(tmp_path / "out")) == images
     assert plan.planned is None
 
 

@@ -1,0 +1,96 @@
+"""Planning: what an evaluation will cost, measured in its place on its first batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lightning_diffclf.callbacks.sharding import BATCH_LIMITS, batches_within_limit
+from lightning_diffclf.classifier import DiffusionClassifier, Exhaustive
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.results.plan import Measurement, Plan, measure
+
+
+class Planner:
+    """Lets a Trainer load one batch, measures on it, and says what all of them would cost.
+
+    Args:
+        classifier: What would classify.
+        candidates: Indices of the candidates in play; all if omitted.
+    """
+
+    def __init__(self, classifier: DiffusionClassifier, candidates: Sequence[int] | None) -> None:
+        self.classifier, self.candidates = classifier, candidates
+        self._limits: dict[str, int | float] = {}  # of the Trainer, where they were set to one batch
+
+    def limit_batches(self, trainer: L.Trainer) -> None:
+        """Let the Trainer load one batch only; a limit of no batch stays."""
+        for name in BATCH_LIMITS.values():
+            limit = getattr(trainer, name)
+            if limit not in (0, 1) or isinstance(limit, float):
+                self._limits[name] = limit
+                setattr(trainer, name, 1 if limit else 0)
+
+    def restore_limits(self, trainer: L.Trainer) -> None:
+        """Undo :meth:`limit_batches`."""
+        for name, limit in self._limits.items():
+            setattr(trainer, name, limit)
+        self._limits = {}
+
+    def begin(self, trainer: L.Trainer, loader: Any, images: int | None, parts: int) -> None:
+        """Find out how much there would be to do.
+
+        Args:
+            trainer: Its limits are restored: it has counted its batches.
+            loader: The DataLoader.
+            images: Images on this rank; None if unknown.
+            parts: Only one of so many parts of them would be classified.
+        """
+        self.restore_limits(trainer)
+        self._images, self._parts = images, parts
+        self._batches = batches_within_limit(trainer, loader)
+        self._measured: Measurement | None = None
+
+    def measure(self, images: Tensor, ids: Sequence[int | str], batch_size: int) -> None:
+        """Measure on images, which are some of the first batch."""
+        if self._batches is not None:
+            most = self._batches * batch_size
+            self._images = most if self._images is None else min(most, self._images)
+        if self._images is not None:
+            self._images = round(self._images / self._parts)
+        self._measured = measure(self.classifier, images, ids, self.candidates)
+
+    def finish(self, trainer: L.Trainer) -> Plan:
+        """What all ranks measured, together; call it on all ranks.
+
+        Raises:
+            UserError: if none had an image.
+        """
+        c, m = self.classifier, self._measured
+        images = math.nan if self._images is None else self._images
+        mine = [0.0] * 5 if m is None else [images, m.rows_per_second, m.flops_per_row, m.nfe_sum, m.nfe_images]
+        gathered = [mine]
+        if trainer.world_size > 1:
+            tensor = torch.tensor(mine, dtype=torch.float64, device=trainer.strategy.root_device)
+            gathered = trainer.strategy.all_gather(tensor).tolist()
+        used = [values for values in gathered if values[1] > 0]  # a rank may have no image
+        if not used:
+            raise UserError("plan: no image to measure on")
+        shared = len(self.candidates or c.denoiser.candidates), len(c.timesteps_S), c.microbatch
+        return Plan(
+            ranks=[Measurement(*shared, rate, flops, int(spent), int(tried)) for _, rate, flops, spent, tried in used],
+            images=[None if math.isnan(images) else int(images) for images, *_ in used],
+            rule=repr(c.rule),
+            exact=type(c.rule) is Exhaustive and c.recipe.budget is None,
+        )
+
+    @staticmethod
+    def print(plan: Plan) -> None:
+        """Show a plan as a table."""
+        Console(soft_wrap=True).print(plan.to_table())

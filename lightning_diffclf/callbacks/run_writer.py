@@ -1,0 +1,193 @@
+"""Writing: what an evaluation leaves in its folder, from the claim to the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_diffclf.classifier import Classification, DiffusionClassifier
+from lightning_diffclf.files import FolderLock, write_json
+from lightning_diffclf.results import charts
+from lightning_diffclf.results.calibration import Sample, calibrate
+from lightning_diffclf.results.error_maps import error_map
+from lightning_diffclf.results.errors import ErrorsInfo
+from lightning_diffclf.results.predictions import Record, from_table
+from lightning_diffclf.results.store import Settings, Store, Stored, claim, clean, finish, refresh, scan
+from lightning_diffclf.results.summary import Outline, Summary
+from lightning_diffclf.results.thumbnails import thumbnail
+
+PICTURES = ("thumbnail", "error_map")  # what numbers are not made of
+
+
+class Picture(NamedTuple):
+    """What is kept of an image until it is decided: its thumbnail, and for an error map, itself."""
+
+    thumbnail: bytes | None
+    image: Tensor | None
+
+
+class RunWriter:
+    """Writes the decisions of one rank, and on rank 0 what they come to. Made on all ranks before long work.
+
+    Args:
+        trainer: The Trainer that evaluates.
+        folder: Where results should go.
+        settings: Those of the run.
+        classifier: What classifies.
+        next_free: See :func:`~lightning_diffclf.results.store.claim`.
+        flush_every: Images after which decisions are written to the disk, at most.
+        error_maps: Wrongly decided images over all ranks that get an error map.
+        keep_errors: Write all errors as well.
+        keep_distances: And the distances between predictions.
+
+    Attributes:
+        folder: Where results go.
+        finished: Ids of the images that were decided before.
+
+    Raises:
+        UserError: on all ranks, if the folder cannot be used: it holds another run, another process writes to it, or a
+            part cannot be read.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        folder: Path,
+        settings: Settings,
+        classifier: DiffusionClassifier,
+        *,
+        next_free: bool,
+        flush_every: int,
+        error_maps: int,
+        keep_errors: bool,
+        keep_distances: bool,
+    ) -> None:
+        self._lock: FolderLock | None = None
+        self._classifier, self._rank, self._ranks = classifier, trainer.global_rank, trainer.world_size
+        try:
+            self.folder = self._claim(trainer, folder, settings, next_free)
+            errors = ErrorsInfo.of(classifier) if keep_errors else None
+            self._store = Store(self.folder, settings, self._rank, flush_every, errors, keep_distances)
+            self.finished = self._store.finished
+            made = sum(len(t) - t["error_map"].null_count for t in self._mine(["error_map"]))
+            self._maps = -(-error_maps // self._ranks) - made  # that this rank may still make
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, trainer: L.Trainer, folder: Path, settings: Settings, next_free: bool) -> Path:
+        """Rank 0 claims and locks the folder for all ranks; they agree on what came of it."""
+        outcome: Path | Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                outcome = claim(folder, settings, next_free)
+                self._lock = FolderLock(outcome)
+                clean(outcome)
+                refresh(outcome, settings)
+            except (ValueError, OSError) as error:
+                outcome = error
+        outcome = trainer.strategy.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert outcome is not None
+        return outcome
+
+    def _mine(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """What was decided before counts on the rank that decided it, so that seconds add up."""
+        for table in scan(self.folder, ["rank", *columns], self._store.settings):
+            yield table.filter(pa.array(table["rank"].to_numpy() % self._ranks == self._rank))
+
+    def decided_before(self) -> Iterator[pa.Table]:
+        """What counts on this rank of that which was decided before, a few megabytes at a time."""
+        return self._mine(Summary.COLUMNS)
+
+    # --- images --------------------------------------------------------------------------------------------------
+
+    def picture(self, image: Tensor, label: int | None) -> Picture:
+        """What to keep of an image (C, H, W) until :meth:`add`."""
+        return Picture(thumbnail(image), image.cpu() if self._maps > 0 and label is not None else None)
+
+    def add(self, record: Record, result: Classification, key: int | str, picture: Picture) -> None:
+        """Write a decision.
+
+        Args:
+            record: The decision.
+            result: It again, with its errors.
+            key: What the noise of the image was keyed by.
+            picture: What :meth:`picture` kept.
+        """
+        error_map = None
+        if record.label not in (None, record.prediction) and picture.image is not None and self._maps > 0:
+            error_map = self._error_map(result, key, record.label, picture.image)
+        self._store.add(replace(record, thumbnail=picture.thumbnail, error_map=error_map), result)
+
+    def _error_map(self, result: Classification, key: int | str, label: int | None, image: Tensor) -> Any:
+        """How much larger the error of the right class is than that of the chosen one, at each position (h, w)."""
+        if result.candidate is None:
+            return None
+        classes = self._classifier.denoiser.candidates.classes
+        tried = [k for k in result.candidates_K.tolist() if classes[k] == label]
+        difference_of = dict(zip(result.candidates_K.tolist(), result.differences_K.tolist(), strict=True))
+        right = min(tried, key=difference_of.__getitem__) if tried else classes.index(label)
+        self._maps -= 1
+        right_map, chosen_map = error_map(self._classifier, image, key, [right, result.candidate])
+        return (right_map - chosen_map).numpy()
+
+    # --- end -----------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Write what is not on the disk yet."""
+        self._store.flush()
+
+    def finish(
+        self, summary: Summary | None, score: Callable[[list[Record]], dict[str, float]] | None
+    ) -> dict[str, float]:
+        """Make one file of all parts, write metrics.json and draw. Call it on rank 0, when all ranks have flushed.
+
+        Args:
+            summary: That of all ranks; None without labels.
+            score: Numbers of the data set's own, made of all records.
+
+        Returns:
+            The numbers of the data set's own, by name.
+        """
+        settings, outline = self._store.settings, Outline.of_classifier(self._classifier)
+        finish(self.folder, settings)
+        if summary is None:
+            written = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
+        else:
+            calibrated = calibrate(Stored(self.folder, settings, Sample.COLUMNS), outline)
+            written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
+            charts.save(charts.of_summary(summary), self.folder, ["png"])
+        own = {} if score is None else score(self._records())
+        described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info
+        write_json({"metrics": own | written, "settings": described}, self.folder / "metrics.json", 2, "results")
+        return own
+
+    def _records(self) -> list[Record]:
+        """All records, without pictures: few, where a data set has numbers of its own."""
+        names = [name for name in Record.__dataclass_fields__ if name not in PICTURES]
+        return [record for table in scan(self.folder, names, self._store.settings) for record in from_table(table)]
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def print(self, metrics: dict[str, float]) -> None:
+        """Show metrics as a table."""
+        classifier = self._classifier
+        title = f"diffusion classifier, {classifier.recipe.loss}, {classifier.rule}"
+        table = Table(title=title, show_header=False)
+        for name, value in metrics.items():
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row("results in", str(self.folder))
+        Console(soft_wrap=True).print(table)
