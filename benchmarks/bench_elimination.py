@@ -32,8 +32,8 @@ from lightning_diffclf import (
     PairedTest,
     Stages,
 )
-from lightning_diffclf.classifier import LinearProbe
 from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.linear_probe import LinearProbe
 from lightning_diffclf.results.errors import ErrorsInfo, ErrorsWriter, StoredErrors
 from lightning_diffclf.results.replay import replay
 

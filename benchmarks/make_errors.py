@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import save_file
 
 from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
-from lightning_diffclf.cli import CONFIGS, read_checkpoint
+from lightning_diffclf.cli import read_checkpoint
+from lightning_diffclf.commands.configs import CONFIGS
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
 
 DATA = Path(__file__).parent / "data"

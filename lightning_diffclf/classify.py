@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lightning_diffclf.classifier import DiffusionClassifier, Elimination, LikelihoodRatio, Posterior, Recipe
-from lightning_diffclf.classifier.posterior import sum_by_class
+from lightning_diffclf.classifier import DiffusionClassifier, LikelihoodRatio, Recipe
+from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.data.batch import content_ids
 from lightning_diffclf.data.images import find_images, open_image, transform
 from lightning_diffclf.data.prompts import from_names
@@ -25,6 +25,8 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
 
 LATENT_INFLATION = 5.0  # residuals of latents are correlated; docs/elimination.md
+RECIPE = Recipe(draws=100, elimination=LikelihoodRatio(inflation=LATENT_INFLATION), ensemble="mean")
+
 AHEAD = 16  # images that are read before the first of them is decided
 
 
@@ -57,13 +59,10 @@ def classify(
     images: Sequence[str],
     labels: Sequence[str],
     model: str,
+    recipe: Recipe = RECIPE,
     templates: Sequence[str] = ("a photo of a {}.",),
     revision: str | None = None,
-    draws: int = 100,
-    loss: str = "l2",
-    elimination: Elimination | None = None,
     microbatch: int = 32,
-    temperature: float = 1.0,
     device: str = "auto",
     dtype: str = "auto",
     size: int | None = None,
@@ -90,13 +89,9 @@ def classify(
     if dtype not in kinds:
         raise UserError(f"dtype: {dtype!r}, expected one of {sorted(kinds)}")
     denoiser = PipelineDenoiser(load(model, revision, kinds[dtype]), *prompt_set)
-    rule = elimination or LikelihoodRatio(inflation=LATENT_INFLATION)
-    classifier = DiffusionClassifier(
-        denoiser, Recipe(draws, loss=loss, elimination=rule, ensemble="mean"), microbatch=microbatch
-    )
+    classifier = DiffusionClassifier(denoiser, recipe, microbatch=microbatch)
     prepare = transform(*((size, size) if size else denoiser.native_size))
     names = list(labels)
-    posterior = Posterior(temperature=temperature)
     waiting: list[Path] = []
     run, start = classifier.run(), time.perf_counter()
 
@@ -104,7 +99,8 @@ def classify(
         nonlocal start
         for result in results:
             classes = [denoiser.candidates.classes[k] for k in result.candidates_K.tolist()]
-            p_C = sum_by_class(posterior(result.differences_K[None], result.dims), classes, len(names))[0]
+            differences_1C = class_differences(result.differences_K[None], torch.tensor([classes]), len(names))
+            p_C = recipe.posterior(differences_1C, result.dims)[0]
             order = p_C.argsort(descending=True, stable=True).tolist()
             best = {c: min((i for i, own in enumerate(classes) if own == c), key=result.ranking.index) for c in order}
             now = time.perf_counter()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -33,12 +32,13 @@ from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
+from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
 from lightning_diffclf.commands.parser import Parser
-from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.models.published import is_published, load_published, read_file, read_published
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
+from lightning_diffclf.models.published import is_published, load_published, read_published
+from lightning_diffclf.modules.checkpoints import check_checkpoint, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
 
@@ -52,20 +52,6 @@ KEPT_FOR_EVALUATION = (
     "ema",
     "checkpoint",
 )  # of a checkpoint's configuration
-
-
-class NamedConfig(ActionConfigFile):
-    """``--config dit_digits.yaml``: that file, else the file of that name in configs/."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Replace a bare name and go on as the base class."""
-        if isinstance(values, str) and "\n" not in values and not Path(values).is_file():
-            if (CONFIGS / values).is_file():
-                values = str(CONFIGS / values)
-            elif values.endswith((".yaml", ".yml")):
-                known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
-                parser.error(f"config: no file {values!r}, neither here nor in {CONFIGS} (which has: {known})")
-        super().__call__(parser, cfg, values, option_string)
 
 
 class KeepConfig(SaveConfigCallback):
@@ -82,8 +68,7 @@ class KeepConfig(SaveConfigCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         before = checkpoint.get(PROCESSES_KEY, trainer.world_size)
         if trainer.state.fn == "fit" and before != trainer.world_size:
-            # What is seen in a step depends on the step only (data/stream.py).
-            rank_zero_info(f"going on with {trainer.world_size} processes in place of {before}, by the same batches")
+            rank_zero_info(f"resuming with {trainer.world_size} processes in place of {before}")
 
 
 class DiffClfCLI(LightningCLI):
@@ -116,6 +101,12 @@ class DiffClfCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
+            f"--{EXTENDS}",
+            type=str | list[str] | None,
+            default=None,
+            help="In a file: the file, or list of files, whose values it changes",
+        )
+        parser.add_argument(
             "--run_dir", type=str, default="runs/default", help="Folder for checkpoints, logs and results of this run"
         )
         parser.add_argument(
@@ -142,6 +133,10 @@ class DiffClfCLI(LightningCLI):
         if self._default_subcommand and not (args and args[0] in self.subcommands()):
             args = [self._default_subcommand, *args]
         self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        if self._get(self.config, EXTENDS) is not None:
+            raise UserError(f"{EXTENDS}: only files say what they extend; expected --config, which may be repeated")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the base class would let a checkpoint's hyperparameters override flags and YAML in silence."""
@@ -170,7 +165,7 @@ class DiffClfCLI(LightningCLI):
             path = Path(self._get(self.config, "run_dir")) / "checkpoints" / "last.ckpt"
             if path.is_file():
                 path = str(path)
-                print(f"going on from {path}")
+                print(f"resuming from {path}")
             else:
                 path = self.config_init[subcommand]["ckpt_path"] = None
         if path is not None and path not in ("best", "hpc", "registry"):
@@ -198,51 +193,16 @@ class DiffClfCLI(LightningCLI):
         print(f"weights of {path}")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint onto the CPU without running code from it.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no Lightning checkpoint.
-    """
-    if not Path(path).is_file():
-        raise MissingFile(f"checkpoint: no file {str(path)!r}")
-    checkpoint = read_file(Path(path))
-    if "state_dict" not in checkpoint:
-        raise UserError(f"checkpoint: {str(path)!r} has no 'state_dict', expected a Lightning checkpoint")
-    return checkpoint
-
-
-def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Raise ValueError unless ``checkpoint`` has the weights of a module like this one, trained on its schedule."""
-    for name in ("schedule", "prediction"):
-        trained, configured = (h.get(name) for h in (checkpoint.get("hyper_parameters", {}), module.hparams))
-        if "hyper_parameters" in checkpoint and trained != configured:
-            raise UserError(
-                f"checkpoint: {str(path)!r} was trained with {name} {trained!r}, "
-                f"but {name} is configured as {configured!r}"
-            )
-    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    if ours == theirs:
-        return
-    differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-    found = [f"{name} is {theirs[name]} there and {ours[name]} here" for name in differing[:3]]
-    missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    found += [f"{len(missing)} tensors are missing there, such as {missing[0]}"] if missing else []
-    found += [f"{len(surplus)} tensors are unknown here, such as {surplus[0]}"] if surplus else []
-    raise UserError(
-        f"checkpoint: {str(path)!r} does not fit {type(module).__name__} as configured: {'; '.join(found)}. "
-        "To train anew, give another --run_dir"
-    )
-
-
-def evaluation_config(path: str | Path) -> str:
+def evaluation_config(path: str | Path, trusted: bool = False) -> str:
     """YAML with model, data and classifier of the run that wrote a checkpoint.
 
+    Args:
+        path: The checkpoint.
+        trusted: Whether it may name any class and any address; otherwise see :mod:`~lightning_diffclf.inert`.
+
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or was not written by this package's command line.
+        ValueError: if it cannot be read, was not written by this package's command line, or says what it may not.
     """
     checkpoint = read_published(path) if is_published(path) else read_checkpoint(path)
     if CONFIG_KEY not in checkpoint:
@@ -250,9 +210,10 @@ def evaluation_config(path: str | Path) -> str:
             f"checkpoint: {str(path)!r} does not say how it was made (no {CONFIG_KEY!r}, which `diffclf fit` writes); "
             "give --config as well, such as dit_256_imagenet.yaml for published weights"
         )
-    config = yaml.safe_load(checkpoint[CONFIG_KEY])
-    kept = {key: config[key] for key in KEPT_FOR_EVALUATION}
-    kept["trainer"] = {"precision": config["trainer"]["precision"]}
+    where = f"checkpoint: {str(path)!r}"
+    kept = for_evaluation(read_settings(checkpoint[CONFIG_KEY], where), KEPT_FOR_EVALUATION)
+    if not trusted:
+        check_inert(kept, where)
     return yaml.safe_dump(kept, sort_keys=False)
 
 
@@ -297,12 +258,17 @@ def evaluate(args: Sequence[str] | None = None) -> None:
     own.add_argument(
         "--plan", action="store_true", help="measure what the evaluation will cost, print that and write nothing"
     )
+    own.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="let the checkpoint's settings name any class and any address: like running a program of who made it",
+    )
     known, flags = own.parse_known_args(args)
     if known.ckpt is None and not known.config:
         own.error("give --ckpt PATH, or --config FILE for a network that needs no training")
 
     def run() -> None:
-        configs = [evaluation_config(known.ckpt)] if not known.config else known.config
+        configs = [evaluation_config(known.ckpt, known.trust_checkpoint)] if not known.config else known.config
         part = f"-{parse_part(known.part)[0]}of{parse_part(known.part)[1]}" if known.part else ""
         out = known.out or f"{default_output(known.ckpt, configs)}{part}"
         kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[known.keep_errors]
@@ -330,10 +296,9 @@ def default_output(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
     """Folder for results: beside ``checkpoints/`` of a run's checkpoint, else in the last ``run_dir`` of the files."""
     if ckpt is None or is_published(ckpt):
         run_dir = Path()
-        for config in configs:
-            path = Path(config) if Path(config).is_file() else CONFIGS / config
-            values = yaml.safe_load(path.read_text()) if path.is_file() else None  # else the parser will complain
-            run_dir = Path((values or {}).get("run_dir", run_dir))
+        for config in configs:  # names of files, or YAML itself
+            for layer in layers(find(config)) if is_file_name(config) else []:
+                run_dir = Path((yaml.safe_load(layer.read_text()) or {}).get("run_dir", run_dir))
         return run_dir / "evaluation"
     folder = Path(ckpt).parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"

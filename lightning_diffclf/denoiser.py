@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.schedule import NoiseSchedule
 
-
-class Candidates:
-    """The K conditions that a denoiser can be asked about.
-
-    Args:
-        names: Human-readable name of each candidate, such as a class name or a prompt.
-        classes: Class index of each candidate; candidate k is class k if omitted. Several candidates may share a class
-            (several prompts for one class).
-
-    Raises:
-        ValueError: if there are no candidates, the lengths differ or a class index is negative.
-
-    Example:
-        >>> candidates = Candidates(["a photo of a cat", "a drawing of a cat", "a photo of a dog"], [0, 0, 1])
-        >>> len(candidates), candidates.num_classes, candidates.classes
-        (3, 2, (0, 0, 1))
-    """
-
-    def __init__(self, names: Sequence[str], classes: Sequence[int] | None = None) -> None:
-        self.names = tuple(str(name) for name in names)
-        self.classes = tuple(range(len(self.names))) if classes is None else tuple(int(c) for c in classes)
-        if not self.names:
-            raise UserError("candidates: none given, expected at least one")
-        if len(self.classes) != len(self.names):
-            raise UserError(f"candidates: {len(self.names)} names but {len(self.classes)} class indices")
-        if min(self.classes) < 0:
-            raise UserError(f"candidates: class index {min(self.classes)}, expected 0 or more")
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def num_classes(self) -> int:
-        """One more than the largest class index."""
-        return max(self.classes) + 1
+__all__ = ["Candidates", "ConditionalDenoiser", "evaluating"]
 
 
 @runtime_checkable
@@ -79,3 +46,19 @@ class ConditionalDenoiser(Protocol):
             (N, C, h, w), or (N, 2C, h, w) from a network that also predicts a variance.
         """
         ...
+
+
+@contextmanager
+def evaluating(denoiser: Any) -> Iterator[None]:
+    """Evaluation mode (no dropout, no label dropout) inside, the mode before outside."""
+    modules = list(denoiser.modules()) if isinstance(denoiser, nn.Module) else []
+    training = [module.training for module in modules]  # each its own: a frozen encoder stays as it was
+    if any(training):
+        denoiser.eval()
+    try:
+        yield
+    finally:
+        if training and training[0]:
+            denoiser.train()  # which the class may have given more to do
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode

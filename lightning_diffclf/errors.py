@@ -20,3 +20,8 @@ class MissingFile(UserError, FileNotFoundError):
 
 class FailedWrite(UserError, OSError):
     """A file that cannot be read or written: a full disk, no permission."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as far as it fits into a message of ours."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

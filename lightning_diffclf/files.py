@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import time
@@ -106,8 +107,18 @@ def read_json(path: str | Path, what: str = "file") -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MissingFile(f"{what}: no file {str(path)!r}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what}: {str(path)!r} cannot be read ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:  # the latter of what is nested too deeply
+        raise UserError(f"{what}: {str(path)!r} cannot be read ({str(error)[:200]})") from error
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of a JSON file is a whole number from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # --- one process at a time ---------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 One rule serves every model family: ``x_t = alpha(t) * x0 + sigma(t) * noise``. They differ in alpha and sigma, in the
 time value the network is given and in what it predicts. The classifier only ever asks for ``to_epsilon``.
+
+Shape suffixes: N rows of a batch, T timesteps of a discrete schedule.
 """
 
 from __future__ import annotations
@@ -165,7 +167,7 @@ class NoiseSchedule(ABC):
         """``count`` timesteps in the middles of equal parts of the time axis, from little noise to much.
 
         Returns:
-            (count,), int64 where time is discrete, else float64.
+            (count,), on the CPU: int64 where time is discrete, else float32, as not every device has float64.
 
         Raises:
             ValueError: if ``count`` is below 1 or above the number of distinct timesteps.
@@ -174,6 +176,10 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def random_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """``count`` random timesteps (count,) as the network is trained on them, on the generator's device."""
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on: the attributes that were given."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def network_time(self, t: Tensor) -> Tensor:
         """The time value that the network wants for timestep ``t`` (N,)."""
@@ -260,6 +266,15 @@ class DiscreteSchedule(NoiseSchedule):
         self.num_timesteps = len(alphas_cumprod)
         self._levels: dict[torch.device, tuple[Tensor, Tensor]] = {}  # (alpha_T, sigma_T) per device: no copy per call
 
+    @property
+    def betas(self) -> Tensor:
+        """(T,) float64: ``alphas_cumprod`` is the cumulative product of 1 - beta."""
+        return 1 - self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
+
+    def identity(self) -> dict[str, Any]:
+        # In float32, which is what is used: the last bits of float64 differ between machines.
+        return super().identity() | {"alphas_cumprod": self.alphas_cumprod.float()}
+
     def _tables(self, t: Tensor) -> tuple[Tensor, Tensor]:
         if t.dtype.is_floating_point or t.dtype == torch.bool:
             raise WrongType(f"t: dtype {t.dtype}, expected integers in 0 … {self.num_timesteps - 1}")
@@ -304,7 +319,7 @@ class FlowSchedule(NoiseSchedule):
 
     def timesteps(self, count: int) -> Tensor:
         sigma = _midpoints(count)
-        return sigma if self.noise_at else 1 - sigma
+        return (sigma if self.noise_at else 1 - sigma).float()
 
     def random_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.rand(count, generator=generator, device=generator.device)
@@ -345,7 +360,7 @@ class EDMSchedule(NoiseSchedule):
 
     def timesteps(self, count: int) -> Tensor:  # equation 5, at the middles of equal parts
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (low + _midpoints(count) * (high - low)) ** self.rho
+        return ((low + _midpoints(count) * (high - low)) ** self.rho).float()
 
     def random_timesteps(self, count: int, generator: torch.Generator) -> Tensor:  # table 1: ln sigma ~ N(-1.2, 1.2²)
         return torch.exp(1.2 * torch.randn(count, generator=generator, device=generator.device) - 1.2)

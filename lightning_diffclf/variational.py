@@ -2,6 +2,8 @@
 
 Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672); equation numbers are
 theirs. A term of the bound is what one denoising step costs, here in bits per value of x0.
+
+Shape suffixes: N rows of a batch.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ def _coefficients(schedule: DiscreteSchedule, t: Tensor, like: Tensor) -> _Coeff
     """Coefficients at timesteps ``t`` (N,), float32, each of a shape (N, 1, ...) that broadcasts against ``like``."""
     tables = _TABLES.setdefault(schedule, {})
     if t.device not in tables:
-        tables[t.device] = _table(schedule.alphas_cumprod).float().to(t.device)
+        tables[t.device] = _table(schedule).float().to(t.device)
     return _Coefficients(*(expand_to(values_N, like) for values_N in tables[t.device][:, t]))
 
 
-def _table(alphas_cumprod: Tensor) -> Tensor:
+def _table(schedule: DiscreteSchedule) -> Tensor:
     """All coefficients at all timesteps (6, T), in float64 because ``1 - alphas_cumprod`` cancels at small t."""
+    alphas_cumprod, beta = schedule.alphas_cumprod, schedule.betas
     previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
-    beta = 1 - alphas_cumprod / previous
     if len(beta) < 2 or not bool(((beta > 0) & (beta < 1)).all()):
         raise UserError("variational bound: expected 2 or more timesteps, alphas_cumprod falling at each and never 0")
     beta_tilde = beta * (1 - previous) / (1 - alphas_cumprod)

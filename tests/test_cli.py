@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
-from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, cli
+from lightning_diffclf.classifier.checks import resolve_candidates
 from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
 from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +79,7 @@ def test_evaluate_needs_the_checkpoint_alone_and_flags_override(run_dir, capsys,
     first = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
     assert first["metrics"]["images"] == 360
     assert first["metrics"]["nfe_per_image"] == 30
-    assert first["settings"]["draws"] == 3
+    assert first["settings"]["recipe"]["draws"] == 3
     assert "accuracy" in capsys.readouterr().out
     for name in ("predictions.parquet", "confusion.png", "timesteps.png"):
         assert (run_dir / "evaluation" / name).is_file()
@@ -93,7 +95,11 @@ def test_evaluate_needs_the_checkpoint_alone_and_flags_override(run_dir, capsys,
         ]
     )
     second = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert second["settings"]["elimination"] == "Stages(samples=[2, 10], keep=[3, 1])"
+    assert second["settings"]["recipe"]["elimination"] | {"class": ""} == {
+        "class": "",
+        "samples": [2, 10],
+        "keep": [3, 1],
+    }
     assert second["metrics"]["nfe_per_image"] == 2 * 10 + 8 * 3
     rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pydict()
     assert sorted(set(rows["draws_K"][0])) == [2, 10]
@@ -103,7 +109,7 @@ def test_the_same_command_again_goes_on(run_dir, tmp_path, capsys):
     folder = tmp_path / "again"
     train([*QUICK, f"--run_dir={folder}", "--trainer.max_steps=2", "--samples.columns=0"])
     train([*QUICK, f"--run_dir={folder}", "--samples.columns=0"])
-    assert f"going on from {folder}" in capsys.readouterr().out
+    assert f"resuming from {folder}" in capsys.readouterr().out
     again, straight = (read_checkpoint(last(d)) for d in (folder, run_dir))
     assert again["global_step"] == 4
     assert sorted(p.name for p in (folder / "logs").iterdir()) == ["version_0", "version_1"]
@@ -161,7 +167,7 @@ def test_published_weights_are_evaluated_and_trained_on(tmp_path, capsys):
     assert "give --config as well" in fails(capsys, evaluate, ["--ckpt=published.pt"])
     said = fails(capsys, evaluate, ["--ckpt=published.pt", "--config=dit_digits.yaml", *quiet])
     assert "does not fit the network as configured" in said
-    # training begins with them once, and then goes on from its own checkpoint
+    # training begins with them once, and then resumes from its own checkpoint
     begin = [*QUICK, "--run_dir=run", "--warm_start=published.pt", "--samples.columns=0", "--model.lr=1e-12"]
     train([*begin, "--trainer.max_steps=2", "--trainer.val_check_interval=2"])
     assert "weights of published.pt" in capsys.readouterr().out
@@ -169,7 +175,7 @@ def test_published_weights_are_evaluated_and_trained_on(tmp_path, capsys):
         torch.testing.assert_close(value, trained.state_dict()[name], atol=1e-6, rtol=0)
     train(begin)
     said = capsys.readouterr().out
-    assert "going on from run" in said
+    assert "resuming from run" in said
     assert "weights of" not in said
     torch.save({"state_dict": {}}, "empty.ckpt")
     assert "does not fit" in fails(capsys, train, [*QUICK, "--run_dir=other", "--warm_start=empty.ckpt"])
@@ -190,7 +196,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path):
 
     run("straight", 4, 1)
     run("changed", 2, 2)
-    assert "going on with 1 processes in place of 2, by the same batches" in run("changed", 4, 1)
+    assert "resuming with 1 processes in place of 2" in run("changed", 4, 1)
     straight, changed = (read_checkpoint(tmp_path / d / "checkpoints" / "last.ckpt") for d in ("straight", "changed"))
     assert straight["global_step"] == changed["global_step"] == 4
     for name, value in straight["current_model_state"].items():
@@ -390,3 +396,35 @@ def test_the_public_option_list_is_that_of_the_signatures(capsys):
     for flag in ("--run_dir", "--classifier.draws", "--ema.decay", "--checkpoint.save_last", "--samples.columns"):
         assert flag in shown
     assert "Rule that drops candidates early" in shown  # help texts come from the docstrings
+
+
+def test_only_errors_meant_for_the_user_become_one_line():
+    def wrapped():
+        try:
+            raise UserError("depth: 0, expected at least 1")
+        except UserError as error:
+            raise RuntimeError("instantiation failed") from error
+
+    def met_while_telling():
+        try:
+            raise UserError("depth: 0, expected at least 1")
+        except UserError:
+            {}["a defect"]
+
+    with pytest.raises(SystemExit, match="error: depth: 0, expected at least 1"):
+        cli._run(wrapped)
+    with pytest.raises(KeyError):
+        cli._run(met_while_telling)
+    for defect in (ValueError, TypeError, OSError):
+        with pytest.raises(defect):
+            cli._run(lambda kind=defect: resolve_candidates(Raises(kind), 1, 5))
+
+
+class Raises(list):
+    """Candidates whose length raises within a function of ours."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __len__(self):
+        raise self.kind("a defect")

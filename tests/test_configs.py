@@ -1,14 +1,18 @@
 """Every file in configs/ is a whole experiment that the command line understands."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lightning_diffclf.cli import CONFIGS, main
+from lightning_diffclf.cli import default_output, main
+from lightning_diffclf.commands.configs import CONFIGS, layers
 
-# which go on top of another
-LAYERS = {"likelihood_ratio.yaml", "gpus_8.yaml", "compile.yaml", "small_memory.yaml", "fsdp.yaml"}
+# which go on top of another, or below it
+TOPS = {"likelihood_ratio.yaml", "gpus_8.yaml", "compile.yaml", "small_memory.yaml", "fsdp.yaml"}
+DATA = ["imagenet", "imagenetv2", "imagenet_a", "objectnet"]
+LAYERS = TOPS | {"dit_256.yaml", "dit_512.yaml", "sd_paper.yaml"} | {f"on_{data}.yaml" for data in DATA}
 WHOLE = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in LAYERS)
 
 # Li et al. 2023, table 6 (schedule) and its code (loss).
@@ -38,10 +42,11 @@ def test_it_parses(name, capsys):
     assert values["run_dir"] == f"runs/{Path(name).stem}"
     text = (CONFIGS / name).read_text()
     assert f"--config {name}" in text  # says how it is used
+    assert values["extends"] is None
     written = yaml.safe_load(text)
     for key in ("model", "data"):
-        assert values[key]["class_path"] == written[key]["class_path"]
-        assert values[key]["init_args"].items() >= written[key].get("init_args", {}).items()
+        assert values[key]["class_path"] == written.get(key, {}).get("class_path", values[key]["class_path"])
+        assert values[key]["init_args"].items() >= written.get(key, {}).get("init_args", {}).items()
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -57,7 +62,7 @@ def test_cells_of_table_1_have_the_papers_settings(name, capsys):
 
 
 @pytest.mark.parametrize("size", [256, 512])
-@pytest.mark.parametrize("data", ["imagenet", "imagenetv2", "imagenet_a", "objectnet"])
+@pytest.mark.parametrize("data", DATA)
 def test_cells_of_table_4_have_the_papers_settings(data, size, capsys):
     values = parsed(capsys, f"dit_{size}_{data}.yaml")
     assert values["classifier"]["draws"] == 250
@@ -67,6 +72,8 @@ def test_cells_of_table_4_have_the_papers_settings(data, size, capsys):
     assert values["data"]["init_args"]["crop"] == "published"
     assert values["trainer"]["precision"] == "32-true"
     assert "95 % interval" in (CONFIGS / f"dit_{size}_{data}.yaml").read_text()
+    assert parsed(capsys, f"dit_{size}.yaml", f"on_{data}.yaml") == values | {"run_dir": f"runs/dit_{size}"}
+    assert f"--config on_{data}.yaml" in (CONFIGS / f"on_{data}.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", ["dit_imagenet", "dit_imagenet_512", "dit_b2_imagenet", "dit_s2_imagenet"])
@@ -99,3 +106,60 @@ def test_the_rule_can_be_laid_on_top(name, capsys):
     assert "samples" not in values["classifier"]["elimination"]["init_args"]
     assert values["classifier"]["draws"] == below["classifier"]["draws"]
     assert values["model"] == below["model"]
+
+
+# --- files that extend others -----------------------------------------------------------------------------------------
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_what_a_file_extends_comes_below_it(tmp_path, capsys):
+    (tmp_path / "below").mkdir()
+    write(tmp_path / "below", lowest="ema: {decay: 0.1}\ncheckpoint: {every_n_train_steps: 3}")
+    write(
+        tmp_path, side="extends: below/lowest.yaml\nrun_dir: runs/side\nema: {decay: 0.2}", plain="seed_everything: 7"
+    )
+    write(tmp_path, top="extends: [dit_digits.yaml, side.yaml, plain.yaml]\nmodel: {init_args: {lr: 1e-2}}")
+    top = tmp_path / "top.yaml"
+    assert [path.name for path in layers(top)] == [
+        "dit_digits.yaml",
+        "lowest.yaml",
+        "side.yaml",
+        "plain.yaml",
+        "top.yaml",
+    ]
+    values = parsed(capsys, str(top))
+    assert values["model"]["init_args"] == parsed(capsys, "dit_digits.yaml")["model"]["init_args"] | {"lr": 0.01}
+    assert (values["ema"]["decay"], values["checkpoint"]["every_n_train_steps"]) == (0.2, 3)
+    assert (values["seed_everything"], values["run_dir"]) == (7, "runs/side")
+    assert default_output(None, [str(top)]) == Path("runs/side/evaluation")
+    # what is written of a run is whole: it is read again without the files that it was made of
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(values))
+    assert parsed(capsys, str(tmp_path / "again.yaml")) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: top.yaml", "'.*top.yaml' extends itself"),
+        ("extends: side.yaml", "'.*top.yaml' extends itself"),
+        ("extends: nowhere.yaml", "no file 'nowhere.yaml', neither in '.*' nor in .*dit_digits.yaml"),
+        ("extends: {a: 1}", r"extends: \{'a': 1\}, expected the name of a file or a list of them"),
+        ("extends: [1]", r"extends: \[1\], expected"),
+        ("a: [", "'.*top.yaml' is no YAML file"),
+    ],
+)
+def test_files_that_cannot_be_layered(tmp_path, capsys, text, message):
+    write(tmp_path, top=text, side="extends: top.yaml")
+    with pytest.raises(SystemExit):
+        main(["test", f"--config={tmp_path / 'top.yaml'}"])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_only_files_extend():
+    for given in ("--extends=dit_digits.yaml", "--config=extends: dit_digits.yaml\nrun_dir: there\n"):
+        with pytest.raises(SystemExit, match="extends: only files say what they extend"):
+            main(["test", "--config=dit_digits.yaml", given])

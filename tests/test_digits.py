@@ -1,5 +1,4 @@
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,14 +6,12 @@ import torch
 from sklearn.datasets import load_digits
 
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
+from tests.trainers import FakeTrainer
 
 
 def module(world_size: int = 1, rank: int = 0, step: int = 0, **settings) -> DigitsDataModule:
     data = DigitsDataModule(**settings)
-    cpu = SimpleNamespace(root_device=torch.device("cpu"))
-    data.trainer = SimpleNamespace(
-        world_size=world_size, global_rank=rank, accumulate_grad_batches=1, global_step=step, max_steps=9, strategy=cpu
-    )
+    data.trainer = FakeTrainer(rank, world_size, step=step)
     data.setup()
     return data
 

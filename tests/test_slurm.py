@@ -159,7 +159,7 @@ def test_a_signalled_job_saves_requeues_itself_and_goes_on(cluster, undisturbed,
     assert logs(tmp_path).count("Starting with 2 processes") == 2
     (step,) = re.findall(r"requeue: step (\d+) is saved in .*; job \d+ is in the queue again", logs(tmp_path))
     assert INTERVAL <= int(step) < 300
-    assert f"going on from {tmp_path}/run/checkpoints/last.ckpt" in logs(tmp_path)
+    assert f"resuming from {tmp_path}/run/checkpoints/last.ckpt" in logs(tmp_path)
     assert_same_training(tmp_path / "run", undisturbed)
 
 
@@ -173,7 +173,7 @@ def test_a_killed_job_loses_at_most_what_came_after_the_last_checkpoint(cluster,
     assert left % INTERVAL == 0
     assert max(saved_steps(tmp_path / "run")) - INTERVAL <= left < 300  # last.ckpt is the later one of a pair
     cluster.wait(cluster.submit(tmp_path, *args, tasks=2), tmp_path)
-    assert f"going on from {tmp_path}/run/checkpoints/last.ckpt" in logs(tmp_path)
+    assert f"resuming from {tmp_path}/run/checkpoints/last.ckpt" in logs(tmp_path)
     assert_same_training(tmp_path / "run", undisturbed)
 
 

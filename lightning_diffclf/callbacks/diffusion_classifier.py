@@ -8,17 +8,20 @@ from typing import Any
 
 import lightning as L
 
-from lightning_diffclf.callbacks.evaluation import Evaluation
 from lightning_diffclf.callbacks.pictures import log_picture
 from lightning_diffclf.callbacks.plan import Planner
+from lightning_diffclf.callbacks.rank_evaluation import RankEvaluation
 from lightning_diffclf.callbacks.run_settings import run_settings
-from lightning_diffclf.callbacks.run_writer import RunWriter, draw
+from lightning_diffclf.callbacks.run_writer import RunWriter
 from lightning_diffclf.callbacks.sharding import images_on_this_rank, parse_part, the_loader
-from lightning_diffclf.classifier import Classification, DiffusionClassifier, Recipe
+from lightning_diffclf.classifier import Classification, DiffusionClassifier, Exhaustive, Recipe
+from lightning_diffclf.data.protocols import HasScore, NeedsEveryDraw
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import FailedWrite, UserError, WrongType
+from lightning_diffclf.results import charts
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.plan import Plan
+from lightning_diffclf.results.summary import Outline, Summary
 
 
 class DiffusionClassifierCallback(L.Callback):
@@ -113,7 +116,7 @@ class DiffusionClassifierCallback(L.Callback):
         self.planned: Plan | None = None
         self._validations = 0  # seen in this fit
         self._planner: Planner | None = None
-        self._evaluation: Evaluation | None = None  # going on
+        self._evaluation: RankEvaluation | None = None  # that is running
         self._writer: RunWriter | None = None  # of the last evaluation
 
     @property
@@ -141,14 +144,14 @@ class DiffusionClassifierCallback(L.Callback):
             keep_distances=self.keep_distances and stage != "fit",
             compile=self.compile,
         )
-        self._metrics = ClassifierMetrics(
-            candidates.classes,
-            candidates.num_classes,
-            len(self.classifier.timesteps_S),
-            recipe.posterior,
-            abstains=recipe.abstain > 0,
-            proposes=recipe.proposal is not None,
-        )
+        data, rule = getattr(trainer, "datamodule", None), self.classifier.rule
+        exhaustive = type(rule) is Exhaustive and recipe.budget is None
+        if stage != "fit" and isinstance(data, NeedsEveryDraw) and data.needs_every_draw and not exhaustive:
+            raise UserError(
+                f"{type(data).__name__}: its score compares errors across images and candidates, which is fair only "
+                f"over the same draws; found {rule}, budget {recipe.budget}, expected neither"
+            )
+        self._metrics = ClassifierMetrics(Outline.of_classifier(self.classifier))
         # On the module, so that Lightning moves them to its device. They have no parameters and save nothing.
         pl_module.add_module(f"{self.name}_metrics", self._metrics)
         self._planner = Planner(self.classifier, recipe.candidates) if self.plan and stage != "fit" else None
@@ -171,7 +174,7 @@ class DiffusionClassifierCallback(L.Callback):
             self._planner.begin(trainer, loader, images, 1 if part is None else part[1])
         elif not fits:
             self._writer = self._open_writer(trainer, pl_module, loader)
-        self._evaluation = Evaluation(
+        self._evaluation = RankEvaluation(
             trainer, self.classifier, self._metrics, images, part, self._planner, self._writer
         )
         self.results = self._evaluation.results
@@ -207,21 +210,22 @@ class DiffusionClassifierCallback(L.Callback):
         if self._planner is not None:
             self.planned = self._planner.finish(trainer)
             return
-        counts = None
+        summary: Summary | None = None
         if labelled:
-            self.metrics = self._metrics.compute()
+            summary = self._metrics.compute()  # on all ranks: it syncs
+            self.metrics = summary.numbers()
             pl_module.log_dict(
                 {f"{self.name}/{name}": value for name, value in self.metrics.items()},
                 sync_dist=trainer.world_size > 1,  # equal on all ranks already; says so to Lightning
             )
-            counts = self._metrics.tally.compute(), self._metrics.confusion.compute()  # on all ranks: they sync
         if trainer.is_global_zero and self._writer is not None:
-            score = getattr(getattr(trainer, "datamodule", None), "score", None)
-            self.metrics = self._writer.finish(self.metrics, counts, score) | self.metrics
+            data = getattr(trainer, "datamodule", None)
+            score = data.score if isinstance(data, HasScore) else None
+            self.metrics = self._writer.finish(summary, score) | self.metrics
             self._writer.close()
-        elif trainer.is_global_zero and counts is not None and trainer.loggers and trainer.state.fn == "fit":
+        elif trainer.is_global_zero and summary is not None and trainer.loggers and trainer.state.fn == "fit":
             folder = Path(trainer.default_root_dir) / "validation"
-            for path in draw(self.classifier, *counts, self.metrics["accuracy"], folder):
+            for path in charts.save(charts.of_summary(summary), folder, ["png"]):
                 log_picture(trainer, f"{self.name}/{path.stem}", path)
 
     # All evaluations go the same way.

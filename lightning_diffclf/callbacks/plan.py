@@ -87,7 +87,7 @@ class Planner:
             ranks=[Measurement(*shared, rate, flops, int(spent), int(tried)) for _, rate, flops, spent, tried in used],
             images=[None if math.isnan(images) else int(images) for images, *_ in used],
             rule=repr(c.rule),
-            exact=type(c.rule) is Exhaustive and c.budget is None,
+            exact=type(c.rule) is Exhaustive and c.recipe.budget is None,
         )
 
     @staticmethod

@@ -24,11 +24,11 @@ class Requeue(Checkpoint):
 
     SLURM sends the signal before the time limit where the job script says ``#SBATCH --signal=USR1@300`` (not ``B:``:
     that is for the shell only). All processes save ``last.ckpt`` in the folder of the ModelCheckpoint, so that the same
-    command goes on exactly where it stopped (``ckpt_path: last``). Outside of SLURM, saving and ending is all.
+    command resumes exactly where it stopped (``ckpt_path: last``). Outside of SLURM, saving and ending is all.
 
     The signal handler only sets a flag. Whether any process was told is decided by all of them right after an optimizer
     step: never in the middle of a step, of accumulated batches, or of a validation. With this handler in place,
-    Lightning does not install its own, which would write ``hpc_ckpt_*.ckpt`` in the middle of whatever is going on.
+    Lightning does not install its own, which would write ``hpc_ckpt_*.ckpt`` in the middle of a step.
 
     In ``test``, ``validate`` and ``predict`` with a DiffusionClassifierCallback that has an ``output_dir``, a process
     leaves at the end of its batch; what it has decided is stored. Other evaluations do not listen.
@@ -41,7 +41,7 @@ class Requeue(Checkpoint):
 
     Raises:
         ValueError: if ``every_n_steps`` is out of range; from ``setup``, if no ModelCheckpoint is listed before it.
-        SystemExit: in place of going on: status 0, or 1 if SLURM did not take the job back.
+        SystemExit: after saving: status 0, or 1 if SLURM did not take the job back.
     """
 
     def __init__(self, every_n_steps: int = 1) -> None:
@@ -142,13 +142,13 @@ def leave(trainer: L.Trainer, done: str) -> None:
     if trainer.is_global_zero:
         job = job_id()
         if job is None:
-            print(f"\nrequeue: {done}; not in a SLURM job: the same command goes on", flush=True)
+            print(f"\nrequeue: {done}; not in a SLURM job: the same command resumes", flush=True)
         else:
             complaint = requeue(job)
             if complaint is not None:
                 message = (
                     f"error: requeue: {done}, but SLURM did not requeue job {job} ({complaint}). Submit the same job "
-                    "script again: it goes on from there. Jobs may requeue themselves with #SBATCH --requeue"
+                    "script again: it resumes from there. Jobs may requeue themselves with #SBATCH --requeue"
                 )
                 print(f"\n{message}", file=sys.stderr, flush=True)
                 raise SystemExit(1)

@@ -13,19 +13,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_diffclf.callbacks.run_settings import class_names
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.files import FolderLock, write_json
-from lightning_diffclf.results.calibration import calibrate
+from lightning_diffclf.results import charts
+from lightning_diffclf.results.calibration import Sample, calibrate
+from lightning_diffclf.results.error_maps import error_map
 from lightning_diffclf.results.errors import ErrorsInfo
-from lightning_diffclf.results.figures import save_confusion_matrix, save_timestep_accuracy
 from lightning_diffclf.results.predictions import Record, from_table
-from lightning_diffclf.results.store import Settings, Store, claim, clean, finish, scan
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import Store, Stored, claim, clean, finish, refresh, scan
+from lightning_diffclf.results.summary import Outline, Summary
 from lightning_diffclf.results.thumbnails import thumbnail
 
 PICTURES = ("thumbnail", "error_map")  # what numbers are not made of
-
-JUDGED = ("label", "prediction", "candidates_K", "differences_K", "dims")  # what probabilities are made of
 
 
 class Picture(NamedTuple):
@@ -75,7 +75,7 @@ class RunWriter:
         self._classifier, self._rank, self._ranks = classifier, trainer.global_rank, trainer.world_size
         try:
             self.folder = self._claim(trainer, folder, settings, next_free)
-            errors = ErrorsInfo.of(classifier, classifier.recipe.weights) if keep_errors else None
+            errors = ErrorsInfo.of(classifier) if keep_errors else None
             self._store = Store(self.folder, settings, self._rank, flush_every, errors, keep_distances)
             self.finished = self._store.finished
             made = sum(len(t) - t["error_map"].null_count for t in self._mine(["error_map"]))
@@ -92,6 +92,7 @@ class RunWriter:
                 outcome = claim(folder, settings, next_free)
                 self._lock = FolderLock(outcome)
                 clean(outcome)
+                refresh(outcome, settings)
             except (ValueError, OSError) as error:
                 outcome = error
         outcome = trainer.strategy.broadcast(outcome)
@@ -105,10 +106,9 @@ class RunWriter:
         for table in scan(self.folder, ["rank", *columns], self._store.settings):
             yield table.filter(pa.array(table["rank"].to_numpy() % self._ranks == self._rank))
 
-    def records_before(self) -> Iterator[list[Record]]:
-        """What counts on this rank of that which was decided before, a few megabytes at a time, without pictures."""
-        for table in self._mine([name for name in Record.__dataclass_fields__ if name not in PICTURES]):
-            yield from_table(table)
+    def decided_before(self) -> Iterator[pa.Table]:
+        """What counts on this rank of that which was decided before, a few megabytes at a time."""
+        return self._mine(Summary.COLUMNS)
 
     # --- images --------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class RunWriter:
         difference_of = dict(zip(result.candidates_K.tolist(), result.differences_K.tolist(), strict=True))
         right = min(tried, key=difference_of.__getitem__) if tried else classes.index(label)
         self._maps -= 1
-        right_map, chosen_map = self._classifier.error_map(image, key, [right, result.candidate])
+        right_map, chosen_map = error_map(self._classifier, image, key, [right, result.candidate])
         return (right_map - chosen_map).numpy()
 
     # --- end -----------------------------------------------------------------------------------------------------
@@ -149,39 +149,34 @@ class RunWriter:
         self._store.flush()
 
     def finish(
-        self,
-        metrics: dict[str, float],
-        counts: tuple[dict[str, Tensor], Tensor] | None,
-        score: Callable[[list[Record]], dict[str, float]] | None,
+        self, summary: Summary | None, score: Callable[[list[Record]], dict[str, float]] | None
     ) -> dict[str, float]:
         """Make one file of all parts, write metrics.json and draw. Call it on rank 0, when all ranks have flushed.
 
         Args:
-            metrics: Those of all ranks; empty without labels.
-            counts: What :func:`draw` is given; None without labels.
+            summary: That of all ranks; None without labels.
             score: Numbers of the data set's own, made of all records.
 
         Returns:
             The numbers of the data set's own, by name.
         """
-        settings, classifier, own = self._store.settings, self._classifier, dict[str, float]()
-        images, posterior = finish(self.folder, settings), classifier.recipe.posterior
-        written: dict[str, Any] = metrics
-        if metrics:
-            calibrated = calibrate(self._records(JUDGED), classifier.denoiser.candidates.classes, posterior)
-            written = metrics | (asdict(calibrated) if calibrated is not None else {})
+        settings, outline = self._store.settings, Outline.of_classifier(self._classifier)
+        finish(self.folder, settings)
+        if summary is None:
+            written = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
         else:
-            written = {"images": images, "nfe": sum(record.nfe for record in self._records(["nfe"]))}
-        if score is not None:
-            own = score(self._records([name for name in Record.__dataclass_fields__ if name not in PICTURES]))
-        described = settings.identity | {"posterior": asdict(posterior)} | settings.info
+            calibrated = calibrate(Stored(self.folder, settings, Sample.COLUMNS), outline)
+            written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
+            charts.save(charts.of_summary(summary), self.folder, ["png"])
+        own = {} if score is None else score(self._records())
+        described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info
         write_json({"metrics": own | written, "settings": described}, self.folder / "metrics.json", 2, "results")
-        if counts is not None:
-            draw(classifier, *counts, metrics["accuracy"], self.folder)
         return own
 
-    def _records(self, columns: Sequence[str]) -> list[Record]:
-        return [record for table in scan(self.folder, columns, self._store.settings) for record in from_table(table)]
+    def _records(self) -> list[Record]:
+        """All records, without pictures: few, where a data set has numbers of its own."""
+        names = [name for name in Record.__dataclass_fields__ if name not in PICTURES]
+        return [record for table in scan(self.folder, names, self._store.settings) for record in from_table(table)]
 
     def close(self) -> None:
         """Let other processes write to the folder."""
@@ -197,17 +192,3 @@ class RunWriter:
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         table.add_row("results in", str(self.folder))
         Console(soft_wrap=True).print(table)
-
-
-def draw(
-    classifier: DiffusionClassifier, tally: dict[str, Tensor], confusion: Tensor, accuracy: float, folder: Path
-) -> list[Path]:
-    """Pictures of what was counted; returns their files."""
-    paths = [folder / "confusion.png"]
-    save_confusion_matrix(confusion, class_names(classifier.denoiser), paths[0])
-    if bool((tally["judged_S"] > 0).any()):
-        paths.append(folder / "timesteps.png")
-        accuracy_S = tally["correct_S"].cpu().reshape(-1) / tally["judged_S"].cpu().reshape(-1)  # one draw: a number
-        chance = 1 / len(classifier.recipe.candidates or classifier.denoiser.candidates)
-        save_timestep_accuracy(classifier.timesteps_S, accuracy_S, chance, accuracy, paths[1])
-    return paths

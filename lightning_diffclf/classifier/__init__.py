@@ -2,12 +2,12 @@
 
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.draws import Draws
-from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, LikelihoodRatio, PairedTest, Round, Stages
+from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, Round, Stages
 from lightning_diffclf.classifier.engine import DiffusionClassifier
 from lightning_diffclf.classifier.posterior import Posterior
-from lightning_diffclf.classifier.proposal import LinearProbe
 from lightning_diffclf.classifier.recipe import Proposal, Recipe
 from lightning_diffclf.classifier.score import Loss
+from lightning_diffclf.classifier.sequential import LikelihoodRatio, PairedTest
 
 __all__ = [
     "Classification",
@@ -16,7 +16,6 @@ __all__ = [
     "Elimination",
     "Exhaustive",
     "LikelihoodRatio",
-    "LinearProbe",
     "Loss",
     "PairedTest",
     "Posterior",

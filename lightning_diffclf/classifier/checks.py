@@ -18,6 +18,8 @@ def check_images(images: Tensor, ids: Sequence[int | str]) -> None:
         raise WrongType(f"images: {found}, expected a floating point tensor (B, C, H, W), pixels in [-1, 1]")
     if images.ndim != 4:
         raise UserError(f"images: shape {tuple(images.shape)}, expected (B, C, H, W)")
+    if 0 in images.shape[1:]:
+        raise UserError(f"images: shape {tuple(images.shape)}, expected at least one channel, row and column")
     if len(ids) != len(images):
         raise UserError(f"ids: {len(ids)} for {len(images)} images")
     finite_B = images.isfinite().flatten(1).all(1)
@@ -60,8 +62,10 @@ def resolve_candidates(
     return lists if nested else lists * num_images
 
 
-def check_output(output: Tensor, x_t: Tensor) -> None:
-    """Raise ValueError unless the network's output fits its input: (N, C or 2C, h, w)."""
+def check_output(output: Any, x_t: Tensor) -> None:
+    """Raise ValueError or TypeError unless the network's output fits its input: (N, C or 2C, h, w)."""
+    if not isinstance(output, Tensor):
+        raise WrongType(f"denoiser.predict: {type(output).__name__}, expected a tensor shaped like x_t")
     n, channels, *space = x_t.shape
     if output.shape not in {(n, channels, *space), (n, 2 * channels, *space)}:
         raise UserError(

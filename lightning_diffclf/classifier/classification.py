@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from lightning_diffclf.classifier.contest import Contest
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,11 @@ class Classification:
         candidates_K: Indices of the K candidates that were in play for this image (K,), int64.
         scores_K: Mean error of each over the draws that it saw (K,), float64. Lower is better, but only candidates
             that saw equally many draws can be compared; infinite where the network returned NaN or infinity.
-        differences_K: How much larger the mean error of each is than the winner's (K,), float64; 0 for the winner. Of a
-            candidate that was dropped: its difference to the best one that stayed, over the draws that both had seen
-            then, and from that one on likewise. So these are comparable, unlike scores over different draws. Infinite
-            where the score is, and for all candidates if there is no winner.
+        differences_K: How much larger the mean error of each is than the winner's (K,), float64; 0 for the winner.
+            Where means over the candidates of a class decide, those of their classes. Of a candidate that was dropped:
+            its difference to the best one that stayed, over the draws that both had seen then, and from that one on
+            likewise. So these are comparable, unlike scores over different draws. Infinite where the score is, and for
+            all candidates if there is no winner.
         draws_K: Number of draws that each saw (K,), int64.
         nfe: Network calls spent on the image.
         dims: Number of values of x0, D; what a posterior needs besides the scores.
@@ -53,9 +58,41 @@ class Classification:
     errors_KS: Tensor | None = None
     distances_SKK: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        contest: Contest,
+        image_id: int | str,
+        candidates_K: np.ndarray,
+        classes: Sequence[int],
+        abstain: float,
+        dims: int,
+        timesteps_S: Tensor,
+        errors_KS: np.ndarray | None = None,
+        distances_SKK: np.ndarray | None = None,
+    ) -> Classification:
+        """What a decided contest amounts to; ``classes`` are those of all candidates of the denoiser."""
+        decision = contest.decide(dims)
+        candidate = None if decision.winner is None else int(candidates_K[decision.winner])
+        return cls(
+            image_id=image_id,
+            label=None if candidate is None else classes[candidate],
+            candidate=candidate,
+            margin=decision.margin,
+            abstained=candidate is None or decision.margin < abstain,
+            candidates_K=torch.from_numpy(candidates_K.copy()),
+            scores_K=torch.from_numpy(contest.scores_K),
+            differences_K=torch.from_numpy(decision.differences_K),
+            draws_K=torch.from_numpy(contest.draws_K),
+            nfe=contest.nfe,
+            dims=dims,
+            timesteps_S=timesteps_S,
+            errors_KS=None if errors_KS is None else torch.from_numpy(errors_KS),
+            distances_SKK=None if distances_SKK is None else torch.from_numpy(distances_SKK),
+        )
+
     @property
     def ranking(self) -> list[int]:
-        """Positions 0 … K-1: the winner, those that stayed longer, and among them those with the lower score."""
-        return np.lexsort(
-            (self.scores_K.numpy(), -self.draws_K.numpy(), self.candidates_K.numpy() != self.candidate)
-        ).tolist()
+        """Positions 0 … K-1: the winner, those that stayed longer, and among them those that are less behind it."""
+        loses_K = self.candidates_K.numpy() != self.candidate
+        return np.lexsort((self.scores_K.numpy(), self.differences_K.numpy(), -self.draws_K.numpy(), loses_K)).tolist()

@@ -1,8 +1,10 @@
 """The engine: packs (image, candidate, draw) rows of many images into full micro-batches.
 
-An image is in flight from its encoding until its decision. It advances in rounds: the draws up to the next stop of the
-elimination rule, times the candidates still in play. Micro-batches are cut from the rounds of all images in flight,
-oldest first, so that they stay full although images advance at different speeds.
+An image is in flight from its encoding until its decision. It advances in rounds, which its contest sets. Micro-batches
+are cut from the rounds of all images in flight, oldest first, so that they stay full although images advance at
+different speeds.
+
+Shape suffixes: N rows of a micro-batch, M distinct (image, draw) pairs in it, D values of x0, K candidates, S draws.
 """
 
 from __future__ import annotations
@@ -10,23 +12,23 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_diffclf.classifier.checks import check_images, check_output, resolve_candidates
 from lightning_diffclf.classifier.classification import Classification
+from lightning_diffclf.classifier.contest import Contest, Terms, judge
 from lightning_diffclf.classifier.device import CompiledPredict, download, upload
 from lightning_diffclf.classifier.draws import Draws, KeyedNoise
-from lightning_diffclf.classifier.elimination import Exhaustive, Round
+from lightning_diffclf.classifier.elimination import Elimination, Exhaustive
 from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut, measure_distances
 from lightning_diffclf.classifier.recipe import Recipe
-from lightning_diffclf.classifier.score import Loss, Rows, timestep_weights
-from lightning_diffclf.denoiser import ConditionalDenoiser
+from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
+from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating
 from lightning_diffclf.errors import UserError, WrongType
 
 
@@ -41,22 +43,14 @@ class DiffusionClassifier:
 
     Args:
         denoiser: The network; see :class:`~lightning_diffclf.denoiser.ConditionalDenoiser`.
-        draws: (t, noise) pairs for each image; by default 250, or what the elimination rule spends.
-        loss: Error terms, such as ``l2``, ``l1``, ``huber``, ``l2+kl``; see :class:`~.score.Loss`.
-        elimination: Rule that drops candidates early; :class:`~.elimination.Exhaustive` by default.
+        recipe: What decides results; see :class:`~.recipe.Recipe`. Or its draws alone.
         microbatch: Rows (image, candidate, draw) in one network call. Bounds the memory together with ``in_flight``.
         in_flight: Images between encoding and decision at most; ``microbatch`` by default.
         keep_errors: Keep every single error in the result (K × S numbers an image).
         keep_distances: Keep the distances between the candidates' predictions as well (S × K × K numbers an image).
-        weights: What the draws weigh in the score; see :func:`~.score.timestep_weights`.
-        budget: Network calls for one image at most. An image that has spent them is decided by the draws so far,
-            which all of its remaining candidates have seen.
-        abstain: Results whose :attr:`Classification.margin` is below this many nats are marked as abstained.
-        ensemble: Where classes have several candidates (prompts): ``best`` takes the class of the best candidate,
-            ``mean`` the class with the lowest mean score over its candidates, which then stay or go together.
-        proposal: Names the candidates of each image, where a call does not: any callable; see :mod:`~.proposal`.
         compile: Compile the network (``torch.compile``, with CUDA graphs on a GPU). Every call then has exactly
             ``microbatch`` rows, the last ones padded, so that it is compiled once. Pays after many calls.
+        **settings: Fields of the recipe by their names, in place of ``recipe``.
 
     Raises:
         ValueError: if a setting is out of range, there are more draws than timesteps, fewer draws than the rule spends,
@@ -94,33 +88,34 @@ class DiffusionClassifier:
             recipe = Recipe(**settings) if recipe is None else Recipe(draws=recipe, **settings)
         self.recipe = recipe
         self.denoiser = denoiser
-        self.rule = recipe.elimination or Exhaustive()
+        rule = recipe.elimination or Exhaustive()
         self.loss = Loss(recipe.loss)
         self.loss.check(denoiser.schedule)
-        self.rule.check(self.loss.name)
+        rule.check(self.loss.name)
         draws = Draws(recipe.draws, recipe.seed) if isinstance(recipe.draws, int) else recipe.draws
-        order = self.rule.order(draws.count if draws else Draws.count)
+        order = rule.order(draws.count if draws else Draws.count)
         self.draws = draws or Draws(len(order) if order is not None else Draws.count, recipe.seed)
         self.timesteps_S = self.draws.visit(denoiser.schedule, order)
         log_snr_S = denoiser.schedule.log_snr(self.timesteps_S).double()
-        self.weights_S, self.log_snr_S = timestep_weights(recipe.weights, log_snr_S).numpy(), log_snr_S.numpy()
+        weights_S = timestep_weights(recipe.weights, log_snr_S)
+        self.terms = Terms(rule, self.loss.name, log_snr_S.numpy(), weights_S.numpy(), recipe.budget)
         self.microbatch = microbatch
         self.in_flight = in_flight or microbatch
         self.keep_errors, self.keep_distances = keep_errors, keep_distances
-        self.budget, self.abstain, self.proposal = recipe.budget, recipe.abstain, recipe.proposal
-        # One candidate for each class has no mean to take.
-        classes = denoiser.candidates.classes
-        pools = recipe.ensemble == "mean" and len(set(classes)) < len(classes)
-        self.class_of = np.array(classes) if pools else None
         self._compiled = CompiledPredict(denoiser, microbatch) if compile else None
+
+    @property
+    def rule(self) -> Elimination:
+        """Drops candidates early."""
+        return self.terms.rule
 
     def __call__(
         self,
         images: Tensor,
         ids: Iterable[int | str] | None = None,
         candidates: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    ) -> Iterator[Classification]:
-        """Classify images, yielding each result as soon as it and those before it are decided.
+    ) -> list[Classification]:
+        """Classify images; :meth:`run` gives each result as soon as it is decided.
 
         Args:
             images: (B, C, H, W) floating point, what ``denoiser.encode`` takes, on the network's device.
@@ -128,7 +123,7 @@ class DiffusionClassifier:
                 0 … B-1, which makes the noise depend on the order of the images.
             candidates: Indices of the candidates in play: one list for all images, or one list for each image.
 
-        Yields:
+        Returns:
             One :class:`Classification` for each image, in the order given.
 
         Raises:
@@ -139,47 +134,11 @@ class DiffusionClassifier:
         """
         run = self.run()
         run.add(images, ids, candidates)
-        return run.finish()
+        return list(run.finish())
 
-    @torch.no_grad()
-    def error_map(self, image: Tensor, image_id: int | str, candidates: Sequence[int], draws: int = 16) -> Tensor:
-        """Where in the image candidates are wrong: squared error of the noise at each position.
-
-        Args:
-            image: (C, H, W), as ``denoiser.encode`` takes it in a batch.
-            image_id: Its id.
-            candidates: Indices of K candidates.
-            draws: So many of its draws are averaged, which are the first ones that classification spends.
-
-        Returns:
-            (K, h, w) float32 on the CPU, the mean over draws and the channels of x0.
-        """
-        schedule, noise = self.denoiser.schedule, self.draws.noise
-        timesteps_R = self.timesteps_S[:draws]
-        with evaluating(self.denoiser):
-            x0 = self.denoiser.encode(image[None]).float()
-            if noise is None:
-                keyed = KeyedNoise(self.draws.seed)
-                noise_RD = np.empty((len(timesteps_R), x0.numel()), dtype=np.float32)
-                for draw, out_D in enumerate(noise_RD):
-                    keyed.fill(out_D, keyed.key(image_id), draw)
-                noise = torch.from_numpy(noise_RD).view(-1, *x0.shape[1:])
-            shape = len(timesteps_R), len(candidates)
-            draw_N = torch.arange(shape[0]).repeat_interleave(shape[1])
-            candidate_N = torch.as_tensor(candidates).repeat(shape[0]).to(x0.device)
-            maps = []
-            for rows in torch.arange(len(draw_N)).split(self.microbatch):
-                t, noise_N = timesteps_R[draw_N[rows]].to(x0.device), noise[draw_N[rows]].to(x0.device)
-                x0_N = x0.expand(len(rows), *x0.shape[1:])
-                x_t = schedule.add_noise(x0_N, noise_N, t)
-                output = self.predict(*schedule.network_rows(x_t, t), candidate_N[rows.to(x0.device)])
-                epsilon = Rows(schedule, output, x0_N, x_t, t, noise_N).epsilon
-                maps.append((epsilon - noise_N).square().mean(1).cpu())
-        return torch.cat(maps).unflatten(0, shape).mean(0)
-
-    def run(self) -> Run:
+    def run(self) -> Packer:
         """For images that arrive in parts: micro-batches are then filled across the parts."""
-        return Run(self)
+        return Packer(self)
 
     def predict(self, x_in: Tensor, time: Tensor, candidate: Tensor) -> Tensor:
         """The denoiser's prediction for a micro-batch, by the compiled network if there is one."""
@@ -195,7 +154,7 @@ class _Launch:
     arrived: torch.cuda.Event | None
 
 
-class Run:
+class Packer:
     """Classifies images that arrive in parts; see :meth:`DiffusionClassifier.run`.
 
     Results come in the order in which images were added, at any later time: :meth:`work` calls the network as long as
@@ -229,26 +188,30 @@ class Run:
         """Check images and let them wait; arguments and errors as in :meth:`DiffusionClassifier.__call__`."""
         c = self._classifier
         numbers = range(self._added, self._added + len(images))
-        id_list: list[int | str] = list(numbers if ids is None else ids)
-        if isinstance(ids, Tensor):
-            id_list = ids.tolist()
+        id_list: list[int | str] = ids.tolist() if isinstance(ids, Tensor) else list(numbers if ids is None else ids)
         check_images(images, id_list)
-        spent, origin = 0, "candidates"
-        if candidates is None and c.proposal is not None and len(images):
-            with evaluating(c.denoiser), torch.no_grad():
-                candidates = c.proposal(images)
-            spent, origin = int(getattr(c.proposal, "nfe", 0)), "proposal"
-        lists = resolve_candidates(candidates, len(images), len(c.denoiser.candidates), origin)
-        for image_id, one in zip(id_list, lists, strict=True):
-            if c.budget is not None and c.budget < spent + len(one):
-                raise UserError(
-                    f"budget: {c.budget} network calls for the {len(one)} candidates of image {image_id!r}, "
-                    f"expected at least {spent + len(one)}: one for each{', and those of the proposal' * (spent > 0)}"
-                )
-        for number, image, image_id, one in zip(numbers, images, id_list, lists, strict=True):
-            state, key = c.rule.start(len(one)), self._noise.key(image_id)
-            self._waiting.append(Flight(number, image, image_id, one, state, key, spent))
+        lists, spent_B = self._candidates_of(images, id_list, candidates)
+        for image_id, one, spent in zip(id_list, lists, spent_B, strict=True):
+            c.terms.check_budget(image_id, len(one), spent)
+        classes, pools = np.array(c.denoiser.candidates.classes), c.recipe.ensemble == "mean"
+        for number, image, image_id, one, spent in zip(numbers, images, id_list, lists, spent_B, strict=True):
+            contest = Contest(c.terms, len(one), classes[one] if pools else None, spent)
+            self._waiting.append(Flight(number, image, image_id, one, self._noise.key(image_id), contest))
         self._added += len(images)
+
+    def _candidates_of(
+        self, images: Tensor, ids: list[int | str], candidates: Any
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Candidates in play of each image, and the network calls that it took to find them."""
+        c = self._classifier
+        origin, spent, proposal = "candidates", 0, c.recipe.proposal
+        candidates = c.recipe.candidates if candidates is None else candidates
+        if candidates is None and proposal is not None and len(images):
+            with evaluating(c.denoiser), torch.no_grad():
+                candidates = proposal(images)
+            origin, spent = "proposal", int(getattr(proposal, "nfe", 0))
+        lists = resolve_candidates(candidates, len(images), len(c.denoiser.candidates), origin)
+        return lists, [spent] * len(images)
 
     def work(self) -> Iterator[Classification]:
         """Call the network while all added images can fill micro-batches; yields what is decided."""
@@ -278,20 +241,19 @@ class Run:
     def _board(self) -> int:
         """Encode waiting images until a micro-batch is full. Returns the rows at hand."""
         c = self._classifier
-        rows = sum(f.rows - f.cut for f in self._flights)
+        rows = sum(f.contest.rows - f.taken for f in self._flights)
         arrivals: list[Flight] = []
-        while self._waiting and rows < c.microbatch and self._slots.free:
+        while self._waiting and rows < c.microbatch and self._slots.available:
             flight = self._waiting.popleft()
-            flight.slot = self._slots.free.pop()
-            num_candidates = len(flight.candidates_K)
+            flight.slot = self._slots.take()
+            shape = len(flight.candidates_K), len(c.timesteps_S)
             if c.keep_errors:
-                flight.errors_KS = np.full((num_candidates, len(c.timesteps_S)), np.nan, dtype=np.float32)
+                flight.errors_KS = np.full(shape, np.nan, dtype=np.float32)
             if c.keep_distances:
-                shape = len(c.timesteps_S), num_candidates, num_candidates
-                flight.distances_SKK = np.full(shape, np.nan, dtype=np.float32)
-            flight.begin_round(self._next_stop(flight), c.rule.needs)
+                flight.distances_SKK = np.full((shape[1], shape[0], shape[0]), np.nan, dtype=np.float32)
+            flight.begin_round()
             arrivals.append(flight)
-            rows += flight.rows
+            rows += flight.contest.rows
         if arrivals:
             images = torch.stack([f.image for f in arrivals if f.image is not None])
             self._slots.put(self._encode(images), [f.slot for f in arrivals])
@@ -312,27 +274,18 @@ class Run:
             raise UserError(f"draws: noise of shape {tuple(given.shape[1:])} for x0 of shape {tuple(x0.shape[1:])}")
         return x0
 
-    def _next_stop(self, flight: Flight) -> int:
-        """Draws after the next round; those of this round if the budget pays for no more."""
-        c = self._classifier
-        stop = c.rule.next_stop(flight.stop, len(c.timesteps_S))
-        if c.budget is None:
-            return stop
-        return min(stop, flight.stop + (c.budget - flight.nfe) // len(flight.active_A))
-
     def _noise_of(self, piece: Piece, out_MD: np.ndarray) -> None:
         """Noise of the piece's draws, in order, into the rows of ``out_MD``."""
         flight, given = piece.flight, self._classifier.draws.noise
         for out_D, draw in zip(out_MD, range(piece.draw[0], piece.draw[-1] + 1), strict=True):
-            number = flight.done + draw
             if given is not None:
-                out_D[:] = given[number].reshape(-1).cpu()
-            elif flight.last_noise is not None and flight.last_noise[0] == number:
+                out_D[:] = given[draw].reshape(-1).cpu()
+            elif flight.last_noise is not None and flight.last_noise[0] == draw:
                 out_D[:] = flight.last_noise[1]
             else:
-                self._noise.fill(out_D, flight.key, number)
-        unfinished = piece.last % len(flight.active_A) != 0  # the last draw goes on in the next micro-batch
-        flight.last_noise = (number, out_D.copy()) if unfinished else None
+                self._noise.fill(out_D, flight.key, draw)
+        unfinished = piece.last % len(flight.contest.playing) != 0  # the last draw continues in the next micro-batch
+        flight.last_noise = (draw, out_D.copy()) if unfinished else None
 
     @torch.no_grad()
     def _launch(self) -> None:
@@ -341,30 +294,27 @@ class Run:
         schedule, device = c.denoiser.schedule, x0_slots.device
         pieces = cut(self._flights, c.microbatch)
         # The M distinct (image, draw) pairs of the micro-batch: one x_t each, shared by all candidates.
-        draws_per_piece = [piece.draw[-1] - piece.draw[0] + 1 for piece in pieces]
-        ends = np.cumsum(draws_per_piece)
-        noise_MD = np.empty((ends[-1], self._dims), dtype=np.float32)
-        for piece, end, num_draws in zip(pieces, ends, draws_per_piece, strict=True):
-            self._noise_of(piece, noise_MD[end - num_draws : end])
-        slot_M = np.repeat([p.flight.slot for p in pieces], draws_per_piece)
-        number_M = np.concatenate([p.flight.done + np.arange(p.draw[0], p.draw[-1] + 1) for p in pieces])
-        pair_N = np.concatenate(
-            [p.draw - p.draw[0] + end - n for p, end, n in zip(pieces, ends, draws_per_piece, strict=True)]
-        )
-        candidate_N = np.concatenate([p.flight.candidates_K[p.flight.active_A][p.column] for p in pieces])
+        ends = np.cumsum([piece.num_draws for piece in pieces])
+        noise_MD = np.empty((ends[-1], self._slots.dims), dtype=np.float32)
+        for piece, end in zip(pieces, ends, strict=True):
+            self._noise_of(piece, noise_MD[end - piece.num_draws : end])
+        slot_M = np.repeat([p.flight.slot for p in pieces], [p.num_draws for p in pieces])
+        draw_M = np.concatenate([np.arange(p.draw[0], p.draw[-1] + 1) for p in pieces])
+        pair_N = np.concatenate([p.draw - p.draw[-1] + end - 1 for p, end in zip(pieces, ends, strict=True)])
+        candidate_N = np.concatenate([p.candidate for p in pieces])
 
         pair = upload(pair_N, device)
-        t_M = c.timesteps_S[torch.from_numpy(number_M)].to(device, non_blocking=True)
+        t_M = c.timesteps_S[torch.from_numpy(draw_M)].to(device, non_blocking=True)
         x0_M = x0_slots[upload(slot_M, device)]
         noise_M = upload(noise_MD, device).view_as(x0_M)
         x_t, t, noise = schedule.add_noise(x0_M, noise_M, t_M)[pair], t_M[pair], noise_M[pair]
         output = c.predict(*schedule.network_rows(x_t, t), upload(candidate_N, device))
         check_output(output, x_t)
         with torch.autocast(device.type, enabled=False):
-            rows = Rows(schedule, output, x0_M[pair], x_t, t, noise)
-            errors_N = download(c.loss(rows))
+            predictions = Predictions(schedule, output, x0_M[pair], x_t, t, noise)
+            errors_N = download(c.loss(predictions))
             if c.rule.needs == "distances" or c.keep_distances:
-                measure_distances(pieces, rows.epsilon.flatten(1))
+                measure_distances(pieces, predictions.epsilon.flatten(1))
         arrived = None
         if device.type == "cuda":
             arrived = torch.cuda.Event()
@@ -373,118 +323,48 @@ class Run:
 
     def _land(self) -> None:
         """Wait for the oldest micro-batch and give its results back to the images."""
-        c, launch, start = self._classifier, self._launched.popleft(), 0
+        launch, start, finished = self._launched.popleft(), 0, []
         if launch.arrived is not None:
             launch.arrived.synchronize()
-        errors_N, finished = launch.errors_N.numpy(), []
+        errors_N = launch.errors_N.numpy()
         for piece in launch.pieces:
             flight = piece.flight
-            flight.land(piece, errors_N[start : start + piece.size], c.weights_S)
+            flight.errors_N[piece.first : piece.last] = errors_N[start : start + piece.size]
+            flight.landed += piece.size
             start += piece.size
-            if flight.landed == flight.rows:
-                flight.end_round()
-                if not np.isfinite(flight.sums_K[flight.active_A]).all():
-                    self._drop_broken(flight)
+            if flight.landed == flight.contest.rows:
+                in_play, broken = len(flight.contest.playing), flight.end_round()
+                if len(broken):
+                    self._warn(flight, broken, in_play)
                 finished.append(flight)
-        rounds = [self._round(flight) for flight in finished if len(flight.active_A)]
-        asked = [flight for flight in finished if len(flight.active_A)]
-        survivors = c.rule.survivors_of([flight.state for flight in asked], rounds)
-        for flight, current, survives_A in zip(asked, rounds, survivors, strict=True):
-            flight.keep(current.whole_classes(survives_A), current.scores_A, self._dims)
+        judge([flight.contest for flight in finished], self._slots.dims)
         for flight in finished:
-            if self._is_decided(flight):
-                self._decided[flight.position] = self._decide(flight)
-                self._slots.free.append(flight.slot)
+            if flight.contest.decided:
+                self._decided[flight.number] = self._classification(flight)
+                self._slots.give_back(flight.slot)
                 self._flights.remove(flight)
+            else:
+                flight.begin_round()
 
-    def _class_of(self, flight: Flight) -> np.ndarray | None:
-        """Class of each candidate in play, where classes are compared by means over theirs."""
-        class_of = self._classifier.class_of
-        return None if class_of is None else class_of[flight.candidates_K[flight.active_A]]
-
-    def _round(self, flight: Flight) -> Round:
-        """What the rule is shown of the round that has just landed."""
-        c, spent, class_A = self._classifier, slice(flight.done, flight.stop), self._class_of(flight)
-        return Round(
-            c.loss.name,
-            flight.stop,
-            len(c.timesteps_S),
-            self._dims,
-            flight.active_A,
-            flight.pooled(flight.sums_K[flight.active_A], class_A) / flight.stop,
-            c.log_snr_S[spent],
-            c.weights_S[spent],
-            None if flight.errors_RA is None else flight.pooled(flight.errors_RA, class_A),
-            flight.distances_RAA,
-            class_A,
-        )
-
-    def _is_decided(self, flight: Flight) -> bool:
-        """Whether the flight has arrived; begins its next round if not."""
-        c, in_play = self._classifier, len(flight.active_A)
-        class_A = self._class_of(flight)
-        rivals = in_play if class_A is None else len(np.unique(class_A))
-        if in_play == 0 or flight.stop == len(c.timesteps_S) or rivals == 1 < len(flight.candidates_K):
-            return True
-        stop = self._next_stop(flight)
-        if stop == flight.stop:  # out of budget
-            return True
-        flight.begin_round(stop, c.rule.needs)
-        return False
-
-    def _drop_broken(self, flight: Flight) -> None:
-        """Take candidates with NaN or infinite errors out of play."""
-        finite_A = np.isfinite(flight.sums_K[flight.active_A])
-        broken = flight.active_A[~finite_A]
+    def _warn(self, flight: Flight, broken: np.ndarray, in_play: int) -> None:
         names = [self._classifier.denoiser.candidates.names[i] for i in flight.candidates_K[broken][:3]]
         warnings.warn(
             f"image {flight.image_id!r}: the network returned NaN or infinity for {len(broken)} of "
-            f"{len(finite_A)} candidates ({', '.join(names)}{', …' if len(broken) > 3 else ''}); they cannot win",
+            f"{in_play} candidates ({', '.join(names)}{', …' if len(broken) > 3 else ''}); they cannot win",
             RuntimeWarning,
             stacklevel=2,
         )
-        flight.sums_K[broken] = np.inf
-        flight.forget(~finite_A)
 
-    def _decide(self, flight: Flight) -> Classification:
+    def _classification(self, flight: Flight) -> Classification:
         c = self._classifier
-        class_K = None if c.class_of is None else c.class_of[flight.candidates_K]
-        best, scores_K, differences_K = flight.decide(self._dims, class_K)
-        candidate = None if best is None else int(flight.candidates_K[best])
-        return Classification(
-            image_id=flight.image_id,
-            label=None if candidate is None else c.denoiser.candidates.classes[candidate],
-            candidate=candidate,
-            margin=flight.margin,
-            abstained=candidate is None or flight.margin < c.abstain,
-            candidates_K=torch.from_numpy(flight.candidates_K.copy()),
-            scores_K=torch.from_numpy(scores_K),
-            differences_K=torch.from_numpy(differences_K),
-            draws_K=torch.from_numpy(flight.draws_K),
-            nfe=flight.nfe,
-            dims=self._dims,
-            timesteps_S=c.timesteps_S,
-            errors_KS=None if flight.errors_KS is None else torch.from_numpy(flight.errors_KS),
-            distances_SKK=None if flight.distances_SKK is None else torch.from_numpy(flight.distances_SKK),
+        return Classification.of(
+            flight.contest,
+            flight.image_id,
+            flight.candidates_K,
+            c.denoiser.candidates.classes,
+            c.recipe.abstain,
+            self._slots.dims,
+            c.timesteps_S,
+            flight.errors_KS,
+            flight.distances_SKK,
         )
-
-    @property
-    def _dims(self) -> int:
-        """Number of values of x0."""
-        return self._slots.dims
-
-
-@contextmanager
-def evaluating(denoiser: Any) -> Iterator[None]:
-    """Evaluation mode (no dropout, no label dropout) inside, the mode before outside."""
-    modules = list(denoiser.modules()) if isinstance(denoiser, nn.Module) else []
-    training = [module.training for module in modules]  # each its own: a frozen encoder stays as it was
-    if any(training):
-        denoiser.eval()
-    try:
-        yield
-    finally:
-        if training and training[0]:
-            denoiser.train()  # which the class may have given more to do
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode

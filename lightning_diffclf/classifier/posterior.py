@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,7 +28,8 @@ class Posterior:
 
     Scores of candidates that were dropped early are means over fewer draws; they enter as they are, so the
     probability of a dropped candidate is an approximation. Candidates with infinite or NaN scores get probability 0;
-    where no candidate has a finite score, all are equally likely.
+    where no candidate has a finite score, all are equally likely. Where classes have several candidates, give it
+    :func:`class_differences`.
 
     Args:
         reduction: ``mean`` or ``sum``.
@@ -119,41 +119,26 @@ class Posterior:
         return replace(self, temperature=fitted * (dims if self.reduction == "sum" else 1))
 
 
-def sum_by_class(probabilities_BK: Tensor, classes: Sequence[int], num_classes: int) -> Tensor:
-    """Probability of each class (B, num_classes): the sum over its candidates; ``classes`` (K,) says whose they are."""
-    index = torch.as_tensor(classes, device=probabilities_BK.device)
-    result = probabilities_BK.new_zeros(len(probabilities_BK), num_classes)
-    return result.index_add(1, index, probabilities_BK)
+def class_differences(differences_BK: Tensor, class_BK: Tensor, num_classes: int) -> Tensor:
+    """What a posterior over classes is made of: each class stands where its best candidate stands.
 
-
-def correct_prior(probabilities_BC: Tensor, prior_C: Tensor) -> Tensor:
-    """Probabilities where classes are not equally common: proportional to p · prior.
+    So the likeliest class is the one decided for, and a class gains nothing by having more candidates (prompts).
 
     Args:
-        probabilities_BC: Of a classifier that takes classes as equally likely beforehand (B, C).
-        prior_C: How common each class is (C,), in any unit.
+        differences_BK: How much larger the mean error of each candidate is than the winner's
+            (:attr:`~.classification.Classification.differences_K`).
+        class_BK: Class of each candidate, 0 … ``num_classes`` - 1, int64; anything where the difference is infinite.
+        num_classes: Number of classes C.
 
-    Raises:
-        ValueError: if the prior has another length, is negative, not finite or all zero.
+    Returns:
+        (B, C) float64; infinite for classes without a candidate whose difference is finite.
+
+    Example:
+        >>> differences_1K, class_1K = torch.tensor([[0.5, 0.0, 0.25]]), torch.tensor([[0, 2, 0]])
+        >>> class_differences(differences_1K, class_1K, num_classes=3).tolist()
+        [[0.25, inf, 0.0]]
     """
-    if prior_C.shape != probabilities_BC.shape[1:]:
-        raise UserError(f"prior: shape {tuple(prior_C.shape)} for {probabilities_BC.shape[1]} classes")
-    if not bool(prior_C.isfinite().all()) or float(prior_C.min()) < 0 or float(prior_C.sum()) == 0:
-        raise UserError("prior: expected finite shares from 0 on, not all of them 0")
-    weighted_BC = probabilities_BC * prior_C
-    total_B1 = weighted_BC.sum(1, keepdim=True)
-    # Where only impossible classes fit, the prior is all that is left.
-    return torch.where(total_B1 > 0, weighted_BC / total_B1.clamp_min(1e-300), prior_C / prior_C.sum())
-
-
-def estimate_prior(probabilities_BC: Tensor, iterations: int = 200) -> Tensor:
-    """How common each class is among unlabelled images (C,): expectation maximisation (Saerens et al. 2002).
-
-    Args:
-        probabilities_BC: Calibrated, of a classifier that takes classes as equally likely beforehand (B, C).
-        iterations: Of the algorithm.
-    """
-    prior_C = probabilities_BC.new_full(probabilities_BC.shape[1:], 1 / probabilities_BC.shape[1])
-    for _ in range(iterations):
-        prior_C = correct_prior(probabilities_BC, prior_C).mean(0)
-    return prior_C
+    differences_BK = differences_BK.double().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    best_BC = differences_BK.new_full((len(differences_BK), num_classes), torch.inf)
+    inside_BK = class_BK.to(best_BC.device).clamp(0, num_classes - 1)
+    return best_BC.scatter_reduce_(1, inside_BK, differences_BK, "amin")

@@ -17,7 +17,7 @@ from lightning_diffclf.variational import bound_terms
 
 
 @dataclass(frozen=True)
-class Rows:
+class Predictions:
     """N network calls and their results.
 
     Attributes:
@@ -51,12 +51,12 @@ def _mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1)
 
 
-TERMS: dict[str, Callable[[Rows], Tensor]] = {
-    "l2": lambda rows: _mean((rows.epsilon - rows.noise).square()),
-    "l1": lambda rows: _mean((rows.epsilon - rows.noise).abs()),
-    "huber": lambda rows: _mean(F.huber_loss(rows.epsilon, rows.noise, reduction="none", delta=1.0)),
-    "kl": lambda rows: rows.bound[0],
-    "nll": lambda rows: rows.bound[1],
+TERMS: dict[str, Callable[[Predictions], Tensor]] = {
+    "l2": lambda p: _mean((p.epsilon - p.noise).square()),
+    "l1": lambda p: _mean((p.epsilon - p.noise).abs()),
+    "huber": lambda p: _mean(F.huber_loss(p.epsilon, p.noise, reduction="none", delta=1.0)),
+    "kl": lambda p: p.bound[0],
+    "nll": lambda p: p.bound[1],
 }
 
 
@@ -91,9 +91,9 @@ class Loss:
                 f"found {type(schedule).__name__} with {schedule.prediction}"
             )
 
-    def __call__(self, rows: Rows) -> Tensor:
+    def __call__(self, p: Predictions) -> Tensor:
         """Error of each row (N,), float32."""
-        return torch.stack([TERMS[term](rows) for term in self.terms]).sum(0)
+        return torch.stack([TERMS[term](p) for term in self.terms]).sum(0)
 
 
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

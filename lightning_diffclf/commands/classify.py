@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
-from lightning_diffclf.classifier import Elimination
-from lightning_diffclf.classify import classify, report
+from lightning_diffclf.classifier import Recipe
+from lightning_diffclf.classify import RECIPE, classify, report
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.data.images import find_images
 from lightning_diffclf.errors import UserError
@@ -17,7 +18,8 @@ def classify_command(args: Sequence[str]) -> None:
     parser = Parser(
         prog="diffclf classify",
         description="Which label fits an image best, by a text-to-image model: the one whose prompt lets it predict "
-        "noise in the image best. Probabilities are those of a softmax with --temperature; see docs/results.md.",
+        "noise in the image best. LikelihoodRatio drops labels early, or --elimination. Probabilities "
+        "are those of a softmax with --temperature; see docs/results.md.",
     )
     parser.add_argument("images", type=str, nargs="+", help="files, folders or patterns")
     parser.add_argument("--labels", type=str, required=True, help='labels with commas between them: "cat,dog,horse"')
@@ -32,13 +34,9 @@ def classify_command(args: Sequence[str]) -> None:
     )
     parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the repository")
     parser.add_argument("--top", type=int, default=5, help="labels to show")
-    parser.add_argument("--draws", type=int, default=100, help="(timestep, noise) pairs for each image at most")
-    parser.add_argument("--loss", type=str, default="l2", help="l2, l1, huber")
-    parser.add_argument(
-        "--elimination", type=Elimination | None, default=None, help="rule that drops labels (default: LikelihoodRatio)"
-    )
+    parser.add_class_arguments(Recipe, as_group=False, skip={"candidates", "proposal"})
+    parser.set_defaults(draws=RECIPE.draws, ensemble=RECIPE.ensemble)
     parser.add_argument("--microbatch", type=int, default=32, help="rows of a network call")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
     parser.add_argument("--size", type=int | None, default=None, help="side of the images (default: the model's own)")
     parser.add_argument("--device", type=str, default="auto", help="cuda, cpu, …")
     parser.add_argument("--dtype", type=str, default="auto", help="float32, float16, bfloat16")
@@ -50,21 +48,14 @@ def classify_command(args: Sequence[str]) -> None:
     if given.top < 1:
         raise UserError(f"top: {given.top}, expected at least 1")
     labels = [label.strip() for label in given.labels.split(",")]
-    settings = (
-        "model",
-        "revision",
-        "draws",
-        "loss",
-        "elimination",
-        "microbatch",
-        "temperature",
-        "size",
-        "device",
-        "dtype",
-    )
+    recipe = replace(RECIPE, **{field.name: given[field.name] for field in fields(Recipe) if field.name in given})
+    if recipe.elimination is None:
+        recipe = replace(recipe, elimination=RECIPE.elimination)
+    settings = ("model", "revision", "microbatch", "size", "device", "dtype")
     answers = classify(
         given.images,
         labels,
+        recipe=recipe,
         templates=given.template or ["a photo of a {}."],
         skip_bad=given.skip_bad,
         **{name: given[name] for name in settings},

@@ -12,7 +12,8 @@ from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.data.encoding import chunk_ends, encode
 from lightning_diffclf.data.imagenet import classes_of, network_classes_of, open_source
 from lightning_diffclf.data.latents import Latents, LatentsIndex, LatentsWriter
-from lightning_diffclf.data.shards import ShardIndex, pack, plan_shards
+from lightning_diffclf.data.packing import pack, plan_shards
+from lightning_diffclf.data.shards import ShardIndex
 from lightning_diffclf.data.zero_shot import FolderImages
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.autoencoder import DEFAULT, Autoencoder
@@ -23,7 +24,7 @@ def shards_command(args: Sequence[str]) -> None:
     parser = Parser(
         prog="diffclf shards",
         description="Pack a folder of images, one folder for each class, into tar shards in webdataset's layout. "
-        "Images go in as they are, in random order. The same command goes on where it was stopped.",
+        "Images go in as they are, in random order. The same command resumes where it was stopped.",
     )
     parser.add_argument("--data", type=str, required=True, help="folder with a folder of images for each class")
     parser.add_argument("--out", type=str, required=True, help="folder for the shards")
@@ -58,7 +59,7 @@ def encode_command(args: Sequence[str]) -> None:
         prog="diffclf encode",
         description="Make latents of a folder of images or of tar shards, once: of each image and its mirror image, "
         "the mean and standard deviation of the autoencoder's posterior, in float16. Runs on several devices, also "
-        "under torchrun or srun; the same command goes on where it stopped. At the end all is read back and checked.",
+        "under torchrun or srun; the same command resumes where it stopped. At the end all is read back and checked.",
     )
     parser.add_argument("--data", type=str, required=True, help="folder with a folder for each class, or tar shards")
     parser.add_argument("--out", type=str, required=True, help="folder for the latents")

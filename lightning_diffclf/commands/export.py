@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from lightning_diffclf.commands.parser import Parser
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.autoencoder import DEFAULT
-from lightning_diffclf.models.published import export_pipeline, read_file
-from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.models.published import export_pipeline
+from lightning_diffclf.modules.checkpoints import trained_module
 
 
 def export_command(args: Sequence[str]) -> None:
@@ -33,14 +31,7 @@ def export_command(args: Sequence[str]) -> None:
         help="the average, if there is one, or those in training",
     )
     given = parser.parse_args(list(args))
-    if not Path(given.ckpt).is_file():
-        raise MissingFile(f"checkpoint: no file {given.ckpt!r}")
-    checkpoint = read_file(Path(given.ckpt))
-    if "net.final_layer.linear.weight" not in checkpoint.get("state_dict", {}):
-        raise UserError(f"checkpoint: {given.ckpt!r} is of no ClassConditionalDiT, expected one that `fit` wrote")
-    module = ClassConditionalDiT.load_from_checkpoint(given.ckpt, map_location=torch.device("cpu"), weights_only=True)
-    if given.weights == "raw":
-        module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
+    module = trained_module(given.ckpt, raw=given.weights == "raw")
     if not module.hparams["latents"]:
         raise UserError(f"export: {given.ckpt!r} works on pixels, but diffusers' DiTPipeline works on latents")
     vae = given.vae or module.hparams["vae"] or DEFAULT

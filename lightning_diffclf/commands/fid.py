@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import progress
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, first_line
 from lightning_diffclf.results.sample_quality import (
     PUBLISHED,
     Extractor,
@@ -116,7 +116,7 @@ def usable_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from error
+        raise UserError(f"device: {name!r} cannot be used ({first_line(error)})") from error
 
 
 def extracted(paths: Sequence[Path], extract: Extractor, batch_size: int, size: int | None, what: str) -> Features:

@@ -12,12 +12,12 @@ from lightning_diffclf.classifier import Elimination, LikelihoodRatio
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import write_json
-from lightning_diffclf.results.analysis import RunAnalysis
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
 from lightning_diffclf.results.errors import StoredErrors
+from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.replay import measure_inflation, replay, to_table, usual_rules
-from lightning_diffclf.results.report import write_report
+from lightning_diffclf.results.report import headline, write_report
 from lightning_diffclf.results.store import merge
 
 
@@ -65,9 +65,9 @@ def merge_command(args: Sequence[str]) -> None:
     parser.add_argument("--out", type=str, required=True, help="folder for the whole")
     given = parser.parse_args(list(args))
     merge([Path(run) for run in given.runs], Path(given.out))
-    run = RunAnalysis.read(given.out)
+    run = Evaluation.read(given.out)
     table = Table(title=f"merged into {given.out}", show_header=False)
-    for name, value, note in run.headline():
+    for name, value, note in headline(run):
         table.add_row(name, value, note)
     Console(soft_wrap=True).print(table)
 
@@ -83,7 +83,7 @@ def compare_command(args: Sequence[str]) -> None:
     parser.add_argument("second", type=str, help="folder of another on the same images")
     parser.add_argument("--out", type=str | None, default=None, help="folder for figures and comparison.json")
     given = parser.parse_args(list(args))
-    first, second = RunAnalysis.read(given.first), RunAnalysis.read(given.second)
+    first, second = Evaluation.read(given.first), Evaluation.read(given.second)
     found = compare(first, second)
     Console(soft_wrap=True).print(comparison_table(found, given.first, given.second))
     if given.out is not None:
@@ -96,7 +96,7 @@ def report_command(args: Sequence[str]) -> None:
     """``diffclf report``: one HTML file."""
     parser = Parser(
         prog="diffclf report",
-        description="One HTML file that shows an evaluation (also one that is still going on), and its figures as PNG "
+        description="One HTML file that shows an evaluation (also one that is still running), and its figures as PNG "
         "and SVG. Needs no network, neither to make nor to open.",
     )
     parser.add_argument("run", type=str, help="folder of an evaluation")

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_diffclf.callbacks.run_settings import fingerprint, schedule_name
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import replacing, write_json
+from lightning_diffclf.identity import differences, digest_of_weights, identity_of
 from lightning_diffclf.models.autoencoder import DEFAULT
 from lightning_diffclf.models.published import config_of, is_published, load_published
+from lightning_diffclf.modules.checkpoints import trained_module
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 from lightning_diffclf.results.figures import save_image_grid
 
@@ -32,7 +33,7 @@ def sample_command(args: Sequence[str]) -> None:
     parser = Parser(
         prog="diffclf sample",
         description="Generate images of given classes. An image depends on seed, class and number only, not on batch "
-        "size or devices. Into a folder, the same command goes on where it was stopped.",
+        "size or devices. Into a folder, the same command resumes where it was stopped.",
     )
     parser.add_argument("--ckpt", type=str, required=True, help="checkpoint (its averaged weights), or published ones")
     parser.add_argument("--out", type=str, required=True, help="a .png or .jpg for a grid, else a folder")
@@ -67,14 +68,13 @@ def sample_command(args: Sequence[str]) -> None:
         raise UserError(f"out: a grid of {len(wanted):,} images, expected at most {GRID_IMAGES}; or give a folder")
     if not into_grid and out.is_file():
         raise UserError(f"out: {str(out)!r} is a file, expected a folder, or a grid named {' or '.join(GRID_SUFFIXES)}")
-    if module.hparams["latents"]:
-        module.autoencoder  # noqa: B018  (fails here if it is not there)
+    networks = [module.net, *([module.autoencoder.vae] if module.hparams["latents"] else [])]  # fails here if not there
     fabric = L.Fabric(
         accelerator=given.accelerator, devices=given.devices, num_nodes=given.num_nodes, precision=given.precision
     )
     fabric.launch()
     module.to(fabric.device)
-    settings = {"ckpt": given.ckpt, "weights": fingerprint(module), "schedule": schedule_name(module.schedule)}
+    settings = {"ckpt": given.ckpt, "weights": digest_of_weights(*networks), "schedule": identity_of(module.schedule)}
     settings |= {name: given[name] for name in ("guidance_scale", "guided_channels", "steps", "seed", "precision")}
 
     def generate(some: list[tuple[int, int]]) -> Tensor:
@@ -125,10 +125,7 @@ def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT
     if not Path(path).exists():
         raise MissingFile(f"checkpoint: no file or folder {path!r}")
     if not is_published(path):
-        others: dict[str, Any] = {} if vae is None else {"vae": vae}
-        return ClassConditionalDiT.load_from_checkpoint(
-            path, map_location=torch.device("cpu"), weights_only=True, **others
-        )
+        return trained_module(path, vae)
     config = config_of(path)
     if schedule == "sit":
         config["learn_sigma"] = False
@@ -166,9 +163,8 @@ def prepare_folder(out: Path, settings: dict[str, object]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / SETTINGS
     if path.is_file() and any(out.glob("*/*.png")):  # settings alone are those of a command that failed
-        there = json.loads(path.read_text())
-        names = [name for name in settings if name != "ckpt" and there.get(name) != settings[name]]
-        different = [f"{name}: {there.get(name)!r} there, {settings[name]!r} here" for name in names]
+        there = json.loads(path.read_text()) | {"ckpt": settings["ckpt"]}
+        different = list(differences(there, settings))
         if different:
             raise UserError(f"out: {str(out)!r} holds other samples ({'; '.join(different)}); give another folder")
     elif not path.is_file() and any(out.iterdir()):

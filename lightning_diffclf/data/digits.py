@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import lightning as L
 import torch
 from sklearn.datasets import load_digits
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_diffclf.data.stream import evaluation_loader, training_loader
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.identity import ByArguments
 
 TEST_SIZE = 360
 
@@ -37,7 +40,7 @@ class InMemoryImages(Dataset[dict[str, Tensor]]):
         return {name: part[torch.tensor(indices)] for name, part in self.parts.items()}
 
 
-class DigitsDataModule(L.LightningDataModule):
+class DigitsDataModule(ByArguments, L.LightningDataModule):
     """The 1,797 handwritten digits of scikit-learn (8 × 8 pixels, 17 grey levels), 1,437 to train on and 360 to test.
 
     The split is fixed and stratified. The 360 test images also serve ``validate`` and ``predict``; nothing is selected
@@ -53,6 +56,12 @@ class DigitsDataModule(L.LightningDataModule):
     Raises:
         ValueError: if a batch size is below 1.
     """
+
+    CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
+        "batch_size": "of training",
+        "eval_batch_size": "results do not depend on how images are batched",
+        "seed": "of the order of training images",
+    }
 
     num_classes = 10
     class_names = tuple("0123456789")
@@ -71,6 +80,11 @@ class DigitsDataModule(L.LightningDataModule):
         labels = torch.tensor(digits, dtype=torch.int64)
         rows = train_test_split(torch.arange(len(labels)), test_size=TEST_SIZE, random_state=0, stratify=digits)
         self.train, self.test = (InMemoryImages(images[part], labels[part], part) for part in rows)
+
+    def contents(self) -> dict[str, Any]:
+        if not hasattr(self, "test"):
+            self.setup()
+        return {"test": self.test.parts}
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         train = self.train
@@ -107,6 +121,11 @@ class DigitPairsDataModule(DigitsDataModule):
     Raises:
         ValueError: if a number is below 1.
     """
+
+    CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
+        **DigitsDataModule.CANNOT_CHANGE_RESULTS,
+        "train_pairs": "evaluations do not see them",
+    }
 
     num_classes = 100
     class_names = tuple(f"{left}{right}" for left in range(10) for right in range(10))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_diffclf.data.images import published_crop, stacked, to_tensor, transform
 from lightning_diffclf.data.latents import Latents, is_latents
 from lightning_diffclf.data.shards import ShardImages, Shards, ShardStream, is_remote
-from lightning_diffclf.data.stream import Share, check_end, evaluation_loader, training_loader
+from lightning_diffclf.data.stream import Share, evaluation_loader, next_step, training_loader
 from lightning_diffclf.data.zero_shot import IMAGENET_NAMES, FolderImages, ImageNetFolders
 from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.identity import ByArguments
 
 Source = FolderImages | Shards | Latents
 
@@ -102,7 +103,7 @@ def cropped(image: Image.Image, rng: np.random.Generator, size: int, flip: bool)
     return to_tensor(ImageOps.mirror(image) if flip and rng.integers(2) else image)
 
 
-class ImageNetDataModule(L.LightningDataModule):
+class ImageNetDataModule(ByArguments, L.LightningDataModule):
     """ImageNet, or any labelled images in the same form, to train a class-conditional network on.
 
     ``train`` and ``val`` are each one of: a folder with a folder of images for each class; tar shards (a folder or a
@@ -111,7 +112,7 @@ class ImageNetDataModule(L.LightningDataModule):
 
     Training has no epochs (:mod:`~lightning_diffclf.data.stream`): folders and latents are seen in an order that
     depends on (seed, step) only, also by another number of processes; shards by a stream that begins anew where a run
-    goes on.
+    is resumed.
 
     Args:
         train: What to train on.
@@ -130,6 +131,17 @@ class ImageNetDataModule(L.LightningDataModule):
         ValueError: if a number is out of range; from ``setup``, if data cannot be used.
         FileNotFoundError: from ``setup``, if data are not there.
     """
+
+    CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
+        "train": "evaluations do not see it",
+        "batch_size": "of training",
+        "eval_batch_size": "results do not depend on how images are batched",
+        "num_workers": "nor on how fast they are read",
+        "flip": "of training",
+        "skip_bad": "of training: evaluations skip nothing",
+        "buffer": "of training",
+        "seed": "of training",
+    }
 
     def __init__(
         self,
@@ -189,6 +201,9 @@ class ImageNetDataModule(L.LightningDataModule):
         """Which of ImageNet's 1,000 classes each class of ``val`` is, where it has fewer; else None."""
         return network_classes_of(self.source("val"))
 
+    def contents(self) -> dict[str, Any]:
+        return {"source": self.source("val")}
+
     def latents(self, stage: str | None) -> Sequence[Latents]:
         """The latents that a stage uses."""
         parts = ["train", "val"] if stage == "fit" else ["val"]
@@ -208,16 +223,14 @@ class ImageNetDataModule(L.LightningDataModule):
         if not isinstance(source, Shards):
             take = _Take(source, self.size, self.flip, self.seed)
             return training_loader(len(source), take, self.batch_size, self.seed, self.trainer, self.num_workers)
-        check_end(self.trainer)
         share = Share.of(self.trainer)
-        step = 0 if self.trainer is None else self.trainer.global_step
         stream = ShardStream(
             source,
             partial(cropped, size=self.size, flip=self.flip),
             share.rank,
             share.world_size,
             seed=self.seed,
-            step=step,
+            step=next_step(self.trainer),
             buffer=self.buffer,
             skip_bad=self.skip_bad,
         )

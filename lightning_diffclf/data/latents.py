@@ -5,7 +5,7 @@
     index.json       what they were made of and with; ``complete`` once all are there and checked
     moments.npy      (N, 2, 2C, h, w) float16: of image and mirror image, means and then standard deviations
     labels.npy       (N, 2) int64: class and id
-    chunks/*.json    count and CRC-32 of each finished chunk, by which a run that was stopped goes on
+    chunks/*.json    count and CRC-32 of each finished chunk, from which an interrupted run resumes
 
 Ids are those of the images that were encoded, so that latents get the noise that the images would. 42 GB for ImageNet
 at 256 x 256.
@@ -14,7 +14,6 @@ at 256 x 256.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.files import write_json
+from lightning_diffclf.files import is_count, is_number, read_json, write_json
 
 INDEX = "index.json"
 KIND = "diffclf latents 1"
@@ -82,13 +81,35 @@ class LatentsIndex:
         path = folder / INDEX
         if not path.is_file():
             raise MissingFile(f"latents: no {INDEX} in {str(folder)!r}")
+        values = read_json(path, "latents")
         try:
-            values = json.loads(path.read_text())
             if values.get("kind") != KIND:
                 raise UserError(f"kind {values.get('kind')!r}, expected {KIND!r}")
-            return cls(**values | {"shape": tuple(values["shape"])})
-        except (ValueError, TypeError, KeyError) as error:
+            index = cls(**values | {"shape": tuple(values["shape"])})
+            index._check()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"latents: {str(path)!r} cannot be read ({error})") from error
+        return index
+
+    def _check(self) -> None:
+        ends, groups = self.chunk_ends, self.network_classes or []
+        right = {
+            "chunk_ends": isinstance(ends, list)
+            and len(ends) > 0
+            and all(map(is_count, ends))
+            and all(a < b for a, b in itertools.pairwise([0, *ends])),
+            "shape": len(self.shape) == 3 and all(is_count(side) and side > 0 for side in self.shape),
+            "size": is_count(self.size) and self.size > 0,
+            "scaling": is_number(self.scaling) and self.scaling != 0,
+            "shift": is_number(self.shift),
+            "classes": isinstance(self.classes, list) and all(isinstance(name, str) for name in self.classes),
+            "network_classes": isinstance(groups, list)
+            and all(isinstance(group, list) and all(map(is_count, group)) for group in groups),
+            "complete": isinstance(self.complete, bool),
+        } | {name: isinstance(getattr(self, name), str) for name in ("source", "vae", "fingerprint")}
+        for name, fits in right.items():
+            if not fits:
+                raise UserError(f"{name}: {repr(getattr(self, name))[:200]}, expected what `diffclf encode` writes")
 
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all."""
@@ -98,7 +119,7 @@ class LatentsIndex:
 def is_latents(folder: Path) -> bool:
     """Whether a folder holds latents, complete or not."""
     path = folder / INDEX
-    return path.is_file() and KIND in path.read_text()[-2000:]
+    return path.is_file() and KIND.encode() in path.read_bytes()[-2000:]
 
 
 class LatentsWriter:
@@ -186,7 +207,7 @@ class LatentsWriter:
         wrong = []
         for chunk, (begin, end) in enumerate(self.chunks):
             receipt = self._receipt(chunk)
-            expected = json.loads(receipt.read_text()) if receipt.is_file() else None
+            expected = read_json(receipt, "latents") if receipt.is_file() else None
             if expected == {"count": end - begin, "crc32": self._checksum(begin, end)}:
                 yield chunk
             else:
@@ -217,20 +238,24 @@ class Latents(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: str) -> None:
         self.root, self.index = folder, LatentsIndex.read(Path(folder))
         if not self.index.complete:
-            raise UserError(f"latents: {folder!r} is not complete; go on with `diffclf encode`")
+            raise UserError(f"latents: {folder!r} is not complete; finish it with `diffclf encode`")
         self._open()
 
     def _open(self) -> None:
         try:
             self._moments = np.load(Path(self.root) / "moments.npy", mmap_mode="r")
             self._labels = np.load(Path(self.root) / "labels.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
+            found = self._moments.shape, self._labels.shape
+        except (OSError, ValueError, EOFError, AttributeError) as error:  # AttributeError: of an archive of arrays
             raise UserError(f"latents: {self.root!r} is damaged ({error})") from error
-        c, h, w = self.index.shape
-        found, count = (self._moments.shape, self._labels.shape), self.index.count
+        (c, h, w), count = self.index.shape, self.index.count
         expected = ((count, 2, 2 * c, h, w), (count, 2))
         if found != expected:
             raise UserError(f"latents: files of shapes {found} in {self.root!r}, expected {expected}")
+
+    def identity(self) -> dict[str, Any]:
+        """What they were made of and with, and the classes and ids of the images; not their values."""
+        return {"index": self.index, "labels": np.asarray(self._labels)}
 
     def __getstate__(self) -> dict[str, Any]:  # worker processes open the files, they are not sent them
         return {"root": self.root, "index": self.index}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.errors import MissingFile, UserError
 
 TEMPLATES: Mapping[str, str] = {

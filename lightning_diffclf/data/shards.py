@@ -1,4 +1,4 @@
-"""Tar shards of labelled images: how they are packed, read for training without end, and read for evaluation.
+"""Tar shards of labelled images: read for training without end, and for evaluation.
 
 A shard is a tar file in webdataset's layout: for each image a member ``KEY.jpg`` (or another format) and ``KEY.cls``
 with its class as a number. ``diffclf shards`` writes an ``index.json`` beside them, which says how many images each
@@ -8,15 +8,15 @@ shard has; shards of others need none.
 from __future__ import annotations
 
 import io
-import json
-import os
+import lzma
+import re
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import webdataset as wds
@@ -24,10 +24,15 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_diffclf.data.images import SUFFIXES, upright_rgb
+from lightning_diffclf.data.tar import read_samples
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.files import remove_temporaries, replacing, write_json
+from lightning_diffclf.files import is_count, read_json
 
 INDEX = "index.json"
+
+MAX_SHARDS = 1_000_000
+
+PLAIN_NAME = re.compile(r"[^/\\:|{}\x00-\x1f\x7f]*[^/\\:|{}\x00-\x1f\x7f.][^/\\:|{}\x00-\x1f\x7f]*")
 
 
 @dataclass(frozen=True)
@@ -53,15 +58,38 @@ class ShardIndex:
         """That of a folder, or None if it has none.
 
         Raises:
-            ValueError: if it cannot be read.
+            ValueError: if it cannot be read, or says something else than names of files in this folder and numbers.
         """
         path = folder / INDEX
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            index = cls(**read_json(path, "shards"))
+        except TypeError as error:
             raise UserError(f"shards: {str(path)!r} cannot be read ({error})") from error
+        index._check(path)
+        return index
+
+    def _check(self, path: Path) -> None:
+        """An index comes with the shards, so it may name files beside it, and nothing that would open anything else."""
+        groups = [] if self.network_classes is None else self.network_classes
+        right = {
+            "counts": isinstance(self.counts, dict) and all(map(is_count, self.counts.values())),
+            "classes": isinstance(self.classes, list) and all(isinstance(name, str) for name in self.classes),
+            "network_classes": isinstance(groups, list)
+            and all(isinstance(group, list) and all(map(is_count, group)) for group in groups),
+            "positions": isinstance(self.positions, bool),
+            "seed": self.seed is None or isinstance(self.seed, int),
+        }
+        for name, fits in right.items():
+            if not fits:
+                found = repr(getattr(self, name))[:200]
+                raise UserError(f"shards: {str(path)!r} says {name}: {found}, expected what `diffclf shards` writes")
+        for name in self.counts:
+            if not PLAIN_NAME.fullmatch(name):
+                raise UserError(
+                    f"shards: {str(path)!r} names a shard {name!r}, expected the plain name of a file in its folder"
+                )
 
 
 class Shards:
@@ -77,6 +105,7 @@ class Shards:
 
     Raises:
         FileNotFoundError: if there are none, or too many are missing.
+        ValueError: if the pattern is none, or the index says something else than files of its folder and numbers.
     """
 
     def __init__(self, pattern: str, skip_bad: float = 0.0) -> None:
@@ -85,9 +114,9 @@ class Shards:
         if folder.is_dir():
             self.index = ShardIndex.read(folder)
             names = sorted(path.name for path in folder.glob("*.tar")) if self.index is None else self.index.counts
-            urls = [str(folder / name) for name in names]
+            urls = [f"{pattern or '.'}/{name}" for name in names]  # with a slash, no name is taken for an address
         else:
-            urls = list(wds.shardlists.expand_urls(pattern))
+            urls = expand(pattern)
             self.index = None if is_remote(urls[0]) else ShardIndex.read(Path(urls[0]).parent)
         missing = [url for url in urls if not is_remote(url) and not Path(url).is_file()]
         if not urls or len(missing) > skip_bad * len(urls):
@@ -95,11 +124,17 @@ class Shards:
             raise MissingFile(f"data: no shard {what}")
         if missing:
             print(f"warning: {len(missing)} of {len(urls)} shards are missing, such as {missing[0]}", file=sys.stderr)
-        self.urls = [url for url in urls if url not in set(missing)]
+        absent = set(missing)
+        self.urls = [url for url in urls if url not in absent]
+        self._names = distinct_names(urls)
 
     def count(self, url: str) -> int | None:
         """Number of images in a shard, None if unknown."""
         return None if self.index is None else self.index.counts.get(Path(url).name)
+
+    def identity(self) -> dict[str, Any]:
+        """Which shards there are, and what the index says of them."""
+        return {"shards": [Path(url).name for url in self.urls], "index": self.index}
 
     def samples(self, url: str) -> Iterator[dict[str, Any]]:
         """Undecoded samples of a shard: members by suffix, ``__key__`` and ``__url__``.
@@ -109,16 +144,22 @@ class Shards:
         """
         seen = 0
         try:
-            for sample in wds.tariterators.tarfile_samples(iter([{"url": url}])):
-                seen += 1
-                yield sample
-        except (tarfile.TarError, OSError, EOFError) as error:
+            with open_shard(url) as file:
+                for sample in read_samples(file):
+                    seen += 1
+                    yield sample | {"__url__": url}
+        except UserError as error:
+            raise UserError(f"data: shard {url!r}: {error}") from error
+        except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"data: shard {url!r} is damaged after {seen} images ({error})") from error
         if seen != self.count(url) and self.count(url) is not None:
             raise UserError(f"data: shard {url!r} has {seen} images, expected {self.count(url)} as {INDEX} says")
 
     def decode(self, sample: dict[str, Any]) -> tuple[Image.Image, int, int | str]:
         """RGB image, label and id of a sample.
+
+        The id is the position in the data set that was packed, where the index says that keys are positions. Otherwise
+        it is the shard's name and the key, as in ``shard-000001/00000042``: many data sets count anew in each shard.
 
         Raises:
             ValueError: if it has no image or label, or they cannot be read.
@@ -135,7 +176,44 @@ class Shards:
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's, by format
             raise UserError(f"data: sample {name} cannot be read ({error})") from error
         key = sample["__key__"]
-        return image, label, int(key) if self.index is not None and self.index.positions else key
+        if self.index is None or not self.index.positions:
+            return image, label, f"{self._names[sample['__url__']]}/{key}"
+        if not key.isdecimal():
+            raise UserError(f"data: sample {name}, expected a number as key: {INDEX} says that keys are positions")
+        return image, label, int(key)
+
+
+def expand(pattern: str) -> list[str]:
+    """What a pattern of webdataset stands for.
+
+    Raises:
+        ValueError: if it is none, or stands for more than a million.
+    """
+    count = 1
+    for inner in re.findall(r"\{([^{}]*)\}", pattern):
+        ends = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\..*)?", inner)
+        count *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else inner.count(",") + 1
+    if count > MAX_SHARDS:
+        raise UserError(f"data: {pattern!r} stands for {count:,} shards, expected at most {MAX_SHARDS:,}")
+    try:
+        return list(wds.shardlists.expand_urls(pattern))
+    except (ValueError, AssertionError) as error:  # unbalanced braces; no such variable
+        raise UserError(f"data: {pattern!r} is no pattern of shards ({error})") from error
+
+
+def distinct_names(urls: Sequence[str]) -> dict[str, str]:
+    """A short name of each shard: its file's, and as much of the folders before it as tells shards apart."""
+    for parts in range(1, 1 + max((url.count("/") + 1 for url in urls), default=1)):
+        names = {url: "/".join(url.split("/")[-parts:]).removesuffix(".tar") for url in urls}
+        if len(set(names.values())) == len(names):
+            break
+    return names
+
+
+def open_shard(url: str) -> IO[bytes]:
+    """A shard to read from its beginning."""
+    # Not gopen for files: it would run what stands in the name of one.
+    return wds.gopen.gopen(url, "rb") if is_remote(url) else open(url, "rb")
 
 
 def is_remote(url: str) -> bool:
@@ -164,9 +242,14 @@ class ShardImages(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         consumer, consumers = _consumer(self.rank, self.world_size)
+        positions: set[int | str] = set()  # other ids have the shard's name in them
         for url in self.shards.urls[consumer::consumers]:
             for sample in self.shards.samples(url):
                 image, label, key = self.shards.decode(sample)
+                if key in positions:
+                    raise UserError(f"data: sample {sample['__key__']} in {url} has the id {key} of another image")
+                if isinstance(key, int):
+                    positions.add(key)
                 yield {"image": self.prepare(image), "label": label, "id": key}
 
 
@@ -260,7 +343,7 @@ class _Tally:
         print(f"warning: {error}; skipped", file=sys.stderr)
 
     def _too_much(self, error: ValueError, found: str) -> ValueError:
-        return ValueError(f"{error}; {found} are damaged, expected at most a share of {self.tolerated:g} (skip_bad)")
+        return UserError(f"{error}; {found} are damaged, expected at most a share of {self.tolerated:g} (skip_bad)")
 
 
 def _consumer(rank: int, world_size: int) -> tuple[int, int]:
@@ -268,84 +351,3 @@ def _consumer(rank: int, world_size: int) -> tuple[int, int]:
     if worker is None:
         return rank, world_size
     return rank * worker.num_workers + worker.id, world_size * worker.num_workers
-
-
-# --- packing -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A shard to write: which files go in, at which positions of the data set, with which labels."""
-
-    path: Path
-    files: list[tuple[int, Path, int]]
-
-
-def plan_shards(
-    files: Sequence[tuple[Path, int]], out: Path, images_per_shard: int, prefix: str = "shard", seed: int | None = 0
-) -> list[Packed]:
-    """Which image goes where: in random order, so that each shard has images of all classes; in their own without seed.
-
-    Args:
-        files: Path and label of each image.
-        out: Folder of the shards.
-        images_per_shard: Number of images in each, but for the last.
-        prefix: Beginning of the shards' names.
-        seed: Key of the order, or None.
-
-    Raises:
-        ValueError: if ``images_per_shard`` is below 1.
-    """
-    if images_per_shard < 1:
-        raise UserError(f"images_per_shard: {images_per_shard}, expected at least 1")
-    order = np.arange(len(files)) if seed is None else np.random.default_rng(seed).permutation(len(files))
-    plans = []
-    for number, begin in enumerate(range(0, len(files), images_per_shard)):
-        chosen = [int(i) for i in order[begin : begin + images_per_shard]]
-        plans.append(Packed(out / f"{prefix}-{number:06d}.tar", [(i, *files[i]) for i in chosen]))
-    return plans
-
-
-def write_shard(plan: Packed) -> Path:
-    """Write one shard, unless it is there; whole or not at all. Images go in as they are.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    if plan.path.is_file():
-        return plan.path
-    with replacing(plan.path, "shards") as temporary, open(temporary, "wb") as file, wds.TarWriter(file) as tar:
-        for position, path, label in plan.files:
-            name = path.suffix[1:].lower()
-            tar.write({"__key__": f"{position:08d}", name: path.read_bytes(), "cls": str(label)})
-    return plan.path
-
-
-def pack(plans: Sequence[Packed], index: ShardIndex, processes: int = 1) -> Iterator[Path]:
-    """Write shards and then their index; yields each shard as it is done. Shards that are there are kept.
-
-    Args:
-        plans: What :func:`plan_shards` says.
-        index: What they will be.
-        processes: How many write at a time.
-
-    Raises:
-        ValueError: if the folder has an index of other shards.
-        OSError: if something cannot be written.
-    """
-    out = plans[0].path.parent
-    planned = out / f"{INDEX}.planned"  # what the shards that are there were packed by, before all are
-    for path in (out / INDEX, planned):
-        if path.is_file() and json.loads(path.read_text()) != asdict(index):
-            raise UserError(f"shards: {str(out)!r} holds other shards, expected an empty folder or the same data")
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / INDEX).is_file():
-        remove_temporaries(out)
-        write_json(asdict(index), planned, what="shards")
-    if processes == 1:
-        yield from map(write_shard, plans)
-    else:
-        with ProcessPoolExecutor(processes) as pool:
-            yield from pool.map(write_shard, plans)
-    if planned.is_file():
-        os.replace(planned, out / INDEX)

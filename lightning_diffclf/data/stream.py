@@ -154,12 +154,11 @@ def training_loader(
     Raises:
         ValueError: if the batch size does not divide, or nothing says when training ends.
     """
-    check_end(trainer)
     share = Share.of(trainer)
     return DataLoader(
         Endless(size, take, seed),
         batch_size=share.batch_size(batch_size),
-        sampler=Positions(share, start=0 if trainer is None else trainer.global_step * batch_size),
+        sampler=Positions(share, start=next_step(trainer) * batch_size),
         num_workers=num_workers,
         collate_fn=as_it_is,
         persistent_workers=num_workers > 0,
@@ -167,10 +166,33 @@ def training_loader(
     )
 
 
-def check_end(trainer: L.Trainer | None) -> None:
-    """Raise ValueError if training would never end."""
-    if trainer is not None and trainer.max_steps < 0:
+def next_step(trainer: L.Trainer | None) -> int:
+    """The optimizer step that training data begin with; Lightning's count of batches is put to its beginning.
+
+    Lightning steps whenever the batches counted so far, which it restores with a checkpoint, are a multiple of
+    ``accumulate_grad_batches``. Where they were counted with another accumulation, or where the checkpoint was written
+    between two steps, the first step would come early: on a part of its images, and with the noise of others.
+
+    Args:
+        trainer: About to train, its loops restored; None for a single process at step 0.
+
+    Raises:
+        ValueError: if nothing says when training ends, or it is cut into epochs: each would begin with the same images.
+    """
+    if trainer is None:
+        return 0
+    share, step = Share.of(trainer), int(trainer.global_step)
+    if trainer.max_steps < 0:
         raise UserError("trainer.max_steps: not set, expected a number of steps: training data have no epochs")
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int) and limit < trainer.max_steps * share.accumulate and trainer.max_epochs != 1:
+        raise UserError(f"trainer.limit_train_batches: {limit}, expected none: training data have no epochs")
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    missing = step * share.accumulate - progress.total.processed
+    for counts in (progress.total, progress.current):
+        for event in ("ready", "started", "processed", "completed"):
+            setattr(counts, event, getattr(counts, event) + missing)
+    return step
 
 
 def evaluation_loader(

@@ -6,21 +6,24 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.data.digit_scenes import caption_of_two, two_digits
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.images import open_image, stacked, transform
 from lightning_diffclf.data.prompts import PromptSet
+from lightning_diffclf.data.protocols import Decided
 from lightning_diffclf.data.stream import evaluation_loader
-from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.results.statistics import wilson
+from lightning_diffclf.identity import ByArguments
 
 HUB = "facebook/winoground"
 
@@ -143,11 +146,12 @@ class _Images(Dataset[dict[str, Any]]):
         }
 
 
-class WinogroundDataModule(L.LightningDataModule):
+class WinogroundDataModule(ByArguments, L.LightningDataModule):
     """Groups of two images and two captions; each image is asked about both captions, and about the empty prompt.
 
     Each caption is a candidate with a class of its own, and so is the empty prompt, whose error says how likely the
-    image is at all. Use it with ``Exhaustive``: all errors are needed.
+    image is at all. Scores are compared across images and captions, so that all of them need all draws: there may be no
+    elimination and no budget (``needs_every_draw``).
 
     Args:
         source: ``digits`` (scenes of test digits, see :func:`digit_groups`), ``hub`` (the gated set), or a folder or
@@ -159,6 +163,11 @@ class WinogroundDataModule(L.LightningDataModule):
     Raises:
         ValueError: if a number is out of range.
     """
+
+    CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
+        "eval_batch_size": "results do not depend on how images are batched",
+        "num_workers": "nor on how fast they are read",
+    }
 
     def __init__(
         self,
@@ -192,20 +201,39 @@ class WinogroundDataModule(L.LightningDataModule):
         names = [f"{group.id}: {caption}" for group in self.groups for caption in group.captions]
         return PromptSet(Candidates([*names, "(no caption)"]), prompts)
 
+    def contents(self) -> dict[str, Any]:
+        places = [[one.name if isinstance(one, Path) else one for one in group.images] for group in self.groups]
+        return {"groups": [(g.id, g.captions, g.tag, images) for g, images in zip(self.groups, places, strict=True)]}
+
     def setup(self, stage: str | None = None) -> None:
         self.test = _Images(self.groups, self.size, self.source)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         return evaluation_loader(self.test, self.eval_batch_size, self.trainer, self.num_workers, stacked)
 
-    def score(self, rows: Sequence[Any]) -> dict[str, float]:
-        """Text, image and group score, overall and by tag; see :func:`winoground_scores`."""
-        error_of = {row.id: row.scores_K for row in rows}
-        complete = [g for g in self.groups if f"{g.id}/0" in error_of and f"{g.id}/1" in error_of]
+    needs_every_draw = True
+
+    def score(self, rows: Sequence[Decided]) -> dict[str, float]:
+        """Text, image and group score, overall and by tag, of the groups with both images; see winoground_scores.
+
+        Raises:
+            ValueError: if errors of a group are means over different draws.
+        """
+        of_image = {row.id: row for row in rows}
+        pairs = [(group, [of_image.get(f"{group.id}/{i}") for i in (0, 1)]) for group in self.groups]
+        complete = [(group, [row for row in both if row is not None]) for group, both in pairs if None not in both]
         if not complete:
             return {}
-        errors_G23 = torch.tensor([[error_of[f"{g.id}/{i}"].tolist() for i in (0, 1)] for g in complete])
-        return winoground_scores(errors_G23, [group.tag for group in complete])
+        for group, both in complete:
+            # A candidate whose error is infinite was left by the network, not by a rule: it is wrong in any comparison.
+            seen = {int(n) for row in both for n in row.draws_K[np.isfinite(row.scores_K)]}
+            if len(seen) > 1:
+                raise UserError(
+                    f"winoground: group {group.id!r} has errors over {sorted(seen)} draws, which cannot be compared "
+                    "across images and captions; expected no elimination rule and no budget"
+                )
+        errors_G23 = torch.tensor(np.array([[row.scores_K for row in both] for _, both in complete]))
+        return winoground_scores(errors_G23, [group.tag for group, _ in complete])
 
 
 def winoground_scores(errors_G23: Tensor, tags: Sequence[str]) -> dict[str, float]:
@@ -236,8 +264,10 @@ def winoground_scores(errors_G23: Tensor, tags: Sequence[str]) -> dict[str, floa
     for name, right_G in right.items():
         for tag in ["", *sorted(set(tags) - {""})]:
             mine = torch.tensor([tag in ("", own_tag) for own_tag in tags])
-            share = wilson(int(right_G[mine].sum()), int(mine.sum()))
+            share = binomtest(int(right_G[mine].sum()), int(mine.sum()))
             suffix = f"_{tag}" if tag else ""
-            found[f"{name}{suffix}"] = share.value
-            found |= {} if tag else {f"{name}_low": share.low, f"{name}_high": share.high}
+            found[f"{name}{suffix}"] = float(share.statistic)
+            if not tag:
+                low, high = share.proportion_ci(method="wilson")
+                found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return found

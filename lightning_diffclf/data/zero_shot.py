@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -19,6 +20,7 @@ from lightning_diffclf.data.images import find_images, open_image, stacked, to_r
 from lightning_diffclf.data.shards import ShardImages, Shards
 from lightning_diffclf.data.stream import Share, evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.identity import ByArguments
 
 CATS = (
     "Abyssinian", "Bengal", "Birman", "Bombay", "British Shorthair", "Egyptian Mau", "Maine Coon", "Persian", "Ragdoll",
@@ -32,7 +34,7 @@ EUROSAT = (
 )  # fmt: skip
 
 
-class Source(NamedTuple):
+class PublicSet(NamedTuple):
     """A data set of torchvision: how it is opened, and what its classes are called."""
 
     open: Callable[[str, bool], Any]
@@ -45,31 +47,31 @@ def _pet(name: str) -> str:
     return name if name.lower() == "american bulldog" else f"{name} {species}"
 
 
-SOURCES: dict[str, Source] = {
-    "food101": Source(
+PUBLIC_SETS: dict[str, PublicSet] = {
+    "food101": PublicSet(
         lambda root, get: datasets.Food101(root, "test", download=get),
         lambda d: [c.replace("_", " ") for c in d.classes],
     ),
-    "cifar10": Source(lambda root, get: datasets.CIFAR10(root, False, download=get), lambda d: d.classes),
-    "cifar100": Source(
+    "cifar10": PublicSet(lambda root, get: datasets.CIFAR10(root, False, download=get), lambda d: d.classes),
+    "cifar100": PublicSet(
         lambda root, get: datasets.CIFAR100(root, False, download=get),
         lambda d: [c.replace("_", " ") for c in d.classes],
     ),
-    "aircraft": Source(
+    "aircraft": PublicSet(
         lambda root, get: datasets.FGVCAircraft(root, "test", "variant", download=get), lambda d: d.classes
     ),
-    "pets": Source(
+    "pets": PublicSet(
         lambda root, get: datasets.OxfordIIITPet(root, "test", download=get), lambda d: [_pet(c) for c in d.classes]
     ),
-    "flowers102": Source(lambda root, get: datasets.Flowers102(root, "test", download=get), lambda d: d.classes),
-    "stl10": Source(lambda root, get: datasets.STL10(root, "test", download=get), lambda d: d.classes),
-    "mnist": Source(lambda root, get: datasets.MNIST(root, False, download=get), lambda d: DIGITS),
-    "caltech101": Source(
+    "flowers102": PublicSet(lambda root, get: datasets.Flowers102(root, "test", download=get), lambda d: d.classes),
+    "stl10": PublicSet(lambda root, get: datasets.STL10(root, "test", download=get), lambda d: d.classes),
+    "mnist": PublicSet(lambda root, get: datasets.MNIST(root, False, download=get), lambda d: DIGITS),
+    "caltech101": PublicSet(
         lambda root, get: datasets.Caltech101(root, download=get), lambda d: [c.replace("_", " ") for c in d.categories]
     ),
-    "imagenet": Source(lambda root, get: ImageNetFolders(root), lambda d: d.classes),
-    "objectnet": Source(lambda root, get: ObjectNet(root), lambda d: d.classes),
-    "eurosat": Source(lambda root, get: datasets.EuroSAT(root, download=get), lambda d: EUROSAT),
+    "imagenet": PublicSet(lambda root, get: ImageNetFolders(root), lambda d: d.classes),
+    "objectnet": PublicSet(lambda root, get: ObjectNet(root), lambda d: d.classes),
+    "eurosat": PublicSet(lambda root, get: datasets.EuroSAT(root, download=get), lambda d: EUROSAT),
 }
 
 
@@ -95,6 +97,11 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
             raise UserError(f"data: {root!r} has no folders, expected one for each class")
         self.classes = names
         self.files = [(path, c) for c, name in enumerate(names) for path in find_images([str(folder / name)])]
+
+    def identity(self) -> dict[str, Any]:
+        """Which files there are, and of which class."""
+        files = [(os.path.relpath(path, self.root), label) for path, label in self.files]
+        return {"images": len(files), "files": files, "border": self.border}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -200,7 +207,7 @@ class _Prepared(Dataset[dict[str, Any]]):
         return {"image": self.prepare(to_rgb(image)), "label": int(label), "id": position}
 
 
-class ZeroShotDataModule(L.LightningDataModule):
+class ZeroShotDataModule(ByArguments, L.LightningDataModule):
     """A test set for zero-shot classification: of torchvision by its name, folders of images, or shards.
 
     Images are resized (shortest edge, bicubic), centre cropped, and scaled to [-1, 1]. The id of an image is its
@@ -229,6 +236,12 @@ class ZeroShotDataModule(L.LightningDataModule):
         FileNotFoundError: from ``setup``, if the data are not there.
     """
 
+    CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
+        "eval_batch_size": "results do not depend on how images are batched",
+        "num_workers": "nor on how fast they are read",
+        "download": "nor on how they came here",
+    }
+
     def __init__(
         self,
         name: str = "folder",
@@ -245,8 +258,8 @@ class ZeroShotDataModule(L.LightningDataModule):
         crop: Literal["covering", "published"] = "covering",
     ) -> None:
         super().__init__()
-        if name not in ("folder", "webdataset", *SOURCES):
-            raise UserError(f"data: {name!r}, expected 'folder', 'webdataset' or one of {sorted(SOURCES)}")
+        if name not in ("folder", "webdataset", *PUBLIC_SETS):
+            raise UserError(f"data: {name!r}, expected 'folder', 'webdataset' or one of {sorted(PUBLIC_SETS)}")
         if name == "webdataset" and (per_class is not None or subset is not None):
             raise UserError("data: shards are read in order, expected no subset and no per_class with 'webdataset'")
         for what, value, least in (("eval_batch_size", eval_batch_size, 1), ("num_workers", num_workers, 0)):
@@ -273,7 +286,7 @@ class ZeroShotDataModule(L.LightningDataModule):
         if self.name == "folder":
             return FolderImages(self.root, self.border)
         try:
-            return SOURCES[self.name].open(self.root, self.download)
+            return PUBLIC_SETS[self.name].open(self.root, self.download)
         except RuntimeError as error:  # torchvision's, for what is not there
             raise MissingFile(f"data: no {self.name} in {self.root!r}; set download, or give its root") from error
 
@@ -284,7 +297,7 @@ class ZeroShotDataModule(L.LightningDataModule):
             if self._names is None:
                 raise UserError("class_names: none given, expected a name for each class of the shards")
             return self._names
-        own = list(self.source.classes if self.name == "folder" else SOURCES[self.name].names(self.source))
+        own = list(self.source.classes if self.name == "folder" else PUBLIC_SETS[self.name].names(self.source))
         if self._names is not None and len(self._names) != len(own):
             raise UserError(f"class_names: {len(self._names)}, expected {len(own)}, as {self.name!r} has classes")
         return list(self._names or own)
@@ -293,6 +306,13 @@ class ZeroShotDataModule(L.LightningDataModule):
     def network_classes(self) -> list[list[int]] | None:
         """For ImageNet and what is made like it: which of its 1,000 classes each class is; else None."""
         return getattr(self.source, "imagenet", None) if self.name != "webdataset" else None
+
+    def contents(self) -> dict[str, Any]:
+        if self.name == "webdataset":
+            return {"source": Shards(self.root)}
+        if isinstance(self.source, FolderImages):
+            return {"source": self.source, "positions": self._positions()}
+        return {"images": len(self.source), "labels": _known_labels(self.source), "positions": self._positions()}
 
     def setup(self, stage: str | None = None) -> None:
         prepare = transform(self.size[0], self.size[1], self.crop)
@@ -340,10 +360,16 @@ class ZeroShotDataModule(L.LightningDataModule):
 
 def _labels(source: Any) -> Sequence[int]:
     """Label of each image, without decoding any where the data set allows it."""
+    if isinstance(source, FolderImages):
+        return [label for _, label in source.files]
+    known = _known_labels(source)
+    return [int(source[position][1]) for position in range(len(source))] if known is None else known
+
+
+def _known_labels(source: Any) -> Sequence[int] | None:
+    """Label of each image of a data set of torchvision, where it has them at hand."""
     for name in ("targets", "_labels", "labels", "y"):
         labels = getattr(source, name, None)
         if labels is not None and len(labels) == len(source):
             return list(labels)
-    if isinstance(source, FolderImages):
-        return [label for _, label in source.files]
-    return [int(source[position][1]) for position in range(len(source))]
+    return None

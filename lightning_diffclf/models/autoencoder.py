@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.identity import digest_of_weights
 
 DEFAULT = "stabilityai/sd-vae-ft-ema"  # what the published DiT networks were trained with
 
@@ -63,12 +63,12 @@ class Autoencoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short name of the weights: that of up to 1,000 values of each."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, value in sorted(self.vae.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.flatten()[:: max(1, value.numel() // 1000)].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """A short name of the weights."""
+        return digest_of_weights(self.vae)
+
+    def identity(self) -> dict[str, Any]:
+        """What latents depend on."""
+        return {"network": self.vae, "scaling": self.scaling, "shift": self.shift}
 
     def to(self, device: torch.device | str) -> Autoencoder:
         """Move the network; returns itself."""

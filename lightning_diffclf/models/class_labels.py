@@ -27,6 +27,6 @@ def shared(pipeline: Any, x0: Tensor) -> dict[str, Tensor]:
     return {}
 
 
-def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-    output: Tensor = network(x_t, timestep=t, class_labels=conditions["class_labels"]).sample
+def predict(network: nn.Module, x_t: Tensor, t: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+    output: Tensor = network(x_t, timestep=t, class_labels=embeddings["class_labels"]).sample
     return output

@@ -1,4 +1,7 @@
-"""FLUX.1: a rectified flow over packed latents, with CLIP's pooled text and T5; guidance may be an input."""
+"""FLUX.1: a rectified flow over packed latents, with CLIP's pooled text and T5; guidance may be an input.
+
+Shape suffixes: N rows, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -44,16 +47,16 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.reshape(n, size // 4, height, width)
 
 
-def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+def predict(network: nn.Module, x_t: Tensor, t: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
     height, width = x_t.shape[2:]
-    text = conditions["encoder_hidden_states"]
+    text = embeddings["encoder_hidden_states"]
     rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).view(-1, 3).to(x_t)
     guidance = x_t.new_full((len(x_t),), GUIDANCE) if network.config.guidance_embeds else None  # type: ignore[union-attr]
     output: Tensor = network(
         hidden_states=pack(x_t),
         encoder_hidden_states=text,
-        pooled_projections=conditions["pooled_projections"],
+        pooled_projections=embeddings["pooled_projections"],
         timestep=(t / 1000).to(x_t.dtype),  # multiplied by 1000 inside
         img_ids=image_ids,
         txt_ids=x_t.new_zeros(text.shape[1], 3),

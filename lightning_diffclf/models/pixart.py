@@ -30,12 +30,12 @@ def shared(pipeline: Any, x0: Tensor) -> dict[str, Tensor]:
     }
 
 
-def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-    added = {name: conditions.get(name) for name in ("resolution", "aspect_ratio")}
+def predict(network: nn.Module, x_t: Tensor, t: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+    added = {name: embeddings.get(name) for name in ("resolution", "aspect_ratio")}
     output: Tensor = network(
         x_t,
-        encoder_hidden_states=conditions["encoder_hidden_states"],
-        encoder_attention_mask=conditions["encoder_attention_mask"],
+        encoder_hidden_states=embeddings["encoder_hidden_states"],
+        encoder_attention_mask=embeddings["encoder_attention_mask"],
         timestep=t,
         added_cond_kwargs=added,
     ).sample

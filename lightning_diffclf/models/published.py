@@ -10,20 +10,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.serialization import safe_globals
 
 from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.files import is_count, read_json
 from lightning_diffclf.models.dit import SIZES, DiT, positions_2d
+from lightning_diffclf.models.weight_files import read_file
 from lightning_diffclf.schedule import DiscreteSchedule, NoiseSchedule
 
 Weights = dict[str, Tensor]
@@ -159,28 +156,6 @@ def config_of(path: str | Path) -> dict[str, Any]:
     }
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """What a file of torch or safetensors holds, on the CPU; no code from it is run.
-
-    Raises:
-        ValueError: if it cannot be read, or holds no mapping.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with safe_globals([Namespace]):  # the published training scripts save their arguments too
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except Exception as error:  # of a damaged file torch raises what comes: RuntimeError, IndexError, …
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if isinstance(error, UnpicklingError):  # of which torch says in many lines that the code could be run
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it holds {code[1]}, expected weights only" if code else "it is damaged or of another kind"
-        raise UserError(f"checkpoint: {str(path)!r} cannot be read ({reason})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"checkpoint: {str(path)!r} holds a {type(found).__name__}, expected weights by name")
-    return found
-
-
 def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """What shapes say of a network; the input is taken for a square if its tokens could be one."""
     hidden_size, in_channels, patch_size = weights["x_embedder.proj.weight"].shape[:3]
@@ -198,11 +173,10 @@ def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"checkpoint: {str(path)!r} cannot be read ({error})") from error
+def _read_mapping(path: Path) -> dict[str, Any]:
+    found = read_json(path, "checkpoint")
+    if not isinstance(found, dict):
+        raise UserError(f"checkpoint: {str(path)!r} holds a {type(found).__name__}, expected names with values")
     return found
 
 
@@ -215,15 +189,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = _transformer(path) / "config.json"
     if not file.is_file():
         raise UserError(f"checkpoint: {str(path)!r} has no transformer/config.json, expected a DiT of diffusers")
-    config = _read_json(file)
+    config = _read_mapping(file)
     if config.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise UserError(f"checkpoint: {str(path)!r} is a {config.get('_class_name')}, expected DiTTransformer2DModel")
     for name, expected in (("norm_type", "ada_norm_zero"), ("activation_fn", "gelu-approximate")):
         if config.get(name) != expected:
             raise UserError(f"checkpoint: {str(path)!r} has {name} {config.get(name)!r}, expected {expected!r}")
     for name in ("num_attention_heads", "sample_size"):
-        if not isinstance(config.get(name), int):
-            raise UserError(f"checkpoint: {str(path)!r} has {name} {config.get(name)!r}, expected an integer")
+        if not is_count(config.get(name)) or config[name] == 0:
+            raise UserError(f"checkpoint: {str(path)!r} has {name} {config.get(name)!r}, expected an integer from 1")
     return config
 
 
@@ -236,7 +210,7 @@ def _check_folder(net: DiT, schedule: NoiseSchedule, path: Path) -> None:
         return
     import diffusers  # slow to import
 
-    config = _read_json(path / "scheduler" / "scheduler_config.json")
+    config = _read_mapping(path / "scheduler" / "scheduler_config.json")
     name = str(config.get("_class_name"))
     if not name.endswith("Scheduler") or not hasattr(diffusers, name):
         raise UserError(f"checkpoint: {str(path)!r} has a {name!r}, expected a scheduler of diffusers")
@@ -379,8 +353,7 @@ def export_pipeline(net: DiT, schedule: NoiseSchedule, folder: Path, vae: str, c
 
 def _betas(schedule: DiscreteSchedule) -> dict[str, Any]:
     """Noise levels as a scheduler of diffusers takes them: by name where there is one, as others would write them."""
-    alphas = schedule.alphas_cumprod
-    betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
+    alphas, betas = schedule.alphas_cumprod, schedule.betas
     ends = {"beta_start": round(float(betas[0]), 8), "beta_end": round(float(betas[-1]), 8)}
     for name in ("linear", "scaled_linear"):
         maker: Any = getattr(NoiseSchedule, name)

@@ -26,6 +26,6 @@ def shared(pipeline: Any, x0: Tensor) -> dict[str, Tensor]:
     return {}
 
 
-def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-    output: Tensor = network(hidden_states=x_t, timestep=t, **conditions).sample  # t in 0 … 1000, not an integer
+def predict(network: nn.Module, x_t: Tensor, t: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+    output: Tensor = network(hidden_states=x_t, timestep=t, **embeddings).sample  # t in 0 … 1000, not an integer
     return output

@@ -34,9 +34,9 @@ def shared(pipeline: Any, x0: Tensor) -> dict[str, Tensor]:
     return {"time_ids": torch.tensor([[*size, 0, 0, *size]], dtype=pipeline.unet.dtype)}
 
 
-def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-    added = {name: conditions[name] for name in ("text_embeds", "time_ids") if name in conditions}
+def predict(network: nn.Module, x_t: Tensor, t: Tensor, embeddings: dict[str, Tensor]) -> Tensor:
+    added = {name: embeddings[name] for name in ("text_embeds", "time_ids") if name in embeddings}
     output: Tensor = network(
-        x_t, t, encoder_hidden_states=conditions["encoder_hidden_states"], added_cond_kwargs=added or None
+        x_t, t, encoder_hidden_states=embeddings["encoder_hidden_states"], added_cond_kwargs=added or None
     ).sample
     return output

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.protocols import HasLatents, HasNetworkClasses, HasNumClasses
 from lightning_diffclf.data.stream import Share
-from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.denoiser import Candidates, evaluating
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.conditions import Conditions, conditions
-from lightning_diffclf.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
+from lightning_diffclf.modules.training import keyed_generator, learning_rate_factor, schedule_named
+from lightning_diffclf.noise import KeyedNoise
+from lightning_diffclf.sampling import denoise, initial_noise
+from lightning_diffclf.schedule import DiscreteSchedule
 from lightning_diffclf.variational import hybrid_loss
 
 VALIDATION_TIMESTEPS = 100  # the validation loss is taken at this many noise levels, a fixed one for each image
 
 
-def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
-    """A generator on ``device`` whose state depends on nothing but ``key``."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-class ClassConditionalDiT(L.LightningModule):
+class ClassConditionalDiT(ByArguments, L.LightningModule):
     """A class-conditional DiT (Peebles & Xie 2023): training, sampling, and the four members of a ConditionalDenoiser.
 
     Batches are mappings with ``image`` (B, C, H, W) and ``label`` (B,), or (image, label) pairs; images are pixels in
@@ -78,6 +73,19 @@ class ClassConditionalDiT(L.LightningModule):
         ValueError: if the settings contradict each other.
     """
 
+    CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
+        "class_dropout_prob": "of training",
+        "vae": "its weights are in `autoencoder`, where images are pixels",
+        "compile": "of training",
+        "checkpointing": "of training",
+        "lr": "of training",
+        "betas": "of training",
+        "weight_decay": "of training",
+        "warmup_steps": "of training",
+        "decay": "of training",
+        "seed": "of training",
+    }
+
     def __init__(
         self,
         model: str | None = None,
@@ -107,7 +115,7 @@ class ClassConditionalDiT(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.schedule = _schedule(schedule, prediction)
+        self.schedule = schedule_named(schedule, prediction)
         if learn_sigma and not (isinstance(self.schedule, DiscreteSchedule) and self.schedule.prediction == "epsilon"):
             raise UserError(
                 f"learn_sigma: a variance is only defined for epsilon prediction on a discrete schedule, found "
@@ -137,24 +145,23 @@ class ClassConditionalDiT(L.LightningModule):
         self.net.checkpointing = checkpointing
         height, width = (size, size) if isinstance(size, int) else size
         self.image_shape = (in_channels, height, width)
-        self._validation_noise = KeyedNoise(seed)
         # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
         self._autoencoder: list[Autoencoder] = []
         self._conditions: tuple[Callable[[], Any], Conditions] | None = None  # of one data module
 
     def setup(self, stage: str) -> None:
         """Check the data module against the network, before long work."""
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data: object = getattr(self._trainer, "datamodule", None)
         num_classes = self.hparams["num_classes"]
         if stage == "fit":
-            if getattr(data, "num_classes", None) not in (None, num_classes):
+            if isinstance(data, HasNumClasses) and data.num_classes not in (None, num_classes):
                 raise UserError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
-            groups = getattr(data, "network_classes", None)
+            groups = data.network_classes if isinstance(data, HasNetworkClasses) else None
             if groups is not None and len(groups) != num_classes:
                 raise UserError(f"data: {len(groups)} classes to validate on, expected {num_classes} as in training")
             if self.hparams["compile"]:
                 self.net.compile()
-        for one in data.latents(stage) if hasattr(data, "latents") else []:
+        for one in data.latents(stage) if isinstance(data, HasLatents) else []:
             if one.index.shape != self.image_shape:
                 raise UserError(f"latents: {one.root!r} has {one.index.shape}, the network takes {self.image_shape}")
             if self.hparams["vae"] not in (None, one.index.vae):
@@ -207,10 +214,16 @@ class ClassConditionalDiT(L.LightningModule):
             self._autoencoder.append(Autoencoder.load(self.hparams["vae"]))
         return self._autoencoder[0].to(self.device)
 
-    @property
-    def frozen(self) -> list[torch.nn.Module]:
-        """Networks that decisions depend on although they are not saved."""
-        return [one.vae for one in self._autoencoder]
+    def contents(self) -> dict[str, Any]:
+        """The weights in place, what they are asked about, and the autoencoder where the data bring pixels."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        encodes = self.hparams["vae"] is not None and not (hasattr(data, "latents") and data.latents("test"))
+        return {
+            "net": self.net,
+            "noise_levels": self.schedule,
+            "asked": self._asked()._asdict(),
+            "autoencoder": self.autoencoder if encodes else "images are what the network sees",
+        }
 
     # --- ConditionalDenoiser ---------------------------------------------------------------------------------------
 
@@ -282,7 +295,7 @@ class ClassConditionalDiT(L.LightningModule):
     def _training_draws(self, images: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """This batch's part of the step's timesteps (B,), noise (B, C, H, W), labels to drop (B,), posterior noise.
 
-        The latter two are None where there is nothing to drop or to encode.
+        The last two are None where there is nothing to drop or to encode.
         """
         share, device, count = Share.of(self._trainer), images.device, len(images)
         total, rows = count * share.world_size * share.accumulate, share.rows(count, batch_idx)
@@ -300,13 +313,12 @@ class ClassConditionalDiT(L.LightningModule):
         ids = unpack(batch).ids
         images, labels = self._training_batch(batch, check=True)
         x0 = self._to_x0(images)
-        keys = [self._validation_noise.key(i) for i in (content_ids(images) if ids is None else ids)]
-        noise = np.empty(x0.shape, dtype=np.float32)
-        for out, key in zip(noise, keys, strict=True):
-            self._validation_noise.fill(out, key, 0)
-        levels = torch.tensor([int(key[0] % VALIDATION_TIMESTEPS) for key in keys])
-        t = self._validation_timesteps()[levels].to(x0.device)
-        losses = self.losses(x0, labels, t, torch.from_numpy(noise).to(x0.device), drop=None)
+        ids, seed = content_ids(images) if ids is None else ids, self.hparams["seed"]
+        keyed = KeyedNoise(seed)
+        levels = torch.tensor([int(keyed.key(i)[0] % VALIDATION_TIMESTEPS) for i in ids])
+        count = min(VALIDATION_TIMESTEPS, self.schedule.num_timesteps or VALIDATION_TIMESTEPS)
+        t = self.schedule.timesteps(count)[levels].to(x0.device)
+        losses = self.losses(x0, labels, t, initial_noise(self.image_shape, ids, seed).to(x0.device), drop=None)
         means = {f"val/{name}": value.mean() for name, value in losses.items()}
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(x0))
 
@@ -315,9 +327,6 @@ class ClassConditionalDiT(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: predicting is the work of DiffusionClassifierCallback."""
-
-    def _validation_timesteps(self) -> Tensor:
-        return self.schedule.timesteps(min(VALIDATION_TIMESTEPS, self.schedule.num_timesteps or VALIDATION_TIMESTEPS))
 
     def _training_batch(self, batch: Any, check: bool) -> tuple[Tensor, Tensor]:
         images, labels = unpack(batch)[:2]
@@ -369,81 +378,21 @@ class ClassConditionalDiT(L.LightningModule):
             (B, C, H, W) float32; pixels are clipped to [-1, 1].
 
         Raises:
-            ValueError: if guidance is asked of a network without null label, ``steps`` is out of range, or a flow
-                predicts something else than velocities.
+            ValueError: if guidance is asked of a network without null label; or as :func:`~.sampling.denoise`.
         """
         if guidance_scale != 1 and self.hparams["class_dropout_prob"] == 0:
             raise UserError(f"guidance_scale: {guidance_scale}, but the network was trained without label dropout")
-        if not 1 <= steps <= 1000:
-            raise UserError(f"steps: {steps}, expected 1 … 1000")
-        if isinstance(self.schedule, FlowSchedule) and self.schedule.prediction != "velocity":
-            raise UserError(f"sampling from a flow that predicts {self.schedule.prediction!r}, expected 'velocity'")
-        noise, keyed = np.empty((len(labels), *self.image_shape), dtype=np.float32), KeyedNoise(seed)
-        for out, image_id in zip(noise, range(len(labels)) if ids is None else ids, strict=True):
-            keyed.fill(out, keyed.key(image_id), 0)
+        pixels = not self.hparams["latents"]
 
         def predict(x_t: Tensor, time: Tensor) -> Tensor:
-            times = time.to(self.device).expand(len(labels))
+            x_t, times = x_t.to(self.dtype), time.to(self.device).expand(len(labels))
             if guidance_scale == 1:
-                output = self.net(x_t.to(self.dtype), times, labels)
+                output = self.net(x_t, times, labels)
             else:
-                output = self.net.forward_with_cfg(x_t.to(self.dtype), times, labels, guidance_scale, guided_channels)
+                output = self.net.forward_with_cfg(x_t, times, labels, guidance_scale, guided_channels)
             return output[:, : self.image_shape[0]].float()
 
-        training, _ = self.training, self.eval()
-        x_t = self._denoise(torch.from_numpy(noise).to(self.device), steps, predict)
-        self.train(training)
-        return x_t if self.hparams["latents"] else x_t.clamp(-1, 1)
-
-    def _denoise(self, x_t: Tensor, steps: int, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """From noise to data: DDIM by diffusers, or Euler's method along the straight line of a flow."""
-        if isinstance(self.schedule, FlowSchedule):
-            up = 1 if self.schedule.noise_at else -1  # whether sigma rises with time
-            for sigma, lower in itertools.pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)):
-                time = self.schedule.network_time(sigma if up == 1 else 1 - sigma).float()
-                x_t = x_t + up * float(lower - sigma) * predict(x_t, time)
-            return x_t
-        from diffusers import DDIMScheduler  # slow to import
-
-        alphas = cast(DiscreteSchedule, self.schedule).alphas_cumprod
-        scheduler = DDIMScheduler(
-            num_train_timesteps=len(alphas),
-            trained_betas=(1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])).float().numpy(),
-            clip_sample=not self.hparams["latents"],
-            prediction_type=self.schedule.prediction,
-            timestep_spacing="trailing",
-        )
-        scheduler.set_timesteps(steps)
-        for time in scheduler.timesteps:
-            x_t = scheduler.step(predict(x_t, time), time, x_t).prev_sample
-        return x_t
-
-
-def learning_rate_factor(step: int, warmup_steps: int, total: float, decay: str) -> float:
-    """Factor on the learning rate: rising over ``warmup_steps``, then constant or falling to zero at ``total``.
-
-    Example:
-        >>> [learning_rate_factor(step, 2, 6, "linear") for step in range(7)]
-        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if decay == "none":
-        return 1.0
-    share = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
-    return 1 - share if decay == "linear" else (1 + math.cos(math.pi * share)) / 2
-
-
-def _schedule(name: str, prediction: Any) -> NoiseSchedule:
-    if name == "rectified_flow":  # the network embeds times of 0 … 1000, as in SD3
-        return NoiseSchedule.rectified_flow(time_scale=1000.0, prediction=prediction or "velocity")
-    if name == "sit":
-        return NoiseSchedule.rectified_flow(noise_at=0, time_scale=1.0, prediction=prediction or "velocity")
-    makers: dict[str, Callable[..., NoiseSchedule]] = {
-        "linear": NoiseSchedule.linear,
-        "scaled_linear": NoiseSchedule.scaled_linear,
-        "cosine": NoiseSchedule.cosine,
-    }
-    if name not in makers:
-        raise UserError(f"schedule: {name!r}, expected one of {[*makers, 'rectified_flow', 'sit']}")
-    return makers[name](prediction=prediction or "epsilon")
+        with evaluating(self):
+            noise = initial_noise(self.image_shape, range(len(labels)) if ids is None else ids, seed)
+            x0 = denoise(predict, self.schedule, noise.to(self.device), steps, clip=pixels)
+        return x0.clamp(-1, 1) if pixels else x0

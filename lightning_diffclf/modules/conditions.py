@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_diffclf.data.protocols import HasClassNames, HasNetworkClasses
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.errors import UserError
 
@@ -24,7 +25,7 @@ class Conditions(NamedTuple):
     rows: Tensor | None = None
 
 
-def conditions(num_classes: int, class_names: Sequence[str] | None, data: Any = None) -> Conditions:
+def conditions(num_classes: int, class_names: Sequence[str] | None, data: object = None) -> Conditions:
     """What to ask a network with ``num_classes`` about some data.
 
     Args:
@@ -36,8 +37,8 @@ def conditions(num_classes: int, class_names: Sequence[str] | None, data: Any = 
     Raises:
         ValueError: if a class of the data is none of the network's.
     """
-    names = list(getattr(data, "class_names", None) or [])
-    groups: list[list[int]] | None = getattr(data, "network_classes", None)
+    names = list(data.class_names or []) if isinstance(data, HasClassNames) else []
+    groups = data.network_classes if isinstance(data, HasNetworkClasses) else None
     if groups is None or len(groups) == num_classes:
         names = list(class_names or (names if len(names) == num_classes else map(str, range(num_classes))))
         return Conditions(Candidates(names))

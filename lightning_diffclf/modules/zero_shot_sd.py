@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_diffclf.data.prompts import TEMPLATES, PromptSet, from_csv, from_names
+from lightning_diffclf.data.protocols import HasClassNames, HasPrompts
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class ZeroShotStableDiffusion(L.LightningModule):
+class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
     """Classifies with prompts: Stable Diffusion 1.x, 2.x, XL, 3.x, FLUX, PixArt, or a class-conditional DiT.
 
     Nothing is trained and nothing is saved: the networks are not parts of the module. They move to the device of the
@@ -41,6 +43,8 @@ class ZeroShotStableDiffusion(L.LightningModule):
         ValueError: when the model is first needed, if it cannot be loaded, or prompts and names do not fit.
         FileNotFoundError: then, if there is no such CSV file.
     """
+
+    CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {"offload": "only where networks are in memory"}
 
     def __init__(
         self,
@@ -76,18 +80,16 @@ class ZeroShotStableDiffusion(L.LightningModule):
 
     def _prompt_set(self) -> PromptSet:
         prompts, class_names = self._given
-        data: Any = getattr(self._trainer, "datamodule", None)
-        if hasattr(data, "prompt_set"):  # the data say it all
-            found: PromptSet = data.prompt_set
-            return found
-        if class_names is None and not is_csv(prompts):
-            class_names = getattr(data, "class_names", None)
+        data: object = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, HasPrompts):  # the data say it all
+            return data.prompt_set
+        if class_names is None and not is_csv(prompts) and isinstance(data, HasClassNames):
+            class_names = data.class_names
         return make_prompts(prompts, class_names)
 
-    @property
-    def frozen(self) -> list[nn.Module]:
-        """Networks that decisions depend on although they are not saved."""
-        return [self.denoiser.network]
+    def contents(self) -> dict[str, Any]:
+        """What is asked, and of which networks; loads them."""
+        return {"denoiser": self.denoiser}
 
     @property
     def schedule(self) -> Any:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
-from typing import NamedTuple
+from heapq import nsmallest
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lightning_diffclf.classifier import Posterior
-from lightning_diffclf.results.predictions import Record
-from lightning_diffclf.results.statistics import brier, ece, nll
+from lightning_diffclf.results.columns import Chunk, Columns
+from lightning_diffclf.results.statistics import Judged, Scores
+from lightning_diffclf.results.summary import Outline, judge
 
 FOLDS = 5
 ENOUGH = 2000  # images to fit one number to
 ENOUGH_TO_SAY = 50  # images for a statement about calibration
-CHUNK = 1000  # images whose probabilities are in memory together
 
 
 @dataclass(frozen=True)
@@ -45,101 +43,128 @@ def fold_of(image_id: str) -> int:
     return hashlib.blake2b(image_id.encode(), digest_size=4).digest()[0] % FOLDS
 
 
-def padded(rows: Sequence[Record], classes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Differences (B, K), infinite where an image had fewer candidates, and the class of each candidate, else -1."""
-    width = max(len(row.candidates_K) for row in rows)
-    differences_BK = torch.full((len(rows), width), torch.inf, dtype=torch.float64)
-    class_BK = torch.full((len(rows), width), -1)
-    of = torch.as_tensor(classes)
-    for i, row in enumerate(rows):
-        differences_BK[i, : len(row.differences_K)] = torch.from_numpy(row.differences_K.astype(np.float64))
-        class_BK[i, : len(row.candidates_K)] = of[torch.from_numpy(row.candidates_K.astype(np.int64))]
-    return differences_BK, class_BK
+def order_of(image_id: str) -> bytes:
+    """Of all images, those that come first by this are as good as a random choice, and always the same."""
+    return hashlib.blake2b(image_id.encode()).digest()
 
 
-def fit(rows: Sequence[Record], classes: Sequence[int], posterior: Posterior) -> Posterior:
-    """``posterior`` with the temperature that suits these labelled images; itself if none of them can tell."""
-    # Images whose class was not among the candidates, or which were not decided, say nothing about temperatures.
-    some = sorted(rows, key=lambda row: hashlib.blake2b(row.id.encode()).digest())
-    of = np.asarray(classes)
-    able = (row for row in some if row.prediction is not None and row.label in of[row.candidates_K])
-    usable = list(islice(able, ENOUGH))
-    if not usable:
-        return posterior
-    differences_BK, class_BK = padded(usable, classes)
-    labels_B = torch.tensor([row.label for row in usable])
-    target_B = differences_BK.masked_fill(class_BK != labels_B[:, None], torch.inf).argmin(1)
-    return posterior.fit(differences_BK, target_B, usable[0].dims)
+@dataclass(frozen=True)
+class _Example:
+    """A labelled image that temperatures can be fitted to: the differences of its classes (C,), float32."""
+
+    order: bytes
+    label: int
+    dims: int
+    differences_C: np.ndarray
 
 
-class Judged(NamedTuple):
-    """What the class probabilities of labelled images amount to.
+class Sample:
+    """Labelled images to fit temperatures to: of all that it is shown, it keeps at most 2,000 of each fold.
+
+    Args:
+        outline: The evaluation.
 
     Attributes:
-        confidence: Probability of the likeliest class (B,), float64.
-        right: Whether that is the label (B,).
-        label: Probability of the label (B,), float64.
-        squares: Sum of the squared probabilities of all classes (B,), float64.
+        labelled: Labelled images that it was shown.
     """
 
-    confidence: np.ndarray
-    right: np.ndarray
-    label: np.ndarray
-    squares: np.ndarray
+    COLUMNS = ("id", "label", "prediction", "candidates_K", "differences_K", "dims")
 
-    def scores(self) -> dict[str, float]:
-        """ECE (15 bins), NLL and Brier score."""
-        return {
-            "ece": ece(self.confidence, self.right),
-            "nll": nll(self.label),
-            "brier": brier(self.label, self.squares),
-        }
+    def __init__(self, outline: Outline) -> None:
+        self.outline = outline
+        self.labelled = 0
+        self._folds: list[list[_Example]] = [[] for _ in range(FOLDS)]
+
+    def update(self, chunk: Chunk) -> None:
+        """Show it more images."""
+        outline = self.outline
+        for columns in Columns(chunk, self.COLUMNS).pieces(outline.together):
+            columns = columns.take(columns.numbers("label") >= 0)
+            self.labelled += len(columns)
+            differences_BC = columns.class_differences(outline.classes, outline.num_classes).numpy()
+            label_B = columns.numbers("label")
+            # Images whose class was not among the candidates, or that were not decided, say nothing about temperatures.
+            tells_B = np.isfinite(differences_BC[np.arange(len(label_B)), label_B])
+            tells_B &= columns.numbers("prediction") >= 0
+            new: list[list[_Example]] = [[] for _ in range(FOLDS)]
+            ids = columns.strings("id")
+            for row in np.flatnonzero(tells_B):
+                differences_C = differences_BC[row].astype(np.float32)  # as stored
+                new[fold_of(ids[row])].append(
+                    _Example(order_of(ids[row]), int(label_B[row]), columns.dims, differences_C)
+                )
+            self._folds = [
+                nsmallest(ENOUGH, old + more, key=lambda one: one.order)
+                for old, more in zip(self._folds, new, strict=True)
+            ]
+
+    def fit(self, leave_out: int | None = None) -> Posterior:
+        """The evaluation's posterior with the temperature that suits these images best.
+
+        Args:
+            leave_out: A fold that has no say.
+
+        Returns:
+            The posterior as it is, if no image can tell.
+        """
+        examples = [one for fold, some in enumerate(self._folds) if fold != leave_out for one in some]
+        examples = nsmallest(ENOUGH, examples, key=lambda one: one.order)
+        if not examples:
+            return self.outline.posterior
+        differences_BC = torch.from_numpy(np.stack([one.differences_C for one in examples]))
+        label_B = torch.tensor([one.label for one in examples])
+        return self.outline.posterior.fit(differences_BC, label_B, examples[0].dims)
 
 
-def judge(rows: Sequence[Record], classes: Sequence[int], posteriors: Sequence[Posterior]) -> Judged:
-    """Class probabilities of labelled images, each with a posterior of its own, against their labels."""
-    judged = [np.empty(len(rows)) for _ in Judged._fields]
-    num_classes = max(classes) + 1
-    for posterior in set(posteriors):
-        mine = [i for i, own in enumerate(posteriors) if own == posterior]
-        for first in range(0, len(mine), CHUNK):
-            at = mine[first : first + CHUNK]
-            some = [rows[i] for i in at]
-            differences_BK, class_BK = padded(some, classes)
-            p_BK = posterior(differences_BK, some[0].dims)
-            p_BC = p_BK.new_zeros(len(some), num_classes).scatter_add(1, class_BK.clamp_min(0), p_BK)
-            label_B = torch.tensor([row.label for row in some])
-            best = p_BC.max(1)
-            found = (
-                best.values,
-                best.indices == label_B,
-                p_BC.gather(1, label_B[:, None])[:, 0],
-                p_BC.square().sum(1),
-            )
-            for values_B, chunk_B in zip(judged, found, strict=True):
-                values_B[at] = chunk_B.numpy()
-    return Judged(*judged)
+class CrossFitted:
+    """Labelled images, each judged with the temperature that was fitted to the other folds.
+
+    Args:
+        sample: The images to fit to.
+
+    Attributes:
+        posteriors: That of each fold.
+        scores: Of all images so far.
+    """
+
+    COLUMNS = Sample.COLUMNS
+
+    def __init__(self, sample: Sample) -> None:
+        self.outline = sample.outline
+        self.posteriors = [sample.fit(leave_out=fold) for fold in range(FOLDS)]
+        self.scores = Scores.zeros()
+        self._judged: list[Judged] = []
+
+    def update(self, chunk: Chunk) -> None:
+        """Judge more images."""
+        for columns in Columns(chunk, self.COLUMNS).pieces(self.outline.together):
+            columns = columns.take(columns.numbers("label") >= 0)
+            fold_B = np.array([fold_of(image_id) for image_id in columns.strings("id")], dtype=int)
+            for fold in np.unique(fold_B):
+                judged = judge(columns.take(fold_B == fold), self.outline, self.posteriors[fold])
+                self.scores.add(judged)
+                self._judged.append(judged)
+
+    @property
+    def judged(self) -> Judged:
+        """All images so far, in any order."""
+        return Judged(*(np.concatenate(parts) for parts in zip(*self._judged, strict=True)))
 
 
-def crossfitted(rows: Sequence[Record], classes: Sequence[int], posterior: Posterior) -> list[Posterior]:
-    """A posterior for each image, with the temperature that was fitted to the images of the other folds."""
-    fold_B = [fold_of(row.id) for row in rows]
-    fitted = [
-        fit([row for row, own in zip(rows, fold_B, strict=True) if own != fold], classes, posterior)
-        for fold in range(FOLDS)
-    ]
-    return [fitted[fold] for fold in fold_B]
+def calibrate(chunks: Iterable[Chunk], outline: Outline) -> Calibration | None:
+    """Fit the temperature to labelled images, and judge it by five-fold cross-fitting; None if there are below 50.
 
-
-def calibrate(rows: Sequence[Record], classes: Sequence[int], posterior: Posterior) -> Calibration | None:
-    """Fit the temperature to labelled images, and judge it by five-fold cross-fitting; None if there are below 50."""
-    rows = [row for row in rows if row.label is not None]
-    if len(rows) < ENOUGH_TO_SAY:
+    Args:
+        chunks: The decisions, which are read twice.
+        outline: The evaluation.
+    """
+    sample = Sample(outline)
+    for chunk in chunks:
+        sample.update(chunk)
+    if sample.labelled < ENOUGH_TO_SAY:
         return None
-    scores = judge(rows, classes, crossfitted(rows, classes, posterior)).scores()
-    return Calibration(
-        temperature=fit(rows, classes, posterior).temperature,
-        calibrated_nll=scores["nll"],
-        calibrated_brier=scores["brier"],
-        calibrated_ece=scores["ece"],
-    )
+    crossfitted = CrossFitted(sample)
+    for chunk in chunks:
+        crossfitted.update(chunk)
+    scores = {f"calibrated_{name}": value for name, value in crossfitted.scores.numbers().items()}
+    return Calibration(sample.fit().temperature, **scores)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import altair as alt
 import pandas as pd
+import vl_convert
+
+from lightning_diffclf.files import write_bytes, write_text
+from lightning_diffclf.results import tables
+from lightning_diffclf.results.summary import Summary
 
 WIDTH, HEIGHT = 460, 300
+NAME_PIXELS = 150  # of a class's name
 
 PERCENT = alt.Axis(format="~%")
 NAMES = alt.value("#808080")  # readable on light and dark
@@ -13,39 +23,83 @@ NAMES = alt.value("#808080")  # readable on light and dark
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
 
+def of_summary(summary: Summary) -> dict[str, Chart]:
+    """``confusion``, and where enough draws can be judged alone, ``timesteps``; empty without labels."""
+    charts: dict[str, Chart] = {}
+    if summary.accuracy is None:
+        return charts
+    if summary.outline.num_classes > 1:
+        subtitle = f"{summary.labelled:,} images, accuracy {summary.accuracy.value:.1%}"
+        counts, names = tables.confusion(summary), tables.class_names(summary)
+        charts["confusion"] = confusion(counts, names, summary.outline.num_classes, subtitle)
+    timesteps = tables.timesteps(summary)
+    if len(timesteps):  # with elimination, all candidates are seen at few timesteps only
+        charts["timesteps"] = by_timestep(timesteps, summary.accuracy.value, summary.chance)
+    return charts
+
+
+def save(charts: dict[str, Chart], folder: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
+    """Write each chart as PNG (for slides) and SVG (for papers) to ``folder``; returns the files."""
+    paths = []
+    with alt.data_transformers.enable("default", max_rows=None):
+        for name, chart in charts.items():
+            spec = chart.to_json()
+            for kind in kinds:
+                path = folder / f"{name}.{kind}"
+                if kind == "png":
+                    write_bytes(vl_convert.vegalite_to_png(spec, scale=2), path, "figure")
+                else:
+                    write_text(vl_convert.vegalite_to_svg(spec), path, "figure")
+                paths.append(path)
+    return paths
+
+
 def _finished(chart: Chart, title: str) -> Chart:
     return chart.properties(width=WIDTH, height=HEIGHT, title=title).configure_legend(orient="bottom")
 
 
-def confusion(counts: pd.DataFrame, num_classes: int) -> Chart:
-    """Heat map of (true, predicted) pairs; a menu sorts classes by index or from the worst on."""
+def confusion(counts: pd.DataFrame, names: pd.DataFrame, num_classes: int, subtitle: str) -> Chart:
+    """Heat map of (true, predicted) pairs; a menu sorts classes by number or from the worst on.
+
+    Args:
+        counts: :func:`~lightning_diffclf.results.tables.confusion`.
+        names: :func:`~lightning_diffclf.results.tables.class_names`: of the columns.
+        num_classes: Number of classes, which are the rows.
+        subtitle: What to say of the whole.
+    """
     order = alt.param(
         name="order",
         value="class",
         bind=alt.binding_select(options=["class", "accuracy"], labels=["number", "accuracy"], name="Sort by "),
     )
-    side = max(WIDTH, min(900, 24 * num_classes))
-    labels = num_classes <= 50
-    axis = alt.Axis(labels=False, ticks=False, domain=False, grid=False, titlePadding=40 if labels else 5)
-    columns = ["true", "predicted", "true_rank", "predicted_rank", "true_name", "predicted_name", "images", "share"]
-    base = alt.Chart(counts[columns]).transform_calculate(
+    cell = max(WIDTH, min(900, 24 * len(names))) / len(names)
+    width, height = cell * len(names), cell * num_classes
+    # Names are marks, because the order of an axis cannot change.
+    longest = min(NAME_PIXELS, 5.6 * int(names["name"].str.len().max()))
+    aslant = longest > cell
+    named = len(names) <= 50
+
+    def side(field: str, title: str, count: int, pixels: float) -> dict[str, Any]:
+        first, last = -0.5, count - 0.5
+        return {
+            "field": field,
+            "type": "quantitative",
+            "title": title,
+            "axis": alt.Axis(
+                labels=False, ticks=False, domain=False, grid=False, titlePadding=pixels + 12 if named else 5
+            ),
+            "scale": alt.Scale(domain=[first, last] if field == "x" else [last, first], nice=False),
+        }
+
+    x = alt.X(**side("x", "predicted", len(names), (0.7 if aslant else 0) * longest + 6))
+    y = alt.Y(**side("y", "true", num_classes, longest))
+    base = alt.Chart(counts).transform_calculate(
         x="order == 'class' ? datum.predicted : datum.predicted_rank",
         y="order == 'class' ? datum.true : datum.true_rank",
     )
-    extent = [-1 if (counts["predicted"] < 0).any() else 0, num_classes - 1]
-    sides = {
-        "x": alt.X("x:Q", title="predicted", scale=alt.Scale(domain=[extent[0] - 0.5, extent[1] + 0.5], nice=False)),
-        "y": alt.Y(
-            "y:Q",
-            title="true",
-            scale=alt.Scale(domain=[extent[1] + 0.5, extent[0] - 0.5], nice=False),
-        ),
-    }
-    sides["x"].axis = axis
-    sides["y"].axis = axis
-    cell = max(1.0, side / (extent[1] - extent[0] + 1))
-    squares = base.mark_rect(width=cell, height=cell).encode(
-        **sides,
+    squares = base.mark_rect(width=max(cell, 2), height=max(cell, 2)).encode(
+        x=x,
+        y=y,
         color=alt.Color(
             "share:Q",
             title="share of the true class",
@@ -60,25 +114,36 @@ def confusion(counts: pd.DataFrame, num_classes: int) -> Chart:
         ],
     )
     chart: Chart = squares
-    if labels:
-        text = base.mark_text(fontSize=10).encode(
-            **sides,
+    if named:
+        numbers = base.mark_text(fontSize=10).encode(
+            x=x,
+            y=y,
             text="images:Q",
             color=alt.condition("datum.share > 0.5", alt.value("white"), alt.value("black")),
         )
+        place = "order == 'class' ? datum.class : datum.rank"
         across = (
-            base.transform_filter("datum.true == datum.predicted")
-            .mark_text(dy=side / 2 + 10, fontSize=10)
-            .encode(x=sides["x"], y=alt.value(side / 2), text="predicted_name:N", color=NAMES)
+            alt.Chart(names)
+            .transform_calculate(x=place)
+            .mark_text(
+                fontSize=10,
+                limit=NAME_PIXELS,
+                angle=315 if aslant else 0,
+                align="right" if aslant else "center",
+                baseline="top",
+                dy=4,
+            )
+            .encode(x=x, y=alt.value(height), text="name:N", color=NAMES)
         )
         down = (
-            base.transform_filter("datum.true == datum.predicted")
-            .mark_text(align="right", fontSize=10, dx=-6)
-            .encode(y=sides["y"], x=alt.value(0), text="true_name:N", color=NAMES)
+            alt.Chart(names[names["class"] < num_classes])
+            .transform_calculate(y=place)
+            .mark_text(align="right", fontSize=10, limit=NAME_PIXELS, dx=-6)
+            .encode(y=y, x=alt.value(0), text="name:N", color=NAMES)
         )
-        chart = alt.layer(squares, text, across, down)
-    chart = chart.add_params(order).properties(width=side, height=side, title="Confusion matrix")
-    return chart.configure_legend(orient="bottom")
+        chart = alt.layer(squares, numbers, across, down)
+    title = alt.TitleParams("Confusion matrix", subtitle=subtitle)
+    return chart.add_params(order).properties(width=width, height=height, title=title).configure_legend(orient="bottom")
 
 
 def by_timestep(frame: pd.DataFrame, overall: float, chance: float) -> Chart:
@@ -97,22 +162,27 @@ def by_timestep(frame: pd.DataFrame, overall: float, chance: float) -> Chart:
     rules = (
         alt.Chart(pd.DataFrame({"accuracy": [overall, chance], "what": ["all draws", "chance"]}))
         .mark_rule(strokeDash=[4, 4])
-        .encode(y="accuracy:Q", color=alt.Color("what:N", title=None))
+        .encode(y="accuracy:Q", color=alt.Color("what:N", title=None, scale=alt.Scale(range=["#2ca02c", "#808080"])))
     )
     return _finished(alt.layer(band, line, rules), "Accuracy of one draw, by timestep")
 
 
 def by_cost(frame: pd.DataFrame) -> Chart:
-    """Accuracy of the answer so far against network calls."""
-    chart = (
-        alt.Chart(frame)
-        .mark_line(point=len(frame) <= 60)
-        .encode(
-            x=alt.X("nfe:Q", title="network calls per image", scale=alt.Scale(zero=False)),
-            y=alt.Y("accuracy:Q", axis=PERCENT, scale=alt.Scale(zero=False)),
-            tooltip=["draws:Q", alt.Tooltip("nfe:Q", format=".1f"), alt.Tooltip("accuracy:Q", format=".2%")],
-        )
+    """Accuracy of the answer so far against network calls; of several runs, if there is a column ``run``."""
+    several = "run" in frame.columns
+    x = alt.X(
+        "nfe:Q",
+        title="network calls per image",
+        scale=alt.Scale(type="log") if several else alt.Scale(zero=False),
     )
+    lines = alt.Chart(frame).mark_line(point=len(frame) <= 120)
+    chart = lines.encode(
+        x=x,
+        y=alt.Y("accuracy:Q", axis=PERCENT, scale=alt.Scale(zero=False)),
+        tooltip=["draws:Q", alt.Tooltip("nfe:Q", format=".1f"), alt.Tooltip("accuracy:Q", format=".2%")],
+    )
+    if several:
+        chart = chart.encode(color=alt.Color("run:N"))
     return _finished(chart, "Accuracy of the answer so far, by cost")
 
 
@@ -180,17 +250,3 @@ def disagreement(counts: pd.DataFrame) -> Chart:
         .encode(x=alt.X("images:Q"), y=alt.Y("what:N", title=None, sort=None), tooltip=["what:N", "images:Q"])
     )
     return chart.properties(width=WIDTH, height=120, title="Images decided rightly")
-
-
-def costs(frame: pd.DataFrame) -> Chart:
-    """:func:`by_cost` of several runs."""
-    chart = (
-        alt.Chart(frame)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("nfe:Q", title="network calls per image", scale=alt.Scale(type="log")),
-            y=alt.Y("accuracy:Q", axis=PERCENT, scale=alt.Scale(zero=False)),
-            color=alt.Color("run:N"),
-        )
-    )
-    return _finished(chart, "Accuracy of the answer so far, by cost")

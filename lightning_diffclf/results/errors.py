@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.files import replacing
 from lightning_diffclf.results.parts import ROW_GROUP_BYTES, Parts
+from lightning_diffclf.results.seal import check_seal, sealed_writer
 
 ERRORS = "errors.parquet"
 
@@ -60,6 +60,7 @@ class ErrorsInfo:
         elimination: The rule of the run, as ``repr`` has it.
         weights: The timestep weights of the run; see :func:`~lightning_diffclf.classifier.score.timestep_weights`.
         budget: Network calls for one image at most in the run; None for no limit.
+        ensemble: What counted where a class has several candidates: ``best`` or ``mean``.
         dims: Number of values of x0, D; None as long as no image was classified.
     """
 
@@ -72,6 +73,7 @@ class ErrorsInfo:
     elimination: str
     weights: str | tuple[float, ...] = "uniform"
     budget: int | None = None
+    ensemble: str = "best"
     dims: int | None = None
 
     @property
@@ -80,19 +82,20 @@ class ErrorsInfo:
         return len(self.timesteps_S)
 
     @classmethod
-    def of(cls, classifier: DiffusionClassifier, weights: str | Sequence[float] = "uniform") -> ErrorsInfo:
-        """Info on the errors of ``classifier``, which was made with these ``weights``."""
-        denoiser, timesteps_S = classifier.denoiser, classifier.timesteps_S
+    def of(cls, classifier: DiffusionClassifier) -> ErrorsInfo:
+        """Info on the errors of ``classifier``."""
+        denoiser, timesteps_S, recipe = classifier.denoiser, classifier.timesteps_S, classifier.recipe
         return cls(
             loss=classifier.loss.name,
             seed=classifier.draws.seed,
             timesteps_S=tuple(timesteps_S.double().tolist()),
-            log_snr_S=tuple(denoiser.schedule.log_snr(timesteps_S).double().tolist()),
+            log_snr_S=tuple(classifier.terms.log_snr_S.tolist()),
             names=denoiser.candidates.names,
             classes=denoiser.candidates.classes,
             elimination=repr(classifier.rule),
-            weights=weights if isinstance(weights, str) else tuple(weights),
-            budget=classifier.budget,
+            weights=recipe.weights if isinstance(recipe.weights, str) else tuple(recipe.weights),
+            budget=recipe.budget,
+            ensemble=recipe.ensemble,
         )
 
     def to_json(self) -> str:
@@ -170,10 +173,7 @@ class ErrorsWriter:
         if self._file is None:
             schema = pa.schema([(name, COLUMNS[name]) for name in self._columns])
             described = schema.with_metadata({INFO_KEY: self.info.to_json().encode()})
-            temporary = self._files.enter_context(replacing(self.path, "errors"))
-            self._file = self._files.enter_context(
-                pq.ParquetWriter(temporary, described, compression="zstd", **ENCODING)
-            )
+            self._file = self._files.enter_context(sealed_writer(self.path, described, "errors", **ENCODING))
         if self._bytes:
             try:
                 self._file.write_table(pa.Table.from_arrays(columns, schema=self._file.schema))
@@ -208,7 +208,8 @@ class StoredImage:
         nfe: Network calls that the run spent on it.
         errors_SK: Errors (S, K), float32, draws in the order spent; NaN where not evaluated.
         distances_SP: Mean squared differences between what two candidates predict, for the P = K (K-1) / 2 pairs of
-            ``np.triu_indices(K, 1)`` (S, P), float32 of ten bits; None if not stored or not asked for.
+            ``np.triu_indices(K, 1)`` (S, P), float32, as the classifier saw them; None if not stored or not asked
+            for.
     """
 
     image_id: str
@@ -239,15 +240,25 @@ class StoredErrors:
         if not Path(path).is_file():
             raise MissingFile(f"errors: no file {str(path)!r}")
         self.path = Path(path)
-        try:
-            with pq.ParquetFile(path) as file:
-                schema, self._images, self._groups = file.schema_arrow, file.metadata.num_rows, file.num_row_groups
-        except pa.ArrowInvalid as error:
-            raise UserError(f"errors: {str(path)!r} cannot be read ({error})") from error
-        if INFO_KEY not in (schema.metadata or {}):
+        with self._open() as file:
+            schema, self._images, self._groups = file.schema_arrow, file.metadata.num_rows, file.num_row_groups
+        if INFO_KEY not in (schema.metadata or {}) or not set(schema.names) >= COLUMNS.keys() - {"distances"}:
             raise UserError(f"errors: {str(path)!r} holds no errors, expected what keep_errors writes ({ERRORS})")
-        self.info = ErrorsInfo.from_json(schema.metadata[INFO_KEY])
+        try:
+            self.info = ErrorsInfo.from_json(schema.metadata[INFO_KEY])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(f"errors: {str(path)!r} cannot be read ({error!r})") from error
         self.has_distances = "distances" in schema.names
+
+    @contextmanager
+    def _open(self) -> Iterator[pq.ParquetFile]:
+        """The file, verified; what goes wrong with it is told with its name."""
+        try:
+            check_seal(self.path)
+            with pq.ParquetFile(self.path) as file:
+                yield file
+        except (UserError, pa.ArrowException, OSError) as error:
+            raise UserError(f"errors: {str(self.path)!r} cannot be read ({error})") from error
 
     def __len__(self) -> int:
         return self._images
@@ -258,10 +269,11 @@ class StoredErrors:
     def images(self, distances: bool = True) -> Iterator[StoredImage]:
         """The images, in the order of the file; without their distances if they are not needed."""
         columns = [name for name in COLUMNS if name != "distances" or (distances and self.has_distances)]
-        with pq.ParquetFile(self.path) as file:
-            for group in range(self._groups):
-                for batch in file.read_row_group(group, columns=columns).to_batches():
-                    yield from self._unpack(batch)
+        for group in range(self._groups):
+            with self._open() as file:
+                batches = file.read_row_group(group, columns=columns).to_batches()
+            for batch in batches:
+                yield from self._unpack(batch)
 
     def _unpack(self, batch: pa.RecordBatch) -> Iterator[StoredImage]:
         def values(name: str, row: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.files import replacing
+from lightning_diffclf.results.seal import check_seal, sealed_writer
 
 CHUNK_BYTES = 2**25  # what is read at a time, about; twice as much is in memory while it is put in order
 
@@ -117,10 +117,7 @@ class Parts:
         Raises:
             FailedWrite: if it cannot be written.
         """
-        with (
-            replacing(path, "results") as temporary,
-            pq.ParquetWriter(temporary, self.schema, compression="zstd", **settings) as out,
-        ):
+        with sealed_writer(path, self.schema, "results", **settings) as out:
             for table in self.ordered():
                 out.write_table(table, _rows_of(ROW_GROUP_BYTES, table))
 
@@ -151,13 +148,12 @@ class Parts:
 def _reading(path: Path) -> Iterator[pq.ParquetFile]:
     """An open Parquet file; what goes wrong with it is told with its name."""
     try:
+        check_seal(path)
         with pq.ParquetFile(path) as file:
             yield file
-    except UserError:
-        raise
     except FileNotFoundError as error:
         raise Vanished(path) from error
-    except (pa.ArrowException, OSError) as error:
+    except (UserError, pa.ArrowException, OSError) as error:
         raise UserError(
             f"run: {str(path)!r} cannot be read ({error}); remove it, and its images will be evaluated again"
         ) from error

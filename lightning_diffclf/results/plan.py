@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -65,7 +65,7 @@ class _Probe(DiffusionClassifier):
 
     def __init__(self, classifier: DiffusionClassifier, rule: Elimination) -> None:
         self.__dict__.update(classifier.__dict__)
-        self.rule = rule
+        self.terms = replace(classifier.terms, rule=rule)
 
     def before(self, x_in: Tensor, t: Tensor, candidate: Tensor) -> None:
         """Raise _Enough to end the measurement."""
@@ -81,7 +81,7 @@ class _Speed(_Probe):
 
     def __init__(self, classifier: DiffusionClassifier, seconds: float) -> None:
         super().__init__(classifier, _KeepAll(classifier.rule))
-        self.budget = None
+        self.terms = replace(self.terms, budget=None)
         self.flops_per_row = 0.0
         self._seconds = seconds
         self._rows: list[int] = []
@@ -144,7 +144,11 @@ def measure(
         pass
     num_candidates, draws = len(candidates or classifier.denoiser.candidates), len(classifier.timesteps_S)
     spent = [num_candidates * draws]
-    if type(classifier.rule) is not Exhaustive or classifier.budget is not None or classifier.proposal is not None:
+    if (
+        type(classifier.rule) is not Exhaustive
+        or classifier.terms.budget is not None
+        or classifier.recipe.proposal is not None
+    ):
         spent = [result.nfe for result in _tried(classifier, images, ids, candidates, rule_seconds)]
     return Measurement(
         num_candidates=num_candidates,

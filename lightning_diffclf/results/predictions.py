@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lightning_diffclf.classifier import Classification
-from lightning_diffclf.files import replacing
+from lightning_diffclf.results.seal import sealed_writer
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class Record:
         draws_K: Draws that each saw.
         nfe: Network calls.
         dims: Number of values of x0.
-        choice_S: Class with the lowest error at each draw spent, among the candidates then in play (S,).
+        choice_S: Class with the lowest error at each draw spent, among the candidates then in play (S,); -1 where the
+            network returned nothing finite.
         leader_S: Class with the lowest mean error after each draw spent, likewise.
         seconds: Time from the decision before on the same rank to this one.
         rank: Process that decided.
@@ -68,6 +68,7 @@ class Record:
         classes: Sequence[int],
         weights_S: np.ndarray,
         label: int | None = None,
+        ensemble: Literal["best", "mean"] = "best",
         **others: Any,
     ) -> Record:
         """The record of a decision.
@@ -77,22 +78,27 @@ class Record:
             classes: Class index of each candidate of the denoiser.
             weights_S: What each draw weighs in the score.
             label: Class of the image; None if unknown.
+            ensemble: Whether a class with several candidates stands where its best one does, or at their mean.
             **others: ``seconds``, ``rank`` and, if there are any, ``thumbnail`` and ``error_map``.
         """
         assert result.errors_KS is not None
         candidates_K, draws_K = result.candidates_K.numpy(), result.draws_K.numpy()
         classes_K = np.asarray(classes)[candidates_K]
-        ranked = [] if result.label is None else list(dict.fromkeys(classes_K[result.ranking].tolist()))
         spent = int(draws_K.max())
         errors_KS = result.errors_KS.numpy()[:, :spent].astype(np.float64)
-        finite_KS = np.isfinite(errors_KS)  # others: of dropped and broken candidates
-        choice_S = np.where(finite_KS, errors_KS, np.inf).argmin(0)
-        leader_S = np.where(finite_KS, errors_KS * weights_S[:spent], np.inf).cumsum(1).argmin(0)
+        errors_KS[~np.isfinite(errors_KS)] = np.inf  # of dropped and broken candidates
+        if ensemble == "mean":
+            contestants, errors_KS = class_means(errors_KS, classes_K)
+        else:
+            contestants = classes_K
+        choice_S = best_of(errors_KS, contestants)
+        weighted_KS = np.where(np.isfinite(errors_KS), errors_KS * weights_S[:spent], np.inf)  # a weight may be 0
+        leader_S = best_of(weighted_KS.cumsum(1), contestants)
         return cls(
             id=str(result.image_id),
             label=label,
             prediction=result.label,
-            top5=np.array(ranked[:5], dtype=np.int32),
+            top5=ranked_classes(result, classes_K)[:5].astype(np.int32),
             margin=result.margin,
             abstained=result.abstained,
             candidates_K=candidates_K.astype(np.int32),
@@ -101,8 +107,8 @@ class Record:
             draws_K=draws_K.astype(np.int32),
             nfe=result.nfe,
             dims=result.dims,
-            choice_S=classes_K[choice_S].astype(np.int32),
-            leader_S=classes_K[leader_S].astype(np.int32),
+            choice_S=choice_S.astype(np.int32),
+            leader_S=leader_S.astype(np.int32),
             **others,
         )
 
@@ -115,6 +121,36 @@ class Record:
     def complete(self) -> int:
         """Draws that all candidates saw."""
         return int(self.draws_K.min())
+
+
+def ranked_classes(result: Classification, classes_K: np.ndarray) -> np.ndarray:
+    """Classes from the winner on: those that stayed longer, and among them those with the lower difference.
+
+    None if there is no winner. ``classes_K`` has the class of each candidate of the image.
+    """
+    if result.label is None:
+        return np.array([], dtype=np.int64)
+    differences_K, draws_K = result.differences_K.numpy(), result.draws_K.numpy()
+    order = np.lexsort((differences_K, -draws_K, classes_K != result.label))
+    return np.array(list(dict.fromkeys(classes_K[order].tolist())), dtype=np.int64)
+
+
+def class_means(errors_KS: np.ndarray, classes_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Classes (C,), and the mean error of those of each's candidates that are in play at each draw (C, S).
+
+    Errors are infinite where a candidate is not in play; those of a class without any are infinite as well.
+    """
+    order = np.argsort(classes_K, kind="stable")
+    found_C, first_C = np.unique(classes_K[order], return_index=True)
+    in_play_KS = np.isfinite(errors_KS[order])
+    sums_CS = np.add.reduceat(np.where(in_play_KS, errors_KS[order], 0), first_C, axis=0)
+    counts_CS = np.add.reduceat(in_play_KS, first_C, axis=0, dtype=np.int64)
+    return found_C, np.where(counts_CS > 0, sums_CS / np.maximum(counts_CS, 1), np.inf)
+
+
+def best_of(errors_KS: np.ndarray, classes_K: np.ndarray) -> np.ndarray:
+    """Class with the lowest error in each column (S,); -1 where none is finite."""
+    return np.where(np.isfinite(errors_KS).any(0), classes_K[errors_KS.argmin(0)], -1)
 
 
 SCHEMA = pa.schema(
@@ -173,6 +209,6 @@ def list_views(column: pa.ListArray) -> list[np.ndarray]:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write ``table`` to ``path`` at once; see :func:`~lightning_diffclf.files.replacing`."""
-    with replacing(path, "results") as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    """Write ``table`` to ``path`` at once; see :func:`~.seal.sealed_writer`."""
+    with sealed_writer(path, table.schema, "results") as out:
+        out.write_table(table)

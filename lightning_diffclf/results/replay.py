@@ -15,13 +15,12 @@ from lightning_diffclf.classifier import (
     Exhaustive,
     LikelihoodRatio,
     PairedTest,
-    Round,
     Stages,
 )
+from lightning_diffclf.classifier.contest import Contest, Terms, judge
 from lightning_diffclf.classifier.draws import nested_order
-from lightning_diffclf.classifier.elimination import inflation_of
-from lightning_diffclf.classifier.flight import Flight, Piece
 from lightning_diffclf.classifier.score import timestep_weights
+from lightning_diffclf.classifier.sequential import inflation_of
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors, StoredImage
 
@@ -90,13 +89,13 @@ def replay(
     rule: Elimination | None = None,
     weights: str | Sequence[float] | None = None,
     budget: int | None = None,
+    ensemble: str | None = None,
 ) -> Replay:
     """Decide on stored errors as the classifier would have under another rule, other weights or another budget.
 
     The stored (timestep, noise) pairs are visited in the order of the rule. A run of :class:`Stages` with the same seed
     would pair the noise with other timesteps, since its order is another: its decisions can differ from the replayed
-    ones as those of another seed would. Rules without an order of their own see exactly what they would see in a run,
-    but for distances, of which ten bits are stored.
+    ones as those of another seed would. Rules without an order of their own see exactly what they would see in a run.
 
     Args:
         errors: Errors of a run that dropped no candidate.
@@ -104,6 +103,7 @@ def replay(
         weights: Timestep weights, as in :func:`~lightning_diffclf.classifier.score.timestep_weights`; those of the run
             if omitted.
         budget: Network calls for one image at most; no limit if omitted.
+        ensemble: ``best`` or ``mean``, as in :class:`~lightning_diffclf.classifier.Recipe`; that of the run if omitted.
 
     Returns:
         Decisions in the order of the file, and their cost.
@@ -114,6 +114,9 @@ def replay(
             not pay for one call of each candidate.
     """
     rule, info = rule or Exhaustive(), errors.info
+    ensemble = info.ensemble if ensemble is None else ensemble
+    if ensemble not in ("best", "mean"):
+        raise UserError(f"ensemble: {ensemble!r}, expected 'best' or 'mean'")
     weights = info.weights if weights is None else weights
     if len(errors) == 0:
         raise UserError(f"errors: {str(errors.path)!r} holds no image")
@@ -128,6 +131,8 @@ def replay(
     order_S = visiting_order(info, rule)
     log_snr_S = np.array(info.log_snr_S)[order_S]
     weights_S = timestep_weights(weights, torch.from_numpy(log_snr_S)).numpy()
+    terms = Terms(rule, info.loss, log_snr_S, weights_S, budget)
+    every_draw = Terms(Exhaustive(), info.loss, log_snr_S, weights_S)
     reference, calls = [], 0
     results, labels = [], []
     for image in errors.images(distances=rule.needs == "distances"):
@@ -137,9 +142,9 @@ def replay(
             errors_SK=image.errors_SK[order_S],
             distances_SP=None if image.distances_SP is None else image.distances_SP[order_S],
         )
-        results.append(_decide(ordered, rule, log_snr_S, weights_S, budget, info))
+        results.append(decide(ordered, terms, ensemble, info))
         labels.append(image.label)
-        reference.append(_decide(ordered, Exhaustive(), log_snr_S, weights_S, None, info).label)
+        reference.append(decide(ordered, every_draw, ensemble, info).label)
         calls += image.nfe
     return Replay(rule, weights, budget, results, labels, reference, calls)
 
@@ -147,7 +152,7 @@ def replay(
 def measure_inflation(errors: StoredErrors) -> float:
     """How much more errors' differences vary than :class:`LikelihoodRatio` assumes: its ``inflation``, without labels.
 
-    The mean over images of what :func:`~lightning_diffclf.classifier.elimination.inflation_of` finds, 1 if residuals
+    The mean over images of what :func:`~lightning_diffclf.classifier.sequential.inflation_of` finds, 1 if residuals
     are as assumed. Measure it once, on images of the same kind, and keep it: results then depend on nothing else.
 
     Raises:
@@ -199,68 +204,32 @@ def _check(image: StoredImage, info: ErrorsInfo) -> None:
         )
 
 
-def _decide(
-    image: StoredImage,
-    rule: Elimination,
-    log_snr_S: np.ndarray,
-    weights_S: np.ndarray,
-    budget: int | None,
-    info: ErrorsInfo,
-) -> Classification:
-    """The decision of the engine on one image, whose draws are in the order of the rule."""
-    num_candidates, total, dims = len(image.candidates_K), info.draws, info.dims
-    assert dims is not None  # known since the first image
-    spent = image.nfe - int(image.draws_K.sum())  # before the first draw
-    if budget is not None and budget < spent + num_candidates:
-        raise UserError(
-            f"budget: {budget} network calls for the {num_candidates} candidates of image {image.image_id!r}, "
-            f"expected at least {spent + num_candidates}"
-        )
-    flight = Flight(
-        0, torch.empty(0), image.image_id, image.candidates_K, rule.start(num_candidates), np.empty(0, dtype=np.uint64)
-    )
-    flight.nfe = spent
-    pair_KK = _pair_of(num_candidates) if rule.needs == "distances" else None
-    while True:
-        stop = rule.next_stop(flight.stop, total)
-        if budget is not None:
-            stop = min(stop, flight.stop + (budget - flight.nfe) // len(flight.active_A))
-        if stop == flight.stop:  # out of budget
-            break
-        flight.begin_round(stop, rule.needs)
-        errors_RA = image.errors_SK[flight.done : stop, flight.active_A]
-        flight.land(Piece(flight, 0, flight.rows), errors_RA.ravel(), weights_S)
-        flight.end_round()
+def decide(image: StoredImage, terms: Terms, ensemble: str, info: ErrorsInfo) -> Classification:
+    """The decision on one image, as the classifier makes it.
+
+    Args:
+        image: Its errors, draws in the order in which the rule visits them.
+        terms: Rule, loss, weights and budget, in the same order.
+        ensemble: ``best`` or ``mean``.
+        info: What the errors of the file have in common.
+
+    Raises:
+        ValueError: if the budget does not pay for one call of each candidate.
+    """
+    num_candidates, spent = len(image.candidates_K), image.nfe - int(image.draws_K.sum())  # before the first draw
+    assert info.dims is not None  # known since the first image
+    terms.check_budget(image.image_id, num_candidates, spent)
+    class_K = np.array(info.classes)[image.candidates_K] if ensemble == "mean" else None
+    contest = Contest(terms, num_candidates, class_K, spent)
+    pair_KK = _pair_of(num_candidates) if terms.rule.needs == "distances" else None
+    while not contest.decided:
+        draws, distances_RPP = slice(contest.done, contest.stop), None
         if pair_KK is not None and image.distances_SP is not None:
-            flight.distances_RAA = _distances(image.distances_SP[flight.done : stop], pair_KK, flight.active_A)
-        finite_A = np.isfinite(flight.sums_K[flight.active_A])
-        if not finite_A.all():
-            flight.sums_K[flight.active_A[~finite_A]] = np.inf
-            flight.forget(~finite_A)
-            if len(flight.active_A) == 0:
-                break
-        scores_A = flight.sums_K[flight.active_A] / stop
-        log_snr_R, weights_R = (each_S[flight.done : stop] for each_S in (log_snr_S, weights_S))
-        seen = flight.active_A, scores_A, log_snr_R, weights_R, flight.errors_RA, flight.distances_RAA
-        flight.keep(rule.survivors(flight.state, Round(info.loss, stop, total, dims, *seen)), scores_A, dims)
-        if stop == total or len(flight.active_A) == 1 < num_candidates:
-            break
-    best, scores_K, differences_K = flight.decide(dims)
-    candidate = None if best is None else int(image.candidates_K[best])
-    return Classification(
-        image_id=image.image_id,
-        label=None if candidate is None else info.classes[candidate],
-        candidate=candidate,
-        margin=flight.margin,
-        abstained=candidate is None,
-        candidates_K=torch.from_numpy(image.candidates_K),
-        scores_K=torch.from_numpy(scores_K),
-        differences_K=torch.from_numpy(differences_K),
-        draws_K=torch.from_numpy(flight.draws_K),
-        nfe=flight.nfe,
-        dims=dims,
-        timesteps_S=torch.tensor(info.timesteps_S),
-    )
+            distances_RPP = _distances(image.distances_SP[draws], pair_KK, contest.playing)
+        contest.land(image.errors_SK[draws, contest.playing], distances_RPP)
+        judge([contest], info.dims)
+    timesteps_S = torch.tensor(info.timesteps_S)
+    return Classification.of(contest, image.image_id, image.candidates_K, info.classes, 0.0, info.dims, timesteps_S)
 
 
 def _pair_of(num_candidates: int) -> np.ndarray:
@@ -271,14 +240,14 @@ def _pair_of(num_candidates: int) -> np.ndarray:
     return pair_KK + pair_KK.T
 
 
-def _distances(stored_RP: np.ndarray, pair_KK: np.ndarray, active_A: np.ndarray) -> np.ndarray:
-    """Distances between the candidates in play (R, A, A), float32."""
+def _distances(stored_RP: np.ndarray, pair_KK: np.ndarray, playing: np.ndarray) -> np.ndarray:
+    """Distances between the candidates in play (R, P, P), float32."""
     if stored_RP.shape[1] == 0:
         return np.zeros((len(stored_RP), 1, 1), dtype=np.float32)
-    distances_RAA = stored_RP[:, pair_KK[np.ix_(active_A, active_A)]]
-    diagonal = np.arange(len(active_A))
-    distances_RAA[:, diagonal, diagonal] = 0
-    return distances_RAA
+    distances_RPP = stored_RP[:, pair_KK[np.ix_(playing, playing)]]
+    diagonal = np.arange(len(playing))
+    distances_RPP[:, diagonal, diagonal] = 0
+    return distances_RPP
 
 
 def usual_rules(errors: StoredErrors) -> Iterator[Elimination]:

@@ -17,10 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
-from lightning_diffclf.files import write_bytes, write_text
-from lightning_diffclf.results import charts
-from lightning_diffclf.results.analysis import RunAnalysis
+from lightning_diffclf.files import write_text
+from lightning_diffclf.results import charts, tables
+from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.predictions import Record
+from lightning_diffclf.results.summary import NO_ANSWER
 
 REPORT = "report.html"
 FIGURES = "figures"
@@ -42,43 +43,58 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
         ValueError: if it cannot be read, or has no images.
         OSError: if the report cannot be written.
     """
-    analysis = RunAnalysis.read(run)
+    evaluation = Evaluation.read(run)
     path = Path(run) / REPORT if out is None else Path(out)
-    figures = make_figures(analysis)
-    save_figures(figures, path.parent / FIGURES)
-    write_text(render(analysis, figures, gallery), path, "report")
+    figures = make_figures(evaluation)
+    shutil.rmtree(path.parent / FIGURES, ignore_errors=True)  # pictures of an earlier report
+    charts.save(figures, path.parent / FIGURES)
+    write_text(render(evaluation, figures, gallery), path, "report")
     return path
 
 
-def make_figures(run: RunAnalysis) -> dict[str, Any]:
+def make_figures(run: Evaluation) -> dict[str, charts.Chart]:
     """The charts that this run allows, by name."""
-    figures: dict[str, Any] = {}
-    if run.labelled:
-        assert run.accuracy is not None
-        if len(run.class_names) > 1:
-            figures["confusion"] = charts.confusion(run.confusion(), len(run.class_names))
-        figures["reliability"] = charts.reliability(run.reliability())
-        figures["coverage"] = charts.selective(run.selective())
-        chance = 1 / max(1, len(set(run.classes)))
-        timesteps = run.by_timestep()
-        if len(timesteps) > 2:  # with elimination, all candidates are seen at few timesteps only
-            figures["timesteps"] = charts.by_timestep(timesteps, run.accuracy.value, chance)
-        figures["cost"] = charts.by_cost(run.by_cost())
-    figures["survivors"] = charts.survivors(run.survivors())
+    figures = charts.of_summary(run.summary)
+    if run.summary.labelled:
+        calibrated = None if run.crossfitted is None else run.crossfitted.judged
+        figures["reliability"] = charts.reliability(tables.reliability(run.probabilities))
+        figures["coverage"] = charts.selective(tables.selective(run.sureness, calibrated))
+        figures["cost"] = charts.by_cost(tables.costs(run.costs))
+    figures["survivors"] = charts.survivors(tables.survivors(run.survivors))
     return figures
 
 
-def save_figures(figures: dict[str, Any], folder: Path) -> None:
-    """Each chart as PNG (for slides) and SVG (for papers); pictures of an earlier report are replaced."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with alt.data_transformers.enable("default", max_rows=None):
-        for name, chart in figures.items():
-            spec = chart.to_json()
-            write_text(vl_convert.vegalite_to_svg(spec), folder / f"{name}.svg", "figure")
-            write_bytes(vl_convert.vegalite_to_png(spec, scale=2), folder / f"{name}.png", "figure")
+def headline(run: Evaluation) -> list[tuple[str, str, str]]:
+    """Name, value and explanation of the numbers that sum the run up."""
+    summary, numbers = run.summary, run.summary.numbers()
+    lines = []
+    if summary.accuracy is not None:
+        interval = f"95 % interval {summary.accuracy.low:.2%} to {summary.accuracy.high:.2%} (Wilson)"
+        lines.append(("accuracy", f"{numbers['accuracy']:.2%}", interval))
+        occurring = int((summary.sums["confusion_CA"].sum(1) > 0).sum())
+        lines.append(("mean per class", f"{numbers['mean_per_class']:.2%}", f"over the {occurring} classes that occur"))
+        for name, title, note in (
+            ("top5", "top 5", "the right class is among the best five"),
+            ("proposal_recall", "proposal recall", "the right class is among the candidates"),
+            ("coverage", "coverage", "images with an answer of the margin asked for"),
+            ("answered_accuracy", "accuracy of these", "among the images with such an answer"),
+        ):
+            if name in numbers:
+                lines.append((title, f"{numbers[name]:.2%}", note))
+        if summary.unanswered:
+            lines.append(("no answer", f"{summary.unanswered:,}", "images; they count as wrong"))
+        for name, scores in run.probabilities.items():
+            found = scores.numbers()
+            note = f"NLL {found['nll']:.4f} nats, Brier score {found['brier']:.4f}"
+            lines.append((f"ECE, {name}", f"{found['ece']:.4f}", note))
+    lines.append(("images", f"{summary.images:,}", f"{summary.labelled:,} with a label"))
+    lines.append(("NFE / image", f"{numbers['nfe_per_image']:,.1f}", "network calls"))
+    rate = f"{numbers['images_per_second']:,.2f} images / s"
+    lines.append(("time", f"{numbers['seconds']:,.1f} s", rate))
+    return lines
 
 
-def render(run: RunAnalysis, figures: dict[str, Any], gallery: int) -> str:
+def render(run: Evaluation, figures: dict[str, Any], gallery: int) -> str:
     """The report as HTML that needs nothing else."""
     environment = Environment(loader=PackageLoader("lightning_diffclf.results", "."), undefined=StrictUndefined)
     environment.autoescape = True
@@ -86,18 +102,18 @@ def render(run: RunAnalysis, figures: dict[str, Any], gallery: int) -> str:
         specs = {name: chart.to_dict() for name, chart in figures.items()}
     library = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub does not know the default
     rows = run.gallery(gallery)
-    per_class = run.per_class().to_dict("records") if run.labelled else []
+    per_class = tables.classes(run.summary).to_dict("records") if run.summary.labelled else []
     return environment.get_template("report.html.j2").render(
         title=f"{run.path.resolve().parent.name}/{run.path.resolve().name}",
-        headline=run.headline(),
+        headline=headline(run),
         figures=list(figures),
         specs=_safe(specs),
         library=library.replace("</script", "<\\/script"),
         classes=per_class,
         cards=[_card(run, number, row) for number, row in enumerate(rows)],
         details=_safe({number: _details(run, row) for number, row in enumerate(rows)}),
-        total=len(run.rows),
-        wrong=int((~run.right_B).sum()) if run.labelled else 0,
+        total=run.summary.images,
+        wrong=run.summary.labelled - run.summary.right,
         without_pixels=sum(row.thumbnail is None for row in rows),
         settings=_flat(run.settings.identity) | _flat(_for_readers(run.settings.info)),
         command=run.settings.info.get("command", "unknown"),
@@ -129,12 +145,12 @@ def _finite(values: Any) -> Any:
     return values.item() if isinstance(values, np.generic) else values
 
 
-def _card(run: RunAnalysis, number: int, row: Record) -> dict[str, Any]:
+def _card(run: Evaluation, number: int, row: Record) -> dict[str, Any]:
     return {
         "number": number,
         "id": row.id,
-        "label": None if row.label is None else run.name(row.label),
-        "prediction": run.name(-1 if row.prediction is None else row.prediction),
+        "label": None if row.label is None else run.outline.name(row.label),
+        "prediction": NO_ANSWER if row.prediction is None else run.outline.name(row.prediction),
         "right": row.label == row.prediction,
         "margin": row.margin,
         "nfe": row.nfe,
@@ -142,7 +158,7 @@ def _card(run: RunAnalysis, number: int, row: Record) -> dict[str, Any]:
     }
 
 
-def _details(run: RunAnalysis, row: Record) -> dict[str, Any]:
+def _details(run: Evaluation, row: Record) -> dict[str, Any]:
     """What a click on a card shows."""
     story = run.story(row).to_dict("records")
     details: dict[str, Any] = {"candidates": story, "votes": row.votes, "draws": int(row.draws_K.max())}

@@ -13,6 +13,7 @@ import hashlib
 import math
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ NEIGHBOURS = 3  # k of precision and recall, as published
 CHUNK = 2048  # rows whose distances to all others are in memory at once
 SPLITS = 10  # of the Inception Score, as usual
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # or pt_inception-…, the same file
+MAX_ARRAY = 2**31  # bytes of an array in a file of references
+
 PUBLISHED = 50_000  # images with which FID is reported; with few, it is biased upwards
 
 Extractor = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -373,6 +376,11 @@ def _arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
     """Those of the named arrays that a file has."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            large = [part.filename for part in file.zip.infolist() if part.file_size > MAX_ARRAY]
+            if large:  # a compressed one may be a thousand times its file
+                raise UserError(f"reference: {str(path)!r} has a {large[0]} of more than {MAX_ARRAY:,} bytes")
             return {name: file[name] for name in names if name in file.files}
-    except (OSError, EOFError, ValueError, BadZipFile, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, BadZipFile, AttributeError, TypeError, zlib.error) as error:
         raise UserError(f"reference: {str(path)!r} cannot be read ({error})") from error

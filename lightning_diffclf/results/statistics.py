@@ -49,43 +49,68 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return 1.0 if disputed == 0 else float(binomtest(only_first, disputed).pvalue)
 
 
-class Bins(NamedTuple):
-    """Images binned by confidence: what a reliability diagram shows, empty bins left out."""
+class Judged(NamedTuple):
+    """What the class probabilities of labelled images amount to.
+
+    Attributes:
+        confidence: Probability of the likeliest class (B,), float64.
+        right: Whether the image was decided rightly (B,), bool.
+        label: Probability of the label (B,), float64.
+        squares: Sum of the squared probabilities of all classes (B,), float64.
+    """
 
     confidence: np.ndarray
-    accuracy: np.ndarray
-    images: np.ndarray
+    right: np.ndarray
+    label: np.ndarray
+    squares: np.ndarray
 
 
-def reliability(confidence_B: np.ndarray, right_B: np.ndarray, bins: int = 15) -> Bins:
-    """Mean confidence and accuracy in bins of equal width over (0, 1]."""
-    bin_B = np.clip(np.ceil(confidence_B * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(bin_B, minlength=bins)
-    used = count > 0
-    confidence = np.bincount(bin_B, weights=confidence_B, minlength=bins)[used] / count[used]
-    accuracy = np.bincount(bin_B, weights=right_B, minlength=bins)[used] / count[used]
-    return Bins(confidence, accuracy, count[used])
+class Scores(NamedTuple):
+    """Sums over images that proper scores and calibration are read off; those of parts add up.
+
+    Attributes:
+        bins_M3: Images, confidences and right answers in bins of equal width over (0, 1] (M, 3), float64.
+        nll: Of the labels, in nats (), float64.
+        brier: Squared distances of the probabilities to certainty about the label (), float64.
+    """
+
+    bins_M3: np.ndarray
+    nll: np.ndarray
+    brier: np.ndarray
+
+    @classmethod
+    def zeros(cls, bins: int = 15) -> Scores:
+        """Of no image."""
+        return cls(np.zeros((bins, 3)), np.zeros(()), np.zeros(()))
+
+    def add(self, judged: Judged) -> None:
+        """Count more images, in place."""
+        bins = len(self.bins_M3)
+        bin_B = np.clip(np.ceil(judged.confidence * bins).astype(int) - 1, 0, bins - 1)
+        for column, weights in enumerate((None, judged.confidence, judged.right)):
+            self.bins_M3[:, column] += np.bincount(bin_B, weights=weights, minlength=bins)
+        tiny = np.finfo(np.float64).tiny  # a class that is impossible costs 708 nats, not infinitely many
+        np.subtract(self.nll, np.log(np.maximum(judged.label, tiny)).sum(), out=self.nll)
+        np.add(self.brier, (judged.squares - 2 * judged.label + 1).sum(), out=self.brier)
+
+    def numbers(self) -> dict[str, float]:
+        """Mean negative log likelihood (nats), Brier score (0 … 2; Brier 1950) and ECE (Guo et al. 2017).
+
+        The expected calibration error is the mean distance of confidence and accuracy over bins.
+        """
+        images = self.bins_M3[:, 0].sum()
+        return {
+            "nll": float(self.nll / images),
+            "brier": float(self.brier / images),
+            "ece": float(np.abs(self.bins_M3[:, 1] - self.bins_M3[:, 2]).sum() / images),
+        }
 
 
 def ece(confidence_B: np.ndarray, right_B: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): mean distance of confidence and accuracy over bins."""
-    binned = reliability(confidence_B, right_B, bins)
-    return float(np.abs(binned.confidence - binned.accuracy) @ binned.images / len(confidence_B))
-
-
-def brier(label_B: np.ndarray, squares_B: np.ndarray) -> float:
-    """Mean squared distance of the probabilities to certainty about the label (Brier 1950), 0 … 2.
-
-    Args:
-        label_B: Probability of each image's label.
-        squares_B: Sum of the squared probabilities of all classes.
-    """
-    return float(np.mean(squares_B - 2 * label_B + 1))
-
-
-def nll(label_B: np.ndarray) -> float:
-    """Mean negative log probability of the labels, in nats, from their probabilities."""
-    return float(-np.log(np.maximum(label_B, np.finfo(np.float64).tiny)).mean())
+    """Expected calibration error (Guo et al. 2017) of answers."""
+    scores = Scores.zeros(bins)
+    scores.add(Judged(confidence_B, right_B, np.ones(len(right_B)), np.ones(len(right_B))))
+    return scores.numbers()["ece"]
 
 
 class Selective(NamedTuple):
@@ -95,7 +120,7 @@ class Selective(NamedTuple):
     accuracy: np.ndarray
 
 
-def selective(sureness_B: np.ndarray, right_B: np.ndarray) -> Selective:
+def selective_accuracy(sureness_B: np.ndarray, right_B: np.ndarray) -> Selective:
     """Accuracy of the surest 1, 2, …, B answers (risk-coverage curve, El-Yaniv & Wiener 2010)."""
     order = np.argsort(-sureness_B, kind="stable")
     count = np.arange(1, len(order) + 1)

@@ -13,29 +13,26 @@ Files are complete or not there. So a run that was killed is resumed by the same
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from lightning_diffclf.classifier import Classification
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
-from lightning_diffclf.files import FolderLock, read_json, remove_temporaries, write_text
+from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.parts import Parts, Vanished
 from lightning_diffclf.results.predictions import SCHEMA, Record, list_views, to_table, write_table
+from lightning_diffclf.results.settings import SETTINGS, Settings
 
 PREDICTIONS = "predictions.parquet"
-SETTINGS = "settings.json"
 PARTS = "parts"
 ERRORS_SUFFIX = ".errors.parquet"
 
@@ -44,56 +41,6 @@ ATTEMPTS = 10  # to read a run that changes meanwhile
 FLUSH_SECONDS = 60.0  # a part is also written when the last one is so old: images may take minutes each
 
 SETTINGS_KEY = b"diffclf_settings"  # where a Parquet file keeps the settings, or in a part, their digest
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run was made with, as plain values.
-
-    Attributes:
-        identity: What the results depend on. Only runs that agree in all of it can be joined or resumed.
-        info: What else is worth knowing: names, timesteps, versions, hardware, command.
-    """
-
-    identity: dict[str, Any]
-    info: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """Short name of the identity."""
-        return hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-    def to_json(self) -> str:
-        """As stored."""
-        return json.dumps(asdict(self) | {"digest": self.digest}, indent=2)
-
-    @classmethod
-    def read(cls, folder: Path) -> Settings:
-        """Those of the run in ``folder``.
-
-        Raises:
-            FileNotFoundError: if there is no run.
-            ValueError: if its settings cannot be read.
-        """
-        path = folder / SETTINGS
-        if not path.is_file():
-            raise MissingFile(f"run: no {SETTINGS} in {str(folder)!r}, expected the folder of an evaluation")
-        values = read_json(path, "run")
-        try:
-            return cls(values["identity"], values["info"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"run: {str(path)!r} cannot be read ({error})") from error
-
-    def check_same(self, other: Settings, what: str) -> None:
-        """Raise ValueError, naming all differences, unless ``other`` has the same identity."""
-        names = [*self.identity, *(name for name in other.identity if name not in self.identity)]
-        different = [
-            f"{name}: {other.identity.get(name)!r} there, {self.identity.get(name)!r} here"
-            for name in names
-            if self.identity.get(name) != other.identity.get(name)
-        ]
-        if different:
-            raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -148,6 +95,13 @@ def _claim(folder: Path, settings: Settings) -> None:
         raise
     except UserError as error:
         raise _Taken(f"{error}; give another folder") from error
+
+
+def refresh(folder: Path, settings: Settings) -> None:
+    """Let a resumed run's settings say how its numbers are made now: with another temperature, say."""
+    stored = Settings.read(folder)
+    if stored.info.get("summary") != settings.info.get("summary"):
+        write_text(Settings(stored.identity, stored.info | settings.info).to_json() + "\n", folder / SETTINGS, "output")
 
 
 class Store:
@@ -259,6 +213,24 @@ def scan(run: Path, columns: Sequence[str] | None = None, settings: Settings | N
                     yield fresh
             return
     raise _unsteady(run)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Some columns of a run's records, to be read in chunks as often as needed: each pass is a :func:`scan`.
+
+    Args:
+        run: Its folder.
+        settings: Those of the run.
+        columns: The columns to read.
+    """
+
+    run: Path
+    settings: Settings
+    columns: Sequence[str]
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return scan(self.run, self.columns, self.settings)
 
 
 def read_table(run: Path, settings: Settings | None = None, columns: Sequence[str] | None = None) -> pa.Table:

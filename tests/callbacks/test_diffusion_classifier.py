@@ -317,7 +317,9 @@ def test_the_same_again_goes_on_and_others_go_elsewhere(tmp_path):
     for name, value in fresh.metrics.items():
         if "second" not in name:
             assert again.metrics[name] == pytest.approx(value), name
-    with pytest.raises(ValueError, match=r"settings: the run in '.*out' was made with other ones \(draws: 4 there, 5"):
+    with pytest.raises(
+        ValueError, match=r"settings: the run in '.*out' was made with other ones \(recipe\.draws: 4 there, 5"
+    ):
         evaluate(12, draws=5)
     assert read(out)[1] == more
     for expected in ("out-2", "out-3"):
@@ -373,8 +375,8 @@ def test_other_weights_or_data_are_other_settings(tmp_path):
     module, out = Gaussians(), str(tmp_path / "out")
     trainer(DiffusionClassifierCallback(draws=2, output_dir=out)).test(module, loader(4), verbose=False)
     for change, message in (
-        (lambda: module.means.mul_(2), "weights_of_network"),
-        (lambda: None, "images_in_data: 4 there, 5 here"),
+        (lambda: module.means.mul_(2), r"module\.weights\.means: .* there"),
+        (lambda: None, "images: 4 there, 5 here"),
     ):
         callback = DiffusionClassifierCallback(draws=2, output_dir=out)
         change()

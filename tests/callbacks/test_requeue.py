@@ -67,7 +67,7 @@ class Signalling(L.Callback):
 
 
 def fit(folder: Path, batch: int | str | None = None, number: int = signal.SIGUSR1, every_n_steps: int = 1, **kwargs):
-    """Eight steps, with validation after the fourth; goes on from last.ckpt if there is one."""
+    """Eight steps, with validation after the fourth; resumes from last.ckpt if there is one."""
     torch.manual_seed(0)
     last = folder / "last.ckpt"
     checkpoint = ModelCheckpoint(dirpath=folder, save_last=True, every_n_train_steps=8)
@@ -176,7 +176,7 @@ def test_outside_of_slurm_the_same_command_goes_on(tmp_path, scontrol, capsys):
     with pytest.raises(SystemExit) as left:
         fit(tmp_path / "run", 2)
     assert left.value.code == 0
-    assert "not in a SLURM job: the same command goes on" in capsys.readouterr().out
+    assert "not in a SLURM job: the same command resumes" in capsys.readouterr().out
     assert not scontrol.exists()
 
 

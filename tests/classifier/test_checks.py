@@ -134,7 +134,7 @@ class Broken(Toy):
 def test_a_broken_candidate_cannot_win(rule: Elimination | None, value: float, since: int):
     denoiser, images, draws = Broken(3), some_images(6), Draws(8)
     denoiser.bad = ()
-    winner = next(DiffusionClassifier(denoiser, draws)(images)).candidate  # of the first image, while all is well
+    winner = DiffusionClassifier(denoiser, draws)(images)[0].candidate  # of the first image, while all is well
     denoiser.bad, denoiser.value, denoiser.since = (winner,), value, since
     with pytest.warns(RuntimeWarning, match="NaN or infinity for 1 of ") as caught:
         results = list(DiffusionClassifier(denoiser, draws, elimination=rule)(images))

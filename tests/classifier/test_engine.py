@@ -123,7 +123,8 @@ def test_rounds_hold_what_a_plain_loop_computes(needs, microbatch, in_flight):
                 assert current.errors_RA.dtype == np.float32
                 np.testing.assert_allclose(current.errors_RA, shown["errors_RA"], rtol=1e-5)
             if needs == "distances":
-                np.testing.assert_allclose(current.distances_RAA, shown["distances_RAA"], rtol=1e-5, atol=1e-7)
+                # Roots in half precision, as they are stored.
+                np.testing.assert_allclose(current.distances_RAA, shown["distances_RAA"], rtol=1e-3, atol=1e-7)
             rounds_seen.add((current.done, len(current.active_A)))
     assert len(rounds_seen) > 4  # images did advance differently
 
@@ -244,9 +245,21 @@ def test_no_images_no_results():
     assert list(DiffusionClassifier(Toy(), Draws(2))(some_images(0))) == []
 
 
+def streamed(classifier, images, ids=None, candidates=None):
+    run = classifier.run()
+    run.add(images, ids, candidates)
+    return run.finish()
+
+
+def test_results_can_be_looked_at_again():
+    results = DiffusionClassifier(Toy(2), Draws(5))(some_images(3))
+    assert [r.image_id for r in results] == [r.image_id for r in results] == [0, 1, 2]
+    assert results[1].image_id == 1
+
+
 def test_results_come_as_soon_as_they_are_decided():
     denoiser = Toy(2)
-    results = DiffusionClassifier(denoiser, Draws(5), microbatch=10, in_flight=1)(some_images(3))
+    results = streamed(DiffusionClassifier(denoiser, Draws(5), microbatch=10, in_flight=1), some_images(3))
     assert denoiser.calls == []
     for calls in (1, 2, 3):
         next(results)
@@ -256,7 +269,7 @@ def test_results_come_as_soon_as_they_are_decided():
 
 def test_oldest_images_come_first():
     denoiser = Toy(2)
-    results = DiffusionClassifier(denoiser, Draws(5), microbatch=4)(some_images(3))
+    results = streamed(DiffusionClassifier(denoiser, Draws(5), microbatch=4), some_images(3))
     next(results)
     assert len(denoiser.calls) == 3  # the third has the last two rows of its ten
 
@@ -264,7 +277,7 @@ def test_oldest_images_come_first():
 def test_results_are_in_the_order_given_even_if_decided_earlier():
     denoiser, rule = Toy(), DropOneEachDraw()
     classifier = DiffusionClassifier(denoiser, Draws(16), elimination=rule, microbatch=100)
-    results = classifier(some_images(4), ids="abcd", candidates=[[0, 1, 2, 3, 4], [0, 1], [1, 2], [3]])
+    results = streamed(classifier, some_images(4), "abcd", [[0, 1, 2, 3, 4], [0, 1], [1, 2], [3]])
     first = next(results)
     assert len(rule.rounds_of_images[1]) == 1  # decided after one draw, long before the first image
     assert first.draws_K.max() > 1
@@ -358,7 +371,7 @@ def test_training_mode_is_left_and_restored(root_trains, how):
     denoiser.training = root_trains
     before = modes(denoiser)
     assert before == [root_trains, True, False]
-    results = DiffusionClassifier(denoiser, Draws(2), microbatch=10)(some_images(3))
+    results = streamed(DiffusionClassifier(denoiser, Draws(2), microbatch=10), some_images(3))
     if how == "to the end":
         assert len(list(results)) == 3
     elif how == "break":

@@ -7,7 +7,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from lightning_diffclf import DiffusionClassifier, Draws, PairedTest, Posterior
-from lightning_diffclf.classifier.posterior import correct_prior, estimate_prior, sum_by_class
+from lightning_diffclf.classifier.posterior import class_differences
 from tests.classifier.toys import Toy, some_images
 
 
@@ -129,34 +129,32 @@ def test_bad_settings(make, message):
         make()
 
 
-def test_sum_by_class():
-    p = torch.tensor([[0.1, 0.2, 0.7]])
-    assert sum_by_class(p, [2, 0, 2], 4)[0].tolist() == pytest.approx([0.2, 0, 0.8, 0])
-
-
-def test_prior_correction_is_bayes_rule():
+def test_a_class_stands_where_its_best_candidate_stands():
+    """By a plain loop; candidates without a finite difference count for nothing."""
     generator = torch.Generator().manual_seed(0)
-    likelihood_BC = torch.rand(20, 4, dtype=torch.float64, generator=generator)
-    prior_C = torch.tensor([5.0, 1.0, 0.0, 2.0], dtype=torch.float64)
-    uniform = likelihood_BC / likelihood_BC.sum(1, keepdim=True)
-    expected = likelihood_BC * prior_C / 8
-    torch.testing.assert_close(correct_prior(uniform, prior_C), expected / expected.sum(1, keepdim=True))
-    torch.testing.assert_close(correct_prior(uniform, torch.ones(4)), uniform)
-    impossible = correct_prior(torch.tensor([[0.0, 0.0, 1.0, 0.0]], dtype=torch.float64), prior_C)
-    torch.testing.assert_close(impossible, prior_C[None] / 8)
-    for bad in (torch.ones(3), torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.full((4,), torch.nan)):
-        with pytest.raises(ValueError, match="prior: "):
-            correct_prior(uniform, bad)
+    differences_BK = torch.rand(30, 9, dtype=torch.float64, generator=generator)
+    differences_BK[torch.rand(30, 9, generator=generator) < 0.3] = torch.inf
+    differences_BK[0], differences_BK[1, :4] = torch.inf, torch.nan
+    class_BK = torch.randint(4, (30, 9), generator=generator)
+    p_BC = Posterior(temperature=0.1)(class_differences(differences_BK, class_BK, 5), dims=3)
+    for i in range(30):
+        best_C = np.full(5, np.inf)
+        for difference, c in zip(differences_BK[i].tolist(), class_BK[i].tolist(), strict=True):
+            best_C[c] = min(best_C[c], difference) if difference == difference else best_C[c]
+        expected = softmax(-best_C * 30) if np.isfinite(best_C).any() else np.full(5, 0.2)
+        np.testing.assert_allclose(p_BC[i].numpy(), expected, rtol=1e-12)
 
 
-def test_the_prior_of_unlabelled_images_is_found():
-    """Two Gaussians, one four times as common: exact posteriors under a uniform prior."""
-    generator = torch.Generator().manual_seed(0)
-    label_B = (torch.rand(20_000, generator=generator) < 0.2).long()
-    x_B = torch.randn(20_000, dtype=torch.float64, generator=generator) + 2.0 * label_B
-    p_B = torch.sigmoid(2 * x_B - 2)
-    prior_C = estimate_prior(torch.stack([1 - p_B, p_B], 1))
-    torch.testing.assert_close(prior_C, torch.tensor([0.8, 0.2], dtype=torch.float64), atol=0.01, rtol=0)
+def test_more_prompts_gain_nothing():
+    """Two classes that fit equally well are equally likely, however many prompts each has."""
+    p_1C = Posterior()(class_differences(torch.zeros(1, 4), torch.tensor([[0, 1, 1, 1]]), 2), dims=100)
+    assert p_1C.tolist() == [[0.5, 0.5]]
+
+
+def test_with_one_candidate_for_each_class_nothing_changes():
+    scores = torch.rand(50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 100
+    class_BK = torch.arange(7).expand(50, 7)
+    assert torch.equal(Posterior()(class_differences(scores, class_BK, 7), 300), Posterior()(scores, 300))
 
 
 def test_a_fit_works_in_inference_mode():

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
 from lightning_diffclf import NoiseSchedule
-from lightning_diffclf.classifier.score import Loss, Rows, timestep_weights
+from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
 
 
-def rows() -> Rows:
+def rows() -> Predictions:
     generator = torch.Generator().manual_seed(0)
     x0, noise, output = torch.randn(3, 6, 2, 3, 3, generator=generator) * torch.tensor([0.4, 1, 2]).view(3, 1, 1, 1, 1)
     schedule = NoiseSchedule.linear(prediction="v_prediction")
     t = torch.tensor([0, 10, 100, 400, 800, 999])
-    return Rows(schedule, output.bfloat16(), x0, schedule.add_noise(x0, noise, t), t, noise)
+    return Predictions(schedule, output.bfloat16(), x0, schedule.add_noise(x0, noise, t), t, noise)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_kl_is_that_of_two_gaussians():
     x0, noise, epsilon, v = torch.randn(4, 5, 1, 2, 2, generator=generator)
     t = torch.tensor([1, 10, 100, 500, 999])
     x_t = schedule.add_noise(x0, noise, t)
-    kl = Loss("kl")(Rows(schedule, torch.cat([epsilon, v], 1), x0, x_t, t, noise))
+    kl = Loss("kl")(Predictions(schedule, torch.cat([epsilon, v], 1), x0, x_t, t, noise))
     a_bar, before = schedule.alphas_cumprod[t], schedule.alphas_cumprod[t - 1]
     beta = 1 - a_bar / before
     for i in range(5):

@@ -108,7 +108,7 @@ def test_mistakes_are_told_in_one_line(checkpoint, vae, tmp_path):
     torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "other.ckpt")
     assert "is of no ClassConditionalDiT" in error_of(["export", f"--ckpt={tmp_path / 'other.ckpt'}", out])
     torch.save({"weight": torch.ones(1)}, tmp_path / "weights.pt")
-    assert "is of no ClassConditionalDiT" in error_of(["export", f"--ckpt={tmp_path / 'weights.pt'}", out])
+    assert "has no 'state_dict'" in error_of(["export", f"--ckpt={tmp_path / 'weights.pt'}", out])
     pixels = fit(tmp_path / "pixels.ckpt", in_channels=1, latents=False)
     assert "works on pixels" in error_of(["export", f"--ckpt={pixels}", out])
     flow = fit(tmp_path / "flow.ckpt", schedule="sit", learn_sigma=False)

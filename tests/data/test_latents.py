@@ -66,7 +66,7 @@ def test_training_samples_the_posterior_and_mirror_images(tmp_path):
 def test_it_goes_on_where_it_was_stopped(tmp_path):
     written(tmp_path, chunks=(0, 2))
     assert is_latents(tmp_path)
-    with pytest.raises(ValueError, match="is not complete; go on with `diffclf encode`"):
+    with pytest.raises(ValueError, match="is not complete; finish it with `diffclf encode`"):
         Latents(str(tmp_path))
     LatentsWriter.create(tmp_path, INDEX)  # what is there stays
     writer = LatentsWriter(tmp_path)

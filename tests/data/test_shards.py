@@ -9,7 +9,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from lightning_diffclf.data.images import transform
-from lightning_diffclf.data.shards import ShardImages, ShardIndex, Shards, ShardStream, pack, plan_shards
+from lightning_diffclf.data.packing import pack, plan_shards
+from lightning_diffclf.data.shards import ShardImages, ShardIndex, Shards, ShardStream
 from tests.photos import photos
 
 

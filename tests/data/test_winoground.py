@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,25 @@ def test_scores_on_a_table_made_by_hand():
     assert not own[3]
     assert found["group"] == 1 / 5
     assert found["text_low"] < found["text"] < found["text_high"]
+
+
+def decided(image_id, scores, draws):
+    number = int(image_id.split("/")[0])
+    of_image = np.array([2 * number, 2 * number + 1, 200])
+    return SimpleNamespace(id=image_id, candidates_K=of_image, scores_K=np.array(scores), draws_K=np.array(draws))
+
+
+def test_errors_over_different_draws_are_not_compared():
+    data = WinogroundDataModule()
+    right = [decided("0/0", [1.0, 2.0, 3.0], [9, 9, 9]), decided("0/1", [2.0, 1.0, 3.0], [9, 9, 9])]
+    assert data.score(right)["group"] == 1
+    assert data.score([right[0]]) == {}  # no group has both images
+    # a candidate that the network broke on is wrong, whatever it has seen
+    broken = [right[0], decided("0/1", [2.0, np.inf, 3.0], [9, 1, 9])]
+    assert (data.score(broken)["text"], data.score(broken)["groups"]) == (0, 1)
+    for early in (decided("0/1", [2.0, 1.0, 3.0], [4, 9, 9]), decided("0/1", [2.0, 1.0, 3.0], [8, 8, 8])):
+        with pytest.raises(ValueError, match=r"group '0' has errors over \[[48], 9\] draws"):
+            data.score([right[0], early])
 
 
 def test_groups_of_digits():

@@ -7,7 +7,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision import datasets
 
-from lightning_diffclf.data.zero_shot import CATS, SOURCES, ZeroShotDataModule
+from lightning_diffclf.data.zero_shot import CATS, PUBLIC_SETS, ZeroShotDataModule
 from lightning_diffclf.modules.conditions import conditions
 
 
@@ -131,7 +131,7 @@ def test_names_of_pets_have_their_species():
     class Pets:
         classes = ("Abyssinian", "American Bulldog", "Pug", "Sphynx")
 
-    names = SOURCES["pets"].names(Pets())
+    names = PUBLIC_SETS["pets"].names(Pets())
     assert names == ["Abyssinian cat", "American Bulldog", "Pug dog", "Sphynx cat"]
     assert len(CATS) == 12
 
@@ -176,12 +176,15 @@ def test_shards_of_webdataset(tmp_path):
     for pattern in (root, f"{root}/val-{{000000..000002}}.tar"):
         data = module(pattern, name="webdataset", class_names=["cat", "dog"], eval_batch_size=3)
         batches = list(data.test_dataloader())
-        assert [i for b in batches for i in b["id"]] == [f"image{i:03d}" for i in range(7)]
+        assert [i.rpartition("/")[2] for b in batches for i in b["id"]] == [f"image{i:03d}" for i in range(7)]
+        assert batches[0]["id"][0] == "val-000000/image000"
         assert torch.cat([b["label"] for b in batches]).tolist() == [0, 1, 0, 1, 0, 1, 0]
         assert batches[0]["image"].shape == (3, 3, 8, 8)
     many = ZeroShotDataModule("webdataset", root, size=8, num_workers=2, class_names=["cat", "dog"])
     many.setup()
-    assert sorted(i for b in many.test_dataloader() for i in b["id"]) == [f"image{i:03d}" for i in range(7)]
+    assert sorted(i.rpartition("/")[2] for b in many.test_dataloader() for i in b["id"]) == [
+        f"image{i:03d}" for i in range(7)
+    ]
     with pytest.raises(FileNotFoundError, match=r"no shard .*val-000003.tar"):
         module(f"{root}/val-{{000000..000003}}.tar", name="webdataset")
     with pytest.raises(ValueError, match="class_names: none given"):

@@ -84,6 +84,15 @@ def test_winoground_with_digits(tmp_path):
     assert {len(row) for row in rows["candidates_K"]} == {3}
 
 
+@pytest.mark.parametrize("settings", [{"elimination": LikelihoodRatio()}, {"budget": 60}])
+def test_winoground_needs_every_draw(tmp_path, settings):
+    with pytest.raises(
+        ValueError, match=r"WinogroundDataModule: .* fair only over the same draws; found .*expected ne"
+    ):
+        evaluate(tmp_path / "out", WinogroundDataModule(), 2, draws=40, **settings)
+    assert not (tmp_path / "out").exists()  # refused before any work
+
+
 def test_nothing_is_trained_saved_or_loaded_early():
     module = ZeroShotStableDiffusion("nobody/nothing", class_names=["cat"])  # not asked for yet
     assert list(module.parameters()) == []
@@ -97,7 +106,7 @@ def test_nothing_is_trained_saved_or_loaded_early():
 def test_other_weights_are_another_run(tmp_path):
     out = tmp_path / "out"
     evaluate(out, DigitScenesDataModule(eval_batch_size=4), 1, draws=2)
-    with pytest.raises(ValueError, match="weights_of_network"):
+    with pytest.raises(ValueError, match=r"module\.denoiser\.network\.weights"):
         evaluate(out, DigitScenesDataModule(eval_batch_size=4), 1, draws=2, model={"dtype": "bfloat16"})
 
 

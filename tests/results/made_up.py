@@ -7,7 +7,9 @@ import numpy as np
 from PIL import Image
 
 from lightning_diffclf.results.predictions import Record, to_table
-from lightning_diffclf.results.store import Settings, claim, write_whole
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import claim, write_whole
+from lightning_diffclf.results.summary import Outline
 
 
 def picture(shade: int) -> bytes:
@@ -52,13 +54,17 @@ def made_up_rows(count: int, classes: int, seed: int = 0, draws: int = 20, label
         )
 
 
+def made_up_outline(classes: int, draws: int = 20) -> Outline:
+    """Of made-up decisions."""
+    names = tuple(f"kind {c} <&>" for c in range(classes))
+    timesteps = tuple(np.random.default_rng(0).permutation(draws).tolist())
+    return Outline(tuple(range(classes)), names, timesteps)
+
+
 def made_up_run(folder: Path, rows, classes: int, draws: int = 20, **identity) -> Path:
-    names = [f"kind {c} <&>" for c in range(classes)]
-    info = {
-        "candidate_names": names,
-        "candidate_classes": list(range(classes)),
-        "class_names": names,
-        "timesteps_S": np.random.default_rng(0).permutation(draws).tolist(),
+    outline = made_up_outline(classes, draws)
+    info = outline.to_info() | {
+        "candidate_names": list(outline.class_names),
         "log_snr_S": list(range(draws)),
         "command": "evaluate.py --ckpt 'a b.ckpt'",
     }

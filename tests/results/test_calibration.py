@@ -2,44 +2,82 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
+from scipy.special import softmax
 
 from lightning_diffclf import Posterior
-from lightning_diffclf.results.calibration import calibrate, crossfitted, fit, fold_of, judge
-from lightning_diffclf.results.statistics import ece
-from tests.results.made_up import made_up_rows
+from lightning_diffclf.results import calibration
+from lightning_diffclf.results.calibration import CrossFitted, Sample, calibrate, fold_of
+from lightning_diffclf.results.columns import Columns
+from lightning_diffclf.results.predictions import to_table
+from lightning_diffclf.results.summary import Outline, Summary, judge
+from tests.results.made_up import made_up_outline, made_up_rows
+
+
+def sample_of(rows, outline: Outline) -> Sample:
+    sample = Sample(outline)
+    sample.update(rows)
+    return sample
 
 
 @pytest.mark.parametrize("sharp", [0.2, 1.0, 5.0])
 def test_the_temperature_of_calibrated_rows_is_found(sharp):
-    rows = list(made_up_rows(2000, 6, sharp=sharp))
-    assert fit(rows, range(6), Posterior()).temperature == pytest.approx(sharp, rel=0.1)
-    raw = judge(rows, range(6), [Posterior()] * 2000)
-    found = calibrate(rows, range(6), Posterior())
+    rows, outline = list(made_up_rows(2000, 6, sharp=sharp)), made_up_outline(6)
+    found = calibrate([rows], outline)
+    assert found.temperature == pytest.approx(sharp, rel=0.1)
     assert found.calibrated_ece < 0.04
     if sharp != 1:
-        assert ece(raw.confidence, raw.right) > 0.1
-        assert found.calibrated_nll < raw.scores()["nll"]
-        assert found.calibrated_brier < raw.scores()["brier"]
+        raw = Summary.of(outline, [rows]).numbers()
+        assert raw["ece"] > 0.1
+        assert found.calibrated_nll < raw["nll"]
+        assert found.calibrated_brier < raw["brier"]
+
+
+def test_chunks_of_any_size_and_kind_give_the_same():
+    rows, outline = list(made_up_rows(300, 6)), made_up_outline(6)
+    whole = calibrate([rows], outline)
+    table = to_table(rows[::-1])
+    chunks = [table.slice(0, 1), table.slice(1, 0), *table.slice(1).to_batches(max_chunksize=70)]
+    assert dataclasses.asdict(calibrate(chunks, outline)) == pytest.approx(dataclasses.asdict(whole), rel=1e-12)
+
+
+def test_temperatures_are_fitted_to_some_images_only(monkeypatch):
+    """Those with the lowest digests of their ids, whatever the order and the chunks."""
+    rows, outline = list(made_up_rows(200, 4)), made_up_outline(4)
+    monkeypatch.setattr(calibration, "ENOUGH", 30)
+    sample = Sample(outline)
+    for row in rows[::-1]:
+        sample.update([row])
+    first = sorted(rows, key=lambda row: calibration.order_of(row.id))[:30]
+    differences_BC = torch.tensor(np.stack([row.differences_K for row in first]))
+    expected = Posterior().fit(differences_BC, torch.tensor([row.label for row in first]), 64)
+    assert sample.fit().temperature == pytest.approx(expected.temperature)
+    assert sum(map(len, sample._folds)) <= 5 * 30  # what it keeps does not grow with the number of images
 
 
 def test_no_image_is_judged_by_a_temperature_that_it_was_fitted_to():
-    rows = list(made_up_rows(300, 4))
-    posteriors = crossfitted(rows, range(4), Posterior())
+    rows, outline = list(made_up_rows(300, 4)), made_up_outline(4)
+    posteriors = CrossFitted(sample_of(rows, outline)).posteriors
     for i in (0, 7, 100):
-        others = [row for row in rows if fold_of(row.id) != fold_of(rows[i].id)]
-        assert posteriors[i] == fit(others, range(4), Posterior())
+        fold = fold_of(rows[i].id)
+        others = [row for row in rows if fold_of(row.id) != fold]
+        assert posteriors[fold] == sample_of(others, outline).fit()
         changed = [dataclasses.replace(row, label=(row.label + 1) % 4) if row is rows[i] else row for row in rows]
-        assert crossfitted(changed, range(4), Posterior())[i] == posteriors[i]
+        assert CrossFitted(sample_of(changed, outline)).posteriors[fold] == posteriors[fold]
     assert len({fold_of(row.id) for row in rows}) == 5
 
 
 def test_judged_is_what_a_plain_softmax_says():
-    rows = [dataclasses.replace(row, label=row.label % 3) for row in made_up_rows(20, 5, sharp=2.0)]
-    judged = judge(rows, [0, 1, 1, 2, 0], [Posterior(temperature=2.0)] * 20)
+    classes = [0, 1, 1, 2, 0]
+    outline = dataclasses.replace(made_up_outline(3), classes=tuple(classes))
+    rows = [
+        dataclasses.replace(row, label=row.label % 3, prediction=classes[row.prediction])
+        for row in made_up_rows(20, 5, sharp=2.0)
+    ]
+    judged = judge(Columns(rows, Sample.COLUMNS), outline, Posterior(temperature=2.0))
     for i, row in enumerate(rows):
-        logits = -row.differences_K.astype(float) * 64 / 2
-        p_K = np.exp(logits) / np.exp(logits).sum()
-        p_C = np.array([p_K[0] + p_K[4], p_K[1] + p_K[2], p_K[3]])
+        d = row.differences_K.astype(float)
+        p_C = softmax(-np.array([min(d[0], d[4]), min(d[1], d[2]), d[3]]) * 64 / 2)
         assert judged.confidence[i] == pytest.approx(p_C.max())
         assert judged.squares[i] == pytest.approx(np.square(p_C).sum())
         assert judged.label[i] == pytest.approx(p_C[row.label])
@@ -47,14 +85,15 @@ def test_judged_is_what_a_plain_softmax_says():
 
 
 def test_images_that_cannot_tell_are_left_out():
-    rows = list(made_up_rows(120, 4))
-    expected = fit(rows[:100], range(4), Posterior())
+    rows, outline = list(made_up_rows(120, 4)), made_up_outline(4)
+    expected = sample_of(rows[:100], outline).fit()
+    other = np.array([(rows[100].label + 1) % 4], np.int32)
     strange = [
         *rows[:100],
-        dataclasses.replace(rows[100], candidates_K=np.array([(rows[100].label + 1) % 4], np.int32)),
+        dataclasses.replace(rows[100], candidates_K=other, differences_K=np.zeros(1, np.float32)),
         dataclasses.replace(rows[101], prediction=None, differences_K=np.full(4, np.inf, np.float32)),
+        dataclasses.replace(rows[102], label=None),
     ]
-    strange[100] = dataclasses.replace(strange[100], differences_K=np.zeros(1, np.float32))
-    assert fit(strange, range(4), Posterior()).temperature == pytest.approx(expected.temperature)
-    assert fit([], range(4), Posterior()) == Posterior()
-    assert calibrate(rows[:49], range(4), Posterior()) is None
+    assert sample_of(strange, outline).fit().temperature == pytest.approx(expected.temperature)
+    assert sample_of([], outline).fit() == Posterior()
+    assert calibrate([rows[:49]], outline) is None

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from lightning_diffclf.cli import main
-from lightning_diffclf.results.analysis import RunAnalysis
 from lightning_diffclf.results.compare import compare
+from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.statistics import mcnemar, wilson
 from tests.results.made_up import made_up_rows, made_up_run
 
@@ -24,14 +24,17 @@ def two(tmp_path):
 
 def test_counts_are_those_of_a_plain_loop(two):
     folder, rows, others = two
-    found = compare(RunAnalysis.read(folder / "a"), RunAnalysis.read(folder / "b"))
+    found = compare(Evaluation.read(folder / "a"), Evaluation.read(folder / "b"))
     pairs = list(zip(rows, others, strict=True))[20:190]
     first = [a.prediction == a.label for a, _ in pairs]
     second = [b.prediction == b.label for _, b in pairs]
     assert (found.images, found.missing) == (170, 30)
     assert found.agreement == wilson(sum(a.prediction == b.prediction for a, b in pairs), 170)
-    assert found.first == wilson(sum(first), 170)
-    assert found.second == wilson(sum(second), 170)
+    for numbers, right in ((found.first, first), (found.second, second)):
+        interval = numbers["accuracy"], numbers["accuracy_low"], numbers["accuracy_high"]
+        assert interval == wilson(sum(right), 170)
+    assert found.first["nfe_per_image"] == pytest.approx(sum(a.nfe for a, _ in pairs) / 170)
+    assert found.second["nfe_per_image"] == pytest.approx(sum(b.nfe for _, b in pairs) / 170)
     assert found.only_first == sum(a and not b for a, b in zip(first, second, strict=True))
     assert found.only_second == sum(b and not a for a, b in zip(first, second, strict=True))
     assert found.p_value == mcnemar(found.only_first, found.only_second)
@@ -47,7 +50,7 @@ def test_the_command(two, capsys):
     assert "30 images are in one of them only" in printed
     numbers = json.loads((folder / "plots" / "comparison.json").read_text())
     assert numbers["images"] == 170
-    assert numbers["first"]["low"] < numbers["first"]["value"] < numbers["first"]["high"]
+    assert numbers["first"]["accuracy_low"] < numbers["first"]["accuracy"] < numbers["first"]["accuracy_high"]
     for name in ("cost", "disagreement"):
         assert (folder / "plots" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert (folder / "plots" / f"{name}.svg").read_text().startswith("<svg")
@@ -55,21 +58,22 @@ def test_the_command(two, capsys):
 
 def test_runs_that_cannot_be_compared(two):
     folder, rows, _ = two
-    first = RunAnalysis.read(folder / "a")
+    first = Evaluation.read(folder / "a")
     made_up_run(folder / "c", rows[195:], 5)
     with pytest.raises(ValueError, match="have no image in common"):
-        compare(first, RunAnalysis.read(folder / "c"))
+        compare(first, Evaluation.read(folder / "c"))
     made_up_run(folder / "d", [dataclasses.replace(rows[3], label=(rows[3].label + 1) % 5)], 5)
     with pytest.raises(ValueError, match="image '3' has label"):
-        compare(first, RunAnalysis.read(folder / "d"))
+        compare(first, Evaluation.read(folder / "d"))
     made_up_run(folder / "e", rows[:3], 6)
     with pytest.raises(ValueError, match="have different classes"):
-        compare(first, RunAnalysis.read(folder / "e"))
+        compare(first, Evaluation.read(folder / "e"))
 
 
 def test_runs_without_labels(two):
     folder, rows, _ = two
     made_up_run(folder / "p", [dataclasses.replace(row, label=None) for row in rows], 5)
-    found = compare(RunAnalysis.read(folder / "a"), RunAnalysis.read(folder / "p"))
-    assert (found.images, found.labelled, found.first, found.p_value) == (190, 0, None, 1.0)
+    found = compare(Evaluation.read(folder / "a"), Evaluation.read(folder / "p"))
+    assert (found.images, found.labelled, found.p_value) == (190, 0, 1.0)
+    assert "accuracy" not in found.second
     main(["compare", str(folder / "a"), str(folder / "p"), "--out", str(folder / "plots")])

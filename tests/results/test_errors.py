@@ -84,6 +84,7 @@ def test_the_file_says_what_it_holds_in_plain_json_and_lists(tmp_path):
         "loss": "l2",
         "seed": 0,
         "draws": 4,
+        "ensemble": "best",
         "dims": 32,
         "timesteps_S": timesteps.tolist(),
         "log_snr_S": classifier.denoiser.schedule.log_snr(timesteps).tolist(),
@@ -126,7 +127,8 @@ def test_parts_merge_in_the_order_of_predictions(ids, chunk_bytes, tmp_path, mon
     for rank, share in enumerate(shares[::-1]):
         write(errors[rank], classifier, share, list(range(len(share))), distances=True)
         rows = [
-            Record.of(r, range(6), classifier.weights_S, label, seconds=0, rank=rank) for label, r in enumerate(share)
+            Record.of(r, range(6), classifier.terms.weights_S, label, seconds=0, rank=rank)
+            for label, r in enumerate(share)
         ]
         records.append(tmp_path / f"records {rank}.parquet")
         write_table(to_table(rows), records[-1])

@@ -30,7 +30,7 @@ DRAWS = 24
 def store(path, denoiser, images, labels=None, candidates=None, **settings) -> StoredErrors:
     """The errors of a run, as the callback writes them."""
     classifier = DiffusionClassifier(denoiser, **{"draws": Draws(DRAWS)} | settings, keep_errors=True)
-    info = ErrorsInfo.of(classifier, settings.get("weights", "uniform"))
+    info = ErrorsInfo.of(classifier)
     writer = ErrorsWriter(path, info, distances=classifier.keep_distances)
     results = list(classifier(images, candidates=candidates))
     for result, label in zip(results, [None] * len(results) if labels is None else labels, strict=True):

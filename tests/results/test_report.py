@@ -1,17 +1,22 @@
 """The report, read and used in a real browser where there is one."""
 
+import dataclasses
 import re
 import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lightning_diffclf.cli import main
-from lightning_diffclf.results.analysis import RunAnalysis
+from lightning_diffclf.results import tables
+from lightning_diffclf.results.curves import Costs
+from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.report import write_report
-from lightning_diffclf.results.store import Settings, claim
-from tests.results.made_up import made_up_rows, made_up_run
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import claim
+from tests.results.made_up import made_up_outline, made_up_rows, made_up_run
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -47,36 +52,65 @@ def test_figures_are_files(report):
 
 
 def test_numbers_are_those_of_the_rows(report):
-    run = RunAnalysis.read(report.parent)
+    run = Evaluation.read(report.parent)
     rows = list(made_up_rows(300, 8))
     right = sum(row.prediction == row.label for row in rows)
-    assert run.accuracy.value == right / 300
+    numbers = run.summary.numbers()
+    assert numbers["accuracy"] == right / 300
     assert f"{right / 300:.2%}" in report.read_text()
-    classes = run.per_class()
+    classes = tables.classes(run.summary)
     assert classes["images"].sum() == 300
     assert (classes["accuracy"] * classes["images"]).sum() == pytest.approx(right)
-    confusion = run.confusion()
+    confusion = tables.confusion(run.summary)
     assert confusion["images"].sum() == 300
     assert confusion[confusion["true"] == confusion["predicted"]]["images"].sum() == right
-    cost = run.by_cost()
+    cost = tables.costs(run.costs)
     assert cost["accuracy"].iloc[-1] == pytest.approx(right / 300)
-    assert cost["nfe"].iloc[-1] == pytest.approx(run.nfe_per_image)
+    assert cost["nfe"].iloc[-1] == pytest.approx(numbers["nfe_per_image"])
     assert cost["nfe"].iloc[0] == 8  # every candidate sees the first draw
-    alive = run.survivors()
-    assert alive["candidates"].iloc[0] == 8
-    assert alive["candidates"].sum() == pytest.approx(run.nfe_per_image)
-    assert run.seconds == 150 * 0.25
+    assert numbers["seconds"] == 150 * 0.25
 
 
-def test_wrong_and_sure_comes_first():
-    run = RunAnalysis(Path(), Settings({}, {}), list(made_up_rows(300, 8)))
-    shown = run.gallery(40)
+def test_curves_are_those_of_a_plain_loop(report):
+    run, rows = Evaluation.read(report.parent), list(made_up_rows(300, 8))
+    alive_BS = np.array([[(row.draws_K > s).sum() for s in range(20)] for row in rows])
+    alive = tables.survivors(run.survivors)
+    assert alive["draw"].tolist() == list(range(1, 21))
+    np.testing.assert_allclose(alive["candidates"], alive_BS.mean(0))
+    np.testing.assert_allclose(alive[["low", "high"]].T, np.quantile(alive_BS, [0.1, 0.9], axis=0))
+    right_BS = np.array([row.leader_S == row.label for row in rows])
+    cost = tables.costs(run.costs)
+    np.testing.assert_allclose(cost["accuracy"], right_BS.mean(0))
+    np.testing.assert_allclose(cost["nfe"], alive_BS.mean(0).cumsum())
+    sure = run.sureness
+    np.testing.assert_allclose(sure.votes, [row.votes for row in rows])
+    np.testing.assert_allclose(sure.margin, [row.margin for row in rows])
+    assert sure.right.tolist() == [row.prediction == row.label for row in rows]
+
+
+def test_answers_stay_after_the_decision():
+    """Images that are decided early count at every later draw."""
+    outline = made_up_outline(4)
+    rows = [
+        dataclasses.replace(row, draws_K=np.minimum(row.draws_K, 3 + i), leader_S=row.leader_S[: 3 + i])
+        for i, row in enumerate(made_up_rows(12, 4))
+    ]
+    costs = Costs(outline)
+    costs.update(rows)
+    for s in range(14):
+        right = [row.leader_S[min(s, len(row.leader_S) - 1)] == row.label for row in rows]
+        assert costs.accuracy_S[s] == pytest.approx(np.mean(right))
+    assert costs.draws == 14
+
+
+def test_wrong_and_sure_comes_first(report):
+    shown = Evaluation.read(report.parent).gallery(40)
     assert len(shown) == 40
     wrong = [row.prediction != row.label for row in shown]
     assert wrong == sorted(wrong, reverse=True)
     margins = [row.margin for row in shown[: sum(wrong)]]
     assert margins == sorted(margins, reverse=True)
-    assert margins[0] == max(row.margin for row in run.rows if row.prediction != row.label)
+    assert margins[0] == max(row.margin for row in made_up_rows(300, 8) if row.prediction != row.label)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +131,6 @@ def test_no_images_no_pixels_no_folder(tmp_path):
         write_report(tmp_path / "empty")
     with pytest.raises(SystemExit, match=r"error: run: no settings.json in '.*nowhere'"):
         main(["report", str(tmp_path / "nowhere")])
-    import dataclasses
-
     rows = [dataclasses.replace(row, thumbnail=None) for row in made_up_rows(5, 3)]
     run = made_up_run(tmp_path / "latents", rows, 3)
     assert "5 have no picture: what was classified were not pixels" in write_report(run).read_text()

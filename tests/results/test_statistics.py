@@ -9,7 +9,7 @@ from scipy.stats import binom, norm
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lightning_diffclf.results.statistics import brier, ece, mcnemar, nll, reliability, selective, wilson
+from lightning_diffclf.results.statistics import Judged, Scores, ece, mcnemar, selective_accuracy, wilson
 
 
 @given(st.integers(1, 2000), st.data())
@@ -51,23 +51,35 @@ def test_calibration_error_is_that_of_torchmetrics():
     assert ece(p_BC.max(1), p_BC.argmax(1) == label_B) == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_scores_are_those_of_sklearn():
+def test_scores_are_those_of_sklearn_in_parts_of_any_size():
     p_BC, label_B = probabilities()
-    chosen = p_BC[np.arange(300), label_B]
-    assert nll(chosen) == pytest.approx(log_loss(label_B, p_BC))
+    judged = Judged(p_BC.max(1), p_BC.argmax(1) == label_B, p_BC[np.arange(300), label_B], np.square(p_BC).sum(1))
+    scores = Scores.zeros()
+    for first, last in ((0, 7), (7, 7), (7, 200), (200, 300)):
+        scores.add(Judged(*(values[first:last] for values in judged)))
+    assert scores.numbers()["nll"] == pytest.approx(log_loss(label_B, p_BC))
     expected = brier_score_loss(label_B, p_BC, labels=range(5), scale_by_half=False)
-    assert brier(chosen, np.square(p_BC).sum(1)) == pytest.approx(expected)
-    assert np.isfinite(nll(np.array([0.0, 1.0])))
+    assert scores.numbers()["brier"] == pytest.approx(expected)
+    assert scores.numbers()["ece"] == pytest.approx(ece(judged.confidence, judged.right))
+
+
+def test_what_is_impossible_costs_much_but_not_infinitely_much():
+    scores = Scores.zeros()
+    scores.add(Judged(np.ones(2), np.array([False, True]), np.array([0.0, 1.0]), np.ones(2)))
+    assert scores.numbers()["nll"] == pytest.approx(354.2, rel=1e-3)
+    assert scores.numbers()["brier"] == 1
 
 
 def test_bins_hold_every_image_once():
-    confidence = np.array([1e-9, 0.2, 0.2000001, 0.5, 1.0, 1.0])
-    bins = reliability(confidence, np.array([0, 1, 1, 0, 1, 0]), bins=5)
-    assert bins.images.tolist() == [2, 1, 1, 2]
-    assert bins.accuracy.tolist() == [0.5, 1, 0, 0.5]
+    confidence, right = np.array([1e-9, 0.2, 0.2000001, 0.5, 1.0, 1.0]), np.array([0, 1, 1, 0, 1, 0])
+    scores = Scores.zeros(bins=5)
+    scores.add(Judged(confidence, right, np.ones(6), np.ones(6)))
+    assert scores.bins_M3[:, 0].tolist() == [2, 1, 1, 0, 2]
+    assert scores.bins_M3[:, 2].tolist() == [1, 1, 0, 0, 1]
+    assert scores.bins_M3[:, 1].sum() == pytest.approx(confidence.sum())
 
 
 def test_selective_accuracy():
-    curve = selective(np.array([0.1, 0.9, 0.5, 0.7]), np.array([0, 1, 0, 1]))
+    curve = selective_accuracy(np.array([0.1, 0.9, 0.5, 0.7]), np.array([0, 1, 0, 1]))
     assert curve.coverage.tolist() == [0.25, 0.5, 0.75, 1]
     np.testing.assert_allclose(curve.accuracy, [1, 1, 2 / 3, 0.5])

@@ -25,7 +25,8 @@ from lightning_diffclf.results import parts as parts_module
 from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors
 from lightning_diffclf.results.parts import Parts
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table, to_table, write_table
-from lightning_diffclf.results.store import Settings, Store, claim, finish, merge, read_table, scan
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import Store, claim, finish, merge, read_table, scan
 from tests.classifier.toys import Toy, some_images
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def decisions(count: int, first: int = 0):
     classifier = DiffusionClassifier(Toy(), Draws(6), keep_errors=True)
     results = list(classifier(some_images(count), ids=range(first, first + count)))
     rows = [
-        Record.of(r, range(5), classifier.weights_S, label=i % 5, seconds=0.5, rank=0, thumbnail=b"RIFF")
+        Record.of(r, range(5), classifier.terms.weights_S, label=i % 5, seconds=0.5, rank=0, thumbnail=b"RIFF")
         for i, r in enumerate(results)
     ]
     return classifier, results, rows

@@ -7,7 +7,7 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from lightning_diffclf import Candidates, DiffusionClassifier, Draws, NoiseSchedule, PairedTest
-from lightning_diffclf.classifier import LinearProbe
+from lightning_diffclf.linear_probe import LinearProbe
 from tests.classifier.toys import SHAPE, Toy, some_images
 
 
@@ -86,11 +86,21 @@ def test_the_probe_is_ridge_regression_on_the_layers_output():
     torch.testing.assert_close(x_t, schedule.alpha(torch.tensor([50])).view(1, 1, 1, 1) * images[:200])  # no noise
     assert set(t.tolist()) == {50}
     assert set(candidate.tolist()) == {0}
-    features = torch.cat([denoiser.hidden(x_t.flatten(1)), torch.ones(200, 1)], 1).detach().double().numpy()
+    features = denoiser.hidden(x_t.flatten(1)).detach().double().numpy()
     one_hot = np.eye(6)[labels[:200]]
-    penalty = 1e-2 * np.mean(np.square(features).sum(0))
-    expected = Ridge(alpha=penalty, fit_intercept=False).fit(features, one_hot).coef_.T
-    np.testing.assert_allclose(probe.state_dict()["weight"].numpy(), expected, rtol=1e-3, atol=1e-5)
+    # scikit-learn's penalty is on a sum over images, ours on their mean, in units of the features' mean variance.
+    expected = Ridge(alpha=200 * 1e-2 * features.var(0).mean()).fit(features, one_hot)
+    weight = np.concatenate([expected.coef_.T, expected.intercept_[None]])
+    np.testing.assert_allclose(probe.state_dict()["weight"].numpy(), weight, rtol=1e-3, atol=1e-5)
+
+
+def test_the_probe_does_not_depend_on_the_unit_of_features():
+    denoiser, (images, labels) = WithLayer(), labelled(200)
+    before = LinearProbe(denoiser, "hidden", timestep=50, top=1).fit([(images, labels)])(images)
+    with torch.no_grad():
+        denoiser.hidden.weight.mul_(1000)
+        denoiser.hidden.bias.mul_(1000).add_(3e4)
+    assert LinearProbe(denoiser, "hidden", timestep=50, top=1).fit([(images, labels)])(images) == before
 
 
 def test_recall_and_top():

@@ -1,4 +1,4 @@
-"""Below one call per candidate: something cheap names the few candidates that are worth the denoiser's time."""
+"""LinearProbe: a proposal by one network call, fitted to labelled images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.identity import digest_of_tensor
 
 
 class LinearProbe:
@@ -24,7 +25,8 @@ class LinearProbe:
         layer: Name of a part of it, as ``named_modules()`` has it, whose output has one row for each input row.
         timestep: Timestep of the schedule at which features are taken.
         top: Classes to propose, all their candidates each.
-        ridge: Strength of the regularisation, in units of the mean variance of the features.
+        ridge: Strength of the regularisation of the map, in units of the mean variance of the features; its constant
+            is free.
 
     Attributes:
         nfe: Network calls for each image.
@@ -43,8 +45,9 @@ class LinearProbe:
             raise UserError(f"probe: no layer {layer!r} in {type(denoiser).__name__}, which has {[*parts][1:8]} …")
         if top < 1:
             raise UserError(f"probe: top {top}, expected at least 1")
-        self.denoiser, self.layer, self.timestep, self.top, self.ridge = denoiser, parts[layer], timestep, top, ridge
-        self._weight: Tensor | None = None  # (features + 1, classes)
+        self.denoiser, self.layer_name, self.layer = denoiser, layer, parts[layer]
+        self.timestep, self.top, self.ridge = timestep, top, ridge
+        self._weight: Tensor | None = None  # (features + 1, classes), the constant last
         self._candidates_of = [
             [k for k, its in enumerate(denoiser.candidates.classes) if its == c]
             for c in range(denoiser.candidates.num_classes)
@@ -52,7 +55,7 @@ class LinearProbe:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, F), float32, for images as ``denoiser.encode`` takes them, with a constant one at the end."""
+        """Features (B, F), float32, for images as ``denoiser.encode`` takes them."""
         schedule = self.denoiser.schedule
         x0 = self.denoiser.encode(images).float()
         t = torch.full((len(x0),), self.timestep, device=x0.device)
@@ -65,8 +68,7 @@ class LinearProbe:
             self.denoiser.predict(*schedule.network_rows(x_t, t), first)
         finally:
             hook.remove()
-        output = found[0].flatten(1).float()
-        return torch.cat([output, output.new_ones(len(output), 1)], dim=1)
+        return found[0].flatten(1).float()
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> LinearProbe:
         """Fit the map to batches of images (B, C, H, W) and classes (B,); returns itself.
@@ -74,17 +76,21 @@ class LinearProbe:
         Raises:
             ValueError: if there are no batches.
         """
-        gram: Any = 0
-        moment: Any = 0
+        count = 0
+        sums: list[Any] = [0, 0, 0, 0]  # of features, targets, products of features, products of features and targets
         for images, labels in batches:
-            features = self.features(images).double()
-            targets = nn.functional.one_hot(labels.to(features.device), self.denoiser.candidates.num_classes)
-            gram = gram + features.T @ features
-            moment = moment + features.T @ targets.double()
-        if not isinstance(gram, Tensor):
+            x = self.features(images).double()
+            y = nn.functional.one_hot(labels.to(x.device), self.denoiser.candidates.num_classes).double()
+            sums = [total + new for total, new in zip(sums, (x.sum(0), y.sum(0), x.T @ x, x.T @ y), strict=True)]
+            count += len(x)
+        if count == 0:
             raise UserError("probe: no batches to fit, expected at least one")
-        penalty = self.ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        self._weight = torch.linalg.solve(gram + penalty, moment).float()
+        x_mean, y_mean, xx, xy = (total / count for total in sums)
+        covariance = xx - x_mean[:, None] * x_mean
+        penalty = self.ridge * covariance.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        weight = torch.linalg.solve(covariance + penalty, xy - x_mean[:, None] * y_mean)
+        # The last row is the constant, which is not penalised.
+        self._weight = torch.cat([weight, (y_mean - x_mean @ weight)[None]]).float()
         return self
 
     def __call__(self, images: Tensor) -> list[list[int]]:
@@ -96,7 +102,8 @@ class LinearProbe:
         if self._weight is None:
             raise RuntimeError("probe: not fitted; call fit or load_state_dict first")
         top = min(self.top, len(self._candidates_of))
-        classes_BM = (self.features(images) @ self._weight).topk(top, dim=1).indices.tolist()
+        found_BC = self.features(images) @ self._weight[:-1] + self._weight[-1]
+        classes_BM = found_BC.topk(top, dim=1).indices.tolist()
         return [sorted(k for c in classes for k in self._candidates_of[c]) for classes in classes_BM]
 
     def recall(self, images: Tensor, labels: Sequence[int]) -> float:
@@ -104,6 +111,11 @@ class LinearProbe:
         classes = self.denoiser.candidates.classes
         hits = [label in {classes[k] for k in one} for one, label in zip(self(images), labels, strict=True)]
         return sum(hits) / len(hits)
+
+    def identity(self) -> dict[str, Any]:
+        """What proposals depend on beside the denoiser."""
+        weight = None if self._weight is None else digest_of_tensor(self._weight)
+        return {"layer": self.layer_name, "timestep": self.timestep, "top": self.top, "weight": weight}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The fitted map, for saving."""

@@ -30,7 +30,7 @@ class _Waiting(NamedTuple):
     picture: Picture | None  # where results are written
 
 
-class Evaluation:
+class RankEvaluation:
     """Classifies the images of batches as they come. Make one on all ranks.
 
     Args:
@@ -67,8 +67,8 @@ class Evaluation:
         metrics.reset()
         if writer is not None:
             if self.labelled:
-                for records in writer.records_before():
-                    metrics.update(records)
+                for decided in writer.decided_before():
+                    metrics.update(decided)
             trainer.strategy.barrier("store")  # nobody writes before all have read
             if writer.finished and trainer.is_global_zero:
                 print(f"resuming {writer.folder}: {len(writer.finished)} images are finished")
@@ -141,7 +141,9 @@ class Evaluation:
                 seconds, (image_id, label, picture) = time.perf_counter() - start, self._waiting.popleft()
                 result = replace(keyed, image_id=image_id)
                 classes = c.denoiser.candidates.classes
-                record = Record.of(result, classes, c.weights_S, label, seconds=seconds, rank=rank)
+                record = Record.of(
+                    result, classes, c.terms.weights_S, label, c.recipe.ensemble, seconds=seconds, rank=rank
+                )
                 records.append(record)
                 if self._writer is not None and picture is not None:
                     self._writer.add(record, result, keyed.image_id, picture)

@@ -1,0 +1,51 @@
+"""What a denoiser can be asked about, by name and class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_diffclf.errors import UserError
+
+
+class Candidates:
+    """The K conditions that a denoiser can be asked about.
+
+    Args:
+        names: Human-readable name of each candidate, such as a class name or a prompt.
+        classes: Class index of each candidate; candidate k is class k if omitted. Several candidates may share a class
+            (several prompts for one class).
+
+    Raises:
+        ValueError: if there are no candidates, the lengths differ or a class index is negative.
+
+    Example:
+        >>> candidates = Candidates(["a photo of a cat", "a drawing of a cat", "a photo of a dog"], [0, 0, 1])
+        >>> len(candidates), candidates.num_classes, candidates.classes
+        (3, 2, (0, 0, 1))
+    """
+
+    def __init__(self, names: Sequence[str], classes: Sequence[int] | None = None) -> None:
+        self.names = tuple(str(name) for name in names)
+        self.classes = tuple(range(len(self.names))) if classes is None else tuple(int(c) for c in classes)
+        if not self.names:
+            raise UserError("candidates: none given, expected at least one")
+        if len(self.classes) != len(self.names):
+            raise UserError(f"candidates: {len(self.names)} names but {len(self.classes)} class indices")
+        if min(self.classes) < 0:
+            raise UserError(f"candidates: class index {min(self.classes)}, expected 0 or more")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def class_names(self) -> list[str]:
+        """A name for each class: that of its first candidate, or else its index."""
+        names = [str(c) for c in range(self.num_classes)]
+        for name, c in reversed(list(zip(self.names, self.classes, strict=True))):
+            names[c] = name
+        return names
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest class index."""
+        return max(self.classes) + 1

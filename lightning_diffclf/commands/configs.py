@@ -1,0 +1,77 @@
+"""Configuration files: found by name in configs/, and layered on others that they extend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile
+
+from lightning_diffclf.errors import MissingFile, UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+EXTENDS = "extends"
+
+
+def is_file_name(value: str) -> bool:
+    """Whether the value of ``--config`` names a file, be it one that is missing, rather than being YAML itself."""
+    return "\n" not in value and (Path(value).is_file() or value.endswith((".yaml", ".yml")))
+
+
+def find(name: str, beside: Path = Path()) -> Path:
+    """A file: beside another one, else that of this name in configs/.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    for path in (beside / name, CONFIGS / name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+    place = "here" if beside == Path() else f"in {str(beside)!r}"
+    raise MissingFile(f"config: no file {name!r}, neither {place} nor in {CONFIGS} (which has: {known})")
+
+
+def layers(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """Files that make up a configuration, the lowest first, ``path`` last; what comes later overrides.
+
+    A file may name others below it: ``extends: dit_imagenet.yaml``, or a list of names, of files beside it or in
+    configs/.
+
+    Raises:
+        FileNotFoundError: if one is missing.
+        ValueError: if a file cannot be read, extends itself, or ``extends`` is neither a name nor a list of them.
+    """
+    if path.resolve() in above:
+        raise UserError(f"config: {str(path)!r} extends itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config: {str(path)!r} is no YAML file ({' '.join(str(error).split())})") from error
+    below = values.get(EXTENDS) if isinstance(values, dict) else None
+    names = [below] if isinstance(below, str) else [] if below is None else below
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"config: {str(path)!r} has {EXTENDS}: {below!r}, expected the name of a file or a list of them"
+        )
+    found = [layers(find(name, path.parent), (*above, path.resolve())) for name in names]
+    return [*(one for files in found for one in files), path]
+
+
+class NamedConfig(ActionConfigFile):
+    """``--config dit_digits.yaml``: that file, else the file of that name in configs/, and those that it extends."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Apply a file on top of those that it extends, as if all were given; text is left to the base class."""
+        if not isinstance(values, str) or not is_file_name(values):
+            super().__call__(parser, cfg, values, option_string)
+            return
+        try:
+            files = layers(find(values))
+        except (MissingFile, UserError) as error:
+            parser.error(str(error))
+        for file in files:
+            super().__call__(parser, cfg, str(file), option_string)
+            cfg[EXTENDS] = None  # done: what is written of this configuration is whole

@@ -1,0 +1,100 @@
+"""What a data module may say besides its batches (:class:`~.batch.Batch`): each of these is optional.
+
+A data module that has the members of one of these protocols is asked for them by whom its docstring names. Check with
+``isinstance``, which looks at names only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from lightning_diffclf.data.latents import Latents
+from lightning_diffclf.data.prompts import PromptSet
+
+
+@runtime_checkable
+class HasClassNames(Protocol):
+    """Asked by zero-shot networks, which make prompts of the names, and by the report."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Name of each class; None or empty if unknown."""
+        ...
+
+
+@runtime_checkable
+class HasNumClasses(Protocol):
+    """Asked by networks with classes of their own before training."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes of the training data; None if unknown."""
+        ...
+
+
+@runtime_checkable
+class HasNetworkClasses(Protocol):
+    """Asked by networks with classes of their own, where the data have fewer (ImageNet-A, ObjectNet)."""
+
+    @property
+    def network_classes(self) -> list[list[int]] | None:
+        """The network's classes that make up each class of the data; None if they are the same."""
+        ...
+
+
+@runtime_checkable
+class HasPrompts(Protocol):
+    """Asked by zero-shot networks; stands in place of their own prompts."""
+
+    @property
+    def prompt_set(self) -> PromptSet:
+        """Every candidate with its prompt."""
+        ...
+
+
+@runtime_checkable
+class HasLatents(Protocol):
+    """Asked by networks on latents, to check shape and autoencoder before long work."""
+
+    def latents(self, stage: str | None) -> Sequence[Latents]:
+        """The folders of latents that a stage reads."""
+        ...
+
+
+class Decided(Protocol):
+    """The decision on one image, as far as the numbers of a data set may need it.
+
+    Its id, and for each of its K candidates: index, mean error, and number of draws seen, (K,) each.
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def candidates_K(self) -> np.ndarray: ...
+
+    @property
+    def scores_K(self) -> np.ndarray: ...
+
+    @property
+    def draws_K(self) -> np.ndarray: ...
+
+
+@runtime_checkable
+class NeedsEveryDraw(Protocol):
+    """Asked by the evaluation before it begins."""
+
+    needs_every_draw: bool
+    """Whether errors are compared across images or candidates, so that elimination and budget are refused."""
+
+
+@runtime_checkable
+class HasScore(Protocol):
+    """Asked by the evaluation when all images are decided."""
+
+    def score(self, rows: Sequence[Decided]) -> dict[str, float]:
+        """Numbers of the data set's own, by name; none if no image of it counts."""
+        ...

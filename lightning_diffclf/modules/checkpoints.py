@@ -1,0 +1,97 @@
+"""Checkpoints of trainings: read, compared with a module, and made into the module that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule
+from torch import Tensor
+
+from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.models.weight_files import read_file
+from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint onto the CPU without running code from it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no Lightning checkpoint.
+    """
+    if not Path(path).is_file():
+        raise MissingFile(f"checkpoint: no file {str(path)!r}")
+    checkpoint = read_file(Path(path))
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"checkpoint: {str(path)!r} has no 'state_dict', expected a Lightning checkpoint")
+    if not isinstance(checkpoint.get("hyper_parameters", {}), Mapping):
+        raise UserError(f"checkpoint: {str(path)!r} has 'hyper_parameters' that are no mapping of names to values")
+    return checkpoint
+
+
+def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Raise ValueError unless ``checkpoint`` has the weights of a module like this one, trained on its schedule."""
+    for name in ("schedule", "prediction"):
+        trained, configured = (h.get(name) for h in (checkpoint.get("hyper_parameters", {}), module.hparams))
+        if "hyper_parameters" in checkpoint and trained != configured:
+            raise UserError(
+                f"checkpoint: {str(path)!r} was trained with {name} {trained!r}, "
+                f"but {name} is configured as {configured!r}"
+            )
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    if ours == theirs:
+        return
+    differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    found = [f"{name} is {theirs[name]} there and {ours[name]} here" for name in differing[:3]]
+    missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    found += [f"{len(missing)} tensors are missing there, such as {missing[0]}"] if missing else []
+    found += [f"{len(surplus)} tensors are unknown here, such as {surplus[0]}"] if surplus else []
+    raise UserError(
+        f"checkpoint: {str(path)!r} does not fit {type(module).__name__} as configured: {'; '.join(found)}. "
+        "To train anew, give another --run_dir"
+    )
+
+
+def trained_module(path: str | Path, vae: str | None = None, raw: bool = False) -> ClassConditionalDiT:
+    """The module of a checkpoint, with averaged weights where there are.
+
+    Lightning's ``load_from_checkpoint`` would take the class to make and its arguments from the file; here the class is
+    known, and arguments are plain values.
+
+    Args:
+        path: The checkpoint.
+        vae: Autoencoder in place of the module's own.
+        raw: Take the weights in training rather than their average.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, or is of another module.
+    """
+    checkpoint = read_checkpoint(path)
+    arguments = dict(checkpoint.get("hyper_parameters", {}))
+    if "net.final_layer.linear.weight" not in checkpoint["state_dict"] or not arguments:
+        raise UserError(f"checkpoint: {str(path)!r} is of no ClassConditionalDiT, expected one that `fit` wrote")
+    strange = [name for name, value in arguments.items() if not isinstance(name, str) or not _is_plain(value)]
+    if strange:
+        raise UserError(f"checkpoint: {str(path)!r} has {strange[0]!r} in its hyper_parameters, expected plain values")
+    try:
+        module = ClassConditionalDiT(**arguments | ({} if vae is None else {"vae": vae}))
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"checkpoint: {str(path)!r} has hyper_parameters of no module ({reason})") from error
+    weights = checkpoint.get("current_model_state", checkpoint["state_dict"]) if raw else checkpoint["state_dict"]
+    check_checkpoint(module, checkpoint | {"state_dict": weights}, path)
+    module.load_state_dict(weights)
+    return module
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

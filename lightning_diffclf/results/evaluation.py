@@ -1,0 +1,163 @@
+"""A stored run as analysed: its summary and calibration, and what else a report shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from lightning_diffclf.classifier import Posterior
+from lightning_diffclf.classifier.posterior import class_differences
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sample
+from lightning_diffclf.results.curves import Costs, Sureness, Survivors
+from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.statistics import Scores
+from lightning_diffclf.results.store import scan
+from lightning_diffclf.results.summary import Outline, Summary
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that is known about a run, whether it has ended or not.
+
+    Its decisions are read in chunks, as often as needed; what is kept are sums, and a few numbers for each image.
+
+    Args:
+        path: Its folder.
+        settings: What it was made with.
+
+    Raises:
+        ValueError: if it has no images.
+    """
+
+    path: Path
+    settings: Settings
+
+    @classmethod
+    def read(cls, path: str | Path) -> Evaluation:
+        """The run in the folder ``path``.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it cannot be read, or has no images.
+        """
+        evaluation = cls(Path(path), Settings.read(Path(path)))
+        if evaluation.images == 0:
+            raise UserError(f"run: no image in {str(path)!r} yet")
+        return evaluation
+
+    @cached_property
+    def outline(self) -> Outline:
+        """What summaries need to know."""
+        return Outline.of(self.settings.info)
+
+    def chunks(self, columns: Sequence[str], ids: Collection[str] | None = None) -> Iterator[pa.Table]:
+        """Some columns of the decisions, a few megabytes at a time; of the images ``ids`` only, if given."""
+        wanted = None if ids is None else pa.array(sorted(ids), pa.string())
+        for chunk in scan(self.path, list(dict.fromkeys(columns)), self.settings):
+            yield chunk if wanted is None else chunk.filter(pc.is_in(chunk["id"], wanted))
+
+    def summary_of(self, ids: Collection[str]) -> Summary:
+        """The summary of some images."""
+        return Summary.of(self.outline, self.chunks(Summary.COLUMNS, ids))
+
+    # --- one pass over all decisions -------------------------------------------------------------------------------
+
+    @cached_property
+    def images(self) -> int:
+        """Number of images."""
+        return sum(chunk.num_rows for chunk in self.chunks(["id"]))
+
+    @cached_property
+    def _first_pass(self) -> tuple[Summary, Sample, Sureness, Costs, Survivors]:
+        outline = self.outline
+        parts = Summary(outline), Sample(outline), Sureness(), Costs(outline), Survivors(outline)
+        for chunk in self.chunks([name for part in parts for name in part.COLUMNS]):
+            for part in parts:
+                part.update(chunk)
+        return parts
+
+    @property
+    def summary(self) -> Summary:
+        """The headline numbers, the confusion matrix and the accuracy of single draws."""
+        return self._first_pass[0]
+
+    @property
+    def sureness(self) -> Sureness:
+        """How sure each decision is."""
+        return self._first_pass[2]
+
+    @property
+    def costs(self) -> Costs:
+        """How accuracy grows with network calls."""
+        return self._first_pass[3]
+
+    @property
+    def survivors(self) -> Survivors:
+        """How many candidates are in play after each draw."""
+        return self._first_pass[4]
+
+    # --- a second one, with fitted temperatures --------------------------------------------------------------------
+
+    @cached_property
+    def crossfitted(self) -> CrossFitted | None:
+        """All images judged with temperatures of other folds; None if fewer than 50 have a label."""
+        sample = self._first_pass[1]
+        if sample.labelled < ENOUGH_TO_SAY:
+            return None
+        crossfitted = CrossFitted(sample)
+        for chunk in self.chunks(CrossFitted.COLUMNS):
+            crossfitted.update(chunk)
+        return crossfitted
+
+    @property
+    def probabilities(self) -> dict[str, Scores]:
+        """Scores of the probabilities as ``configured`` and, with 50 labels, as ``calibrated`` by other folds."""
+        kinds = {"configured": self.summary.scores}
+        return kinds if self.crossfitted is None else kinds | {"calibrated": self.crossfitted.scores}
+
+    @cached_property
+    def posterior(self) -> Posterior:
+        """With the temperature that suits the labelled images; that of the run if they are below 50."""
+        sample = self._first_pass[1]
+        return sample.fit() if sample.labelled >= ENOUGH_TO_SAY else self.outline.posterior
+
+    # --- images ----------------------------------------------------------------------------------------------------
+
+    def gallery(self, most: int = 240) -> list[Record]:
+        """Images to look at: wrong ones first, the surest before all; then right ones, the least sure first."""
+        sure = self.sureness
+        known_B = sure.label >= 0
+        wrong = np.flatnonzero(known_B & ~sure.right)
+        others = np.flatnonzero(~known_B | sure.right)
+        wrong = wrong[np.argsort(-sure.margin[wrong], kind="stable")][: most * 3 // 4]
+        others = others[np.argsort(sure.margin[others], kind="stable")][: most - len(wrong)]
+        shown = [sure.ids[i] for i in (*wrong, *others)]
+        found = {row.id: row for chunk in self.chunks(SCHEMA.names, shown) for row in from_table(chunk)}
+        return [found[image_id] for image_id in shown]
+
+    def story(self, row: Record, most: int = 10) -> pd.DataFrame:
+        """The best candidates of an image: probability of its class, draws spent on each, how far behind each is."""
+        names, outline = self.settings.info["candidate_names"], self.outline
+        class_K = np.asarray(outline.classes)[row.candidates_K]
+        differences_1K, class_1K = torch.tensor(row.differences_K)[None], torch.from_numpy(class_K)[None]
+        differences_1C = class_differences(differences_1K, class_1K, outline.num_classes)
+        p_K = self.posterior(differences_1C, row.dims)[0].numpy()[class_K]
+        order = np.lexsort((row.differences_K, -row.draws_K))[:most]
+        return pd.DataFrame(
+            {
+                "candidate": [names[k] for k in row.candidates_K[order]],
+                "draws": row.draws_K[order].astype(int),
+                "behind": row.differences_K[order].astype(float),
+                "probability": p_K[order],
+            }
+        ).replace(np.inf, np.nan)

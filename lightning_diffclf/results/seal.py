@@ -1,0 +1,118 @@
+"""A checksum of a whole Parquet file, inside it: what was damaged since it was written is not read as other numbers.
+
+Parquet's own checksums are of pages, and leave out their headers and the footer, which says where everything is. Ours
+is CRC-32 of all bytes, in eight hexadecimal digits of the footer that count as zeros; to other readers it is one more
+entry of the metadata.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import replacing
+
+KEY = b"diffclf_crc32"
+
+OPEN = b"0" * 8  # what stands where the digits will be
+
+ENTRY = KEY + b"\x18\x08"  # how the footer has it: the key, and a text of eight bytes
+
+MAGIC = b"PAR1"
+
+MAX_VALUES_PER_BYTE = 64  # equal values take next to no room: a small file may claim to hold more than any memory
+
+MAX_VALUES = 1_000_000  # that a file of any size may hold
+
+CHUNK = 2**22
+
+
+@contextmanager
+def sealed_writer(path: Path, schema: pa.Schema, what: str, **settings: Any) -> Iterator[pq.ParquetWriter]:
+    """A writer of a file that is complete and has its checksum, or is not there; see :func:`~.files.replacing`.
+
+    Args:
+        path: The file.
+        schema: Its columns and metadata.
+        what: What it is, for errors.
+        **settings: Of ``pyarrow.parquet.ParquetWriter``.
+
+    Raises:
+        FailedWrite: if it cannot be written.
+    """
+    described = schema.with_metadata({**(schema.metadata or {}), KEY: OPEN})
+    with replacing(path, what) as temporary:
+        with pq.ParquetWriter(temporary, described, compression="zstd", **settings) as out:
+            yield out
+        position = _digits(temporary)
+        assert position is not None
+        digits = b"%08x" % _checksum(temporary, position)
+        with open(temporary, "rb+") as file:
+            file.seek(position)
+            file.write(digits)
+
+
+def check_seal(path: Path) -> None:
+    """Verify a file, once as long as it stays as it is. One without a seal, of an earlier version, is taken as it is.
+
+    Raises:
+        UserError: if it is damaged, or claims to hold more than its size allows.
+        OSError: if it cannot be read.
+    """
+    status = path.stat()
+    _check(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=2**14)
+def _check(path: str, inode: int, size: int, changed: int) -> None:
+    position = _digits(Path(path))
+    if position is not None:
+        with open(path, "rb") as file:
+            file.seek(position)
+            found = file.read(len(OPEN))
+        if found != b"%08x" % _checksum(Path(path), position):
+            raise UserError(
+                f"it is damaged: its checksum is not that of what was written; if a program of others wrote it anew, "
+                f"remove {KEY.decode()} from its metadata"
+            )
+    with pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        values = sum(group.column(number).num_values for group in groups for number in range(group.num_columns))
+        values = max(values, file.metadata.num_rows, *(group.num_rows for group in groups), 0)
+    if values > MAX_VALUES + MAX_VALUES_PER_BYTE * size:
+        raise UserError(f"it claims to hold {values:,} values in {size:,} bytes")
+
+
+def _digits(path: Path) -> int | None:
+    """Where in a file the digits are; None if it has none."""
+    with open(path, "rb") as file:
+        end = file.seek(0, 2)
+        file.seek(max(0, end - 8))
+        tail = file.read(8)
+        if len(tail) < 8 or tail[4:] != MAGIC:
+            raise UserError("it is damaged or no Parquet file")
+        begin = max(0, end - 8 - struct.unpack("<I", tail[:4])[0])
+        file.seek(begin)
+        found = file.read(end - begin).rfind(ENTRY)
+    return None if found < 0 else begin + found + len(ENTRY)
+
+
+def _checksum(path: Path, position: int) -> int:
+    crc, begin = 0, 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            here = bytearray(chunk)
+            for i, digit in enumerate(OPEN, position - begin):
+                if 0 <= i < len(here):
+                    here[i] = digit
+            crc, begin = zlib.crc32(here, crc), begin + len(here)
+    return crc

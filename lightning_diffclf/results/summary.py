@@ -1,0 +1,276 @@
+"""What decisions on many images amount to: the same numbers for live metrics, metrics.json, report and comparison.
+
+Decisions are counted as they come, in chunks of any size, and forgotten: what is kept are sums, which add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_diffclf.classifier import DiffusionClassifier, Posterior
+from lightning_diffclf.results.columns import Chunk, Columns
+from lightning_diffclf.results.statistics import Interval, Judged, Scores, wilson
+
+MOST_RANKS = 2**14  # processes of a run
+CELLS = 2**21  # numbers in an array
+
+NO_ANSWER = "no answer"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What must be known of an evaluation to sum its decisions up.
+
+    Args:
+        classes: Class index of each candidate of the denoiser.
+        class_names: Name of each class.
+        timesteps_S: Timestep of each draw, in the order spent.
+        posterior: Turns differences into probabilities.
+        abstains: Whether a margin was asked for: numbers say how many images have an answer.
+        proposes: Whether candidates were proposed for each image: numbers say how often the right class is among them.
+    """
+
+    classes: tuple[int, ...]
+    class_names: tuple[str, ...]
+    timesteps_S: tuple[float, ...]
+    posterior: Posterior = field(default_factory=Posterior)
+    abstains: bool = False
+    proposes: bool = False
+
+    @classmethod
+    def of_classifier(cls, classifier: DiffusionClassifier) -> Outline:
+        """Of an evaluation by ``classifier``."""
+        candidates, recipe = classifier.denoiser.candidates, classifier.recipe
+        return cls(
+            classes=tuple(candidates.classes),
+            class_names=tuple(candidates.class_names),
+            timesteps_S=tuple(classifier.timesteps_S.tolist()),
+            posterior=recipe.posterior,
+            abstains=recipe.abstain > 0,
+            proposes=recipe.proposal is not None,
+        )
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> Outline:
+        """From the info in a run's settings; see :meth:`to_info`."""
+        summary = info.get("summary", {})
+        return cls(
+            classes=tuple(info["candidate_classes"]),
+            class_names=tuple(info["class_names"]),
+            timesteps_S=tuple(info["timesteps_S"]),
+            posterior=Posterior(summary.get("reduction", "sum"), summary.get("temperature", 1.0)),
+            abstains=summary.get("abstains", False),
+            proposes=summary.get("proposes", False),
+        )
+
+    def to_info(self) -> dict[str, Any]:
+        """As plain values, for the info in a run's settings."""
+        return {
+            "candidate_classes": list(self.classes),
+            "class_names": list(self.class_names),
+            "timesteps_S": list(self.timesteps_S),
+            "summary": {
+                "reduction": self.posterior.reduction,
+                "temperature": self.posterior.temperature,
+                "abstains": self.abstains,
+                "proposes": self.proposes,
+            },
+        }
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return len(self.class_names)
+
+    @property
+    def together(self) -> int:
+        """Images whose differences and probabilities may be in memory together."""
+        return max(1, CELLS // max(len(self.classes), self.num_classes))
+
+    def name(self, c: int) -> str:
+        """Name of class ``c``; of C, which stands for no answer."""
+        return self.class_names[c] if c < self.num_classes else NO_ANSWER
+
+
+class Summary:
+    """The sums, and the numbers read off them. Images without a label count as images only.
+
+    An image whose candidates all gave NaN or infinity has no answer. That counts as wrong, and is a column of its own
+    in the confusion matrix.
+
+    Args:
+        outline: The evaluation.
+        sums: Sums to go on with, changed in place; of no image if omitted.
+
+    Attributes:
+        sums: By name, each of which adds up over parts: ``images`` and ``nfe`` (), ``answered``, ``answered_right``,
+            ``top5`` and ``proposed`` (), all int64; ``chance`` (), float64; ``seconds_R`` by rank, float64;
+            ``confusion_CA`` (C, C + 1), int64, rows are true classes; ``nfe_C`` by true class, int64; ``right_S`` of
+            ``judged_S`` images were right by draw s alone, int64; and those of
+            :class:`~lightning_diffclf.results.statistics.Scores`.
+    """
+
+    COLUMNS = (
+        *("label", "prediction", "top5", "abstained", "candidates_K", "differences_K", "draws_K", "nfe", "dims"),
+        *("choice_S", "seconds", "rank"),
+    )
+
+    def __init__(self, outline: Outline, sums: dict[str, np.ndarray] | None = None) -> None:
+        self.outline = outline
+        self.sums = zeros(outline) if sums is None else sums
+
+    @classmethod
+    def of(cls, outline: Outline, chunks: Iterable[Chunk]) -> Summary:
+        """The summary of all ``chunks``."""
+        summary = cls(outline)
+        for chunk in chunks:
+            summary.update(chunk)
+        return summary
+
+    def update(self, chunk: Chunk) -> None:
+        """Count some more images."""
+        for columns in Columns(chunk, self.COLUMNS).pieces(self.outline.together):
+            self._add(images=len(columns), nfe=columns.numbers("nfe").sum())
+            np.add.at(self.sums["seconds_R"], columns.numbers("rank"), columns.numbers("seconds"))
+            labelled = columns.take(columns.numbers("label") >= 0)
+            if len(labelled):
+                self._add_decisions(labelled)
+                self._add_draws(labelled)
+                self.scores.add(judge(labelled, self.outline, self.outline.posterior))
+
+    def _add(self, **sums: Any) -> None:
+        for name, value in sums.items():
+            np.add(self.sums[name], value, out=self.sums[name])
+
+    def _add_decisions(self, columns: Columns) -> None:
+        outline = self.outline
+        label_B, answer_B, answered_B = decided(columns, outline)
+        top5 = columns.lists("top5")
+        tried_BC = columns.candidate_classes(outline.classes, outline.num_classes)
+        self._add(
+            answered=answered_B.sum(),
+            answered_right=((answer_B == label_B) & answered_B).sum(),
+            top5=(top5.values == label_B[top5.row]).sum(),
+            proposed=tried_BC[np.arange(len(label_B)), label_B].sum(),
+            chance=(1 / tried_BC.sum(1)).sum(),
+        )
+        np.add.at(self.sums["confusion_CA"], (label_B, answer_B), 1)
+        np.add.at(self.sums["nfe_C"], label_B, columns.numbers("nfe"))
+
+    def _add_draws(self, columns: Columns) -> None:
+        """Of each image, the draws that all candidates saw: only these are fair to each of them."""
+        label_B, draws, choice = columns.numbers("label"), columns.lists("draws_K"), columns.lists("choice_S")
+        complete_B = np.full(len(columns), np.iinfo(np.int64).max)
+        np.minimum.at(complete_B, draws.row, draws.values)
+        seen = choice.position < complete_B[choice.row]
+        right = seen & (choice.values == label_B[choice.row])
+        total = len(self.sums["judged_S"])
+        self._add(
+            judged_S=np.bincount(choice.position[seen], minlength=total),
+            right_S=np.bincount(choice.position[right], minlength=total),
+        )
+
+    # --- what the sums say -----------------------------------------------------------------------------------------
+
+    @property
+    def images(self) -> int:
+        """Images, with a label or without."""
+        return int(self.sums["images"])
+
+    @property
+    def labelled(self) -> int:
+        """Images with a label."""
+        return int(self.sums["confusion_CA"].sum())
+
+    @property
+    def right(self) -> int:
+        """Images with a label that were decided rightly."""
+        return int(self.sums["confusion_CA"].trace())
+
+    @property
+    def unanswered(self) -> int:
+        """Images with a label that have no answer."""
+        return int(self.sums["confusion_CA"][:, -1].sum())
+
+    @property
+    def accuracy(self) -> Interval | None:
+        """Share of the labelled images decided rightly, with Wilson's 95 % interval; None if there are none."""
+        return wilson(self.right, self.labelled) if self.labelled else None
+
+    @property
+    def per_class(self) -> np.ndarray:
+        """Accuracy of each class (C,); NaN for classes that do not occur."""
+        confusion_CA = self.sums["confusion_CA"]
+        with np.errstate(invalid="ignore"):
+            return np.asarray(confusion_CA.diagonal() / confusion_CA.sum(1))
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Those of the posterior of the evaluation."""
+        return Scores(self.sums["bins_M3"], self.sums["nll"], self.sums["brier"])
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing among the candidates of each image."""
+        return float(self.sums["chance"]) / self.labelled
+
+    def numbers(self) -> dict[str, float]:
+        """The headline numbers by name; those that need labels only with labels. docs/results.md has the formulas."""
+        images, seconds = self.images, float(self.sums["seconds_R"].max())  # ranks run side by side
+        numbers: dict[str, float] = {}
+        if self.accuracy is not None:
+            low, high = self.accuracy.low, self.accuracy.high
+            numbers |= {"accuracy": self.accuracy.value, "accuracy_low": low, "accuracy_high": high}
+            numbers["mean_per_class"] = float(np.nanmean(self.per_class))
+            numbers |= self.scores.numbers()
+        numbers |= {"images": images, "nfe_per_image": int(self.sums["nfe"]) / images}
+        numbers |= {"images_per_second": images / seconds if seconds else float("nan"), "seconds": seconds}
+        if self.accuracy is not None:
+            if self.outline.num_classes > 5:
+                numbers["top5"] = int(self.sums["top5"]) / self.labelled
+            if self.outline.proposes:
+                numbers["proposal_recall"] = int(self.sums["proposed"]) / self.labelled
+            if self.outline.abstains:
+                answered = int(self.sums["answered"])
+                numbers["coverage"] = answered / self.labelled
+                right = int(self.sums["answered_right"])
+                numbers["answered_accuracy"] = right / answered if answered else float("nan")
+        return numbers
+
+
+def zeros(outline: Outline) -> dict[str, np.ndarray]:
+    """The sums of a :class:`Summary` over no image."""
+    classes, draws = outline.num_classes, len(outline.timesteps_S)
+    counts = ("images", "nfe", "answered", "answered_right", "top5", "proposed")
+    return (
+        {name: np.zeros((), dtype=np.int64) for name in counts}
+        | {"chance": np.zeros(()), "seconds_R": np.zeros(MOST_RANKS)}
+        | {"confusion_CA": np.zeros((classes, classes + 1), dtype=np.int64), "nfe_C": np.zeros(classes, dtype=np.int64)}
+        | {"right_S": np.zeros(draws, dtype=np.int64), "judged_S": np.zeros(draws, dtype=np.int64)}
+        | Scores.zeros()._asdict()
+    )
+
+
+def decided(columns: Columns, outline: Outline) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Class, answer and whether it counts as given, of labelled images (B,); C stands for no answer."""
+    prediction_B = columns.numbers("prediction")
+    answer_B = np.where(prediction_B < 0, outline.num_classes, prediction_B)
+    return columns.numbers("label"), answer_B, ~columns.numbers("abstained") & (prediction_B >= 0)
+
+
+def judge(columns: Columns, outline: Outline, posterior: Posterior) -> Judged:
+    """What the class probabilities of labelled images amount to, where ``posterior`` makes them of differences."""
+    label_B = columns.numbers("label")
+    p_BC = posterior(columns.class_differences(outline.classes, outline.num_classes), columns.dims)
+    return Judged(
+        confidence=p_BC.amax(1).numpy(),
+        right=columns.numbers("prediction") == label_B,
+        label=p_BC.gather(1, torch.tensor(label_B)[:, None])[:, 0].numpy(),
+        squares=p_BC.square().sum(1).numpy(),
+    )
