@@ -14,7 +14,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning_diffclf.classifier.proposal import LinearProbe
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -43,6 +42,7 @@ from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.identity import identity_of
+from lightning_diffclf.linear_probe import LinearProbe
 from lightning_diffclf.models.pipeline import load
 from tests.gaussians import Gaussians, Samples
 from tests.photos import autoencoder, photos
