@@ -20,7 +20,8 @@ from lightning_diffclf.results.calibration import Sample, calibrate
 from lightning_diffclf.results.error_maps import error_map
 from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.predictions import Record, from_table
-from lightning_diffclf.results.store import Settings, Store, Stored, claim, clean, finish, refresh, scan
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import Store, Stored, claim, clean, finish, refresh, scan
 from lightning_diffclf.results.summary import Outline, Summary
 from lightning_diffclf.results.thumbnails import thumbnail
 
