@@ -14,8 +14,9 @@ LAYERS = {
     "classifier": {"denoiser"},
     "models": {"denoiser"},
     "results": {"data", "denoiser", "classifier"},
-    "modules": {"data", "denoiser", "models"},
-    "sampling": {"denoiser", "models"},
+    "linear_probe": {"denoiser"},
+    "sampling": GROUND,
+    "modules": {"data", "denoiser", "models", "sampling"},
     "callbacks": {"data", "denoiser", "classifier", "models", "results", "modules", "sampling"},
 }
 TOP = {"__init__", "__main__", "cli", "commands", "classify"}  # import what they like; nothing below imports them

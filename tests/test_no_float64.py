@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_diffclf import Candidates, DiffusionClassifier, LikelihoodRatio, NoiseSchedule
+from lightning_diffclf.linear_probe import LinearProbe
+from lightning_diffclf.results.error_maps import error_map
 from lightning_diffclf.sampling import denoise
 from tests.classifier.toys import SHAPE, some_images
 
@@ -35,6 +37,9 @@ class OnDevice(Tensor):
         wrapper = Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=DEVICE)
         wrapper.values = values
         return wrapper
+
+    def tolist(self) -> Any:
+        return self.values.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,13 +68,14 @@ class Denoiser(nn.Module):
     def __init__(self, schedule: NoiseSchedule) -> None:
         super().__init__()
         self.schedule, self.candidates = schedule, Candidates(["a", "b", "c"])
+        self.layer = nn.Tanh()
         self.register_buffer("table", torch.linspace(-1, 1, 3)[:, None, None, None])
 
     def encode(self, images: Tensor) -> Tensor:
         return images
 
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
-        return torch.tanh(x_t * self.table[candidate] + (t.float() / 1000)[:, None, None, None])
+        return self.layer(x_t * self.table[candidate] + (t.float() / 1000)[:, None, None, None])
 
 
 def test_the_device_refuses_float64():
@@ -92,7 +98,7 @@ def test_classifying_takes_no_float64_to_the_device(name):
             denoiser, draws=None, elimination=LikelihoodRatio(), weights="sample", microbatch=16, keep_errors=True
         )
         results = list(classifier(images.to(device), ids=[1, 2, 3]))
-        maps = classifier.error_map(images[0].to(device), 1, [0, 2], draws=3)
+        maps = error_map(classifier, images[0].to(device), 1, [0, 2], draws=3)
         return [[r.label for r in results], *(r.scores_K for r in results), maps]
 
     here = classify(CPU)
@@ -102,6 +108,21 @@ def test_classifying_takes_no_float64_to_the_device(name):
     assert there[0] == here[0]
     for a, b in zip(there[1:], here[1:], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_probes_take_no_float64_to_the_device(name):
+    def propose(device: torch.device) -> list[list[int]]:
+        schedule = SCHEDULES[name]()
+        denoiser, images = Denoiser(schedule), some_images(30).to(device)
+        denoiser.table = denoiser.table.to(device)
+        probe = LinearProbe(denoiser, "layer", float(schedule.timesteps(1)), top=1)
+        return probe.fit([(images, torch.arange(30).to(device) % 3)])(images)
+
+    here = propose(CPU)
+    with Device():
+        there = propose(DEVICE)
+    assert there == here
 
 
 @pytest.mark.parametrize("name", ["discrete", "flow", "SiT"])
