@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 from lightning_diffclf import DiffusionClassifier, Draws, Exhaustive, PairedTest, Posterior
-from lightning_diffclf.results.calibration import crossfitted, fold_of, judge
+from lightning_diffclf.results.calibration import CrossFitted, Sample, fold_of
+from lightning_diffclf.results.columns import Columns
 from lightning_diffclf.results.predictions import Record
 from lightning_diffclf.results.replay import replay
 from lightning_diffclf.results.statistics import ece
+from lightning_diffclf.results.summary import Outline, judge
 
 
 def rows_of(found, errors_of: dict[str, np.ndarray], classes: list[int], weights_S: np.ndarray) -> list[Record]:
@@ -76,11 +78,17 @@ def main() -> None:
 
 
 def report(task: str, rule: object, rows: list[Record], classes: list[int]) -> None:
+    names = tuple(map(str, range(max(classes) + 1)))
+    outline = Outline(tuple(classes), names, timesteps_S=())
+    sample = Sample(outline)
+    sample.update(rows)
     right_B = np.array([row.prediction == row.label for row in rows])
     fold_B = np.array([fold_of(row.id) for row in rows])
+    crossfitted = CrossFitted(sample)
+    crossfitted.update(rows)
     kinds = {
-        "raw": judge(rows, classes, [Posterior()] * len(rows)).confidence,
-        "temperature": judge(rows, classes, crossfitted(rows, classes, Posterior())).confidence,
+        "raw": judge(Columns(rows, Sample.COLUMNS), outline, Posterior()).confidence,
+        "temperature": crossfitted.judged.confidence,
         "margin": platt(np.log([row.margin + 1e-3 for row in rows]), right_B, fold_B),
         "votes": platt(np.array([row.votes for row in rows]), right_B, fold_B),
     }

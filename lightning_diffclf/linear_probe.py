@@ -79,8 +79,9 @@ class LinearProbe:
         count = 0
         sums: list[Any] = [0, 0, 0, 0]  # of features, targets, products of features, products of features and targets
         for images, labels in batches:
-            x = self.features(images).double()
-            y = nn.functional.one_hot(labels.to(x.device), self.denoiser.candidates.num_classes).double()
+            found = self.features(images)
+            x = found.cpu().double()  # not every device has float64
+            y = nn.functional.one_hot(labels.cpu(), self.denoiser.candidates.num_classes).double()
             sums = [total + new for total, new in zip(sums, (x.sum(0), y.sum(0), x.T @ x, x.T @ y), strict=True)]
             count += len(x)
         if count == 0:
@@ -90,7 +91,7 @@ class LinearProbe:
         penalty = self.ridge * covariance.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
         weight = torch.linalg.solve(covariance + penalty, xy - x_mean[:, None] * y_mean)
         # The last row is the constant, which is not penalised.
-        self._weight = torch.cat([weight, (y_mean - x_mean @ weight)[None]]).float()
+        self._weight = torch.cat([weight, (y_mean - x_mean @ weight)[None]]).float().to(found.device)
         return self
 
     def __call__(self, images: Tensor) -> list[list[int]]:

@@ -14,8 +14,9 @@ LAYERS = {
     "classifier": {"denoiser"},
     "models": {"denoiser"},
     "results": {"data", "denoiser", "classifier"},
-    "modules": {"data", "denoiser", "models"},
-    "sampling": {"denoiser", "models"},
+    "linear_probe": {"denoiser"},
+    "sampling": GROUND,
+    "modules": {"data", "denoiser", "models", "sampling"},
     "callbacks": {"data", "denoiser", "classifier", "models", "results", "modules", "sampling"},
 }
 TOP = {"__init__", "__main__", "cli", "commands", "classify"}  # import what they like; nothing below imports them
@@ -26,11 +27,11 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}  # (file, layer that it imports): wh
 def imports_of(path: Path) -> set[str]:
     """Names of the modules that a file imports anywhere, also within functions."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-    assert all(node.level == 0 for node in froms), f"{path}: a relative import"
+    members = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert all(node.level == 0 for node in members), f"{path}: a relative import"
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     # ``from package import name`` may name a module or a member of the package: here, of the package itself
-    return names | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+    return names | {f"{node.module}.{alias.name}" for node in members for alias in node.names}
 
 
 def layer_of(name: str) -> str:

@@ -32,8 +32,8 @@ class DiffusionClassifierCallback(L.Callback):
     The network runs in the Trainer's precision, with averaged weights where an EMA callback puts them in place. Every
     image counts once, also when a DistributedSampler pads its shards.
 
-    Logged as ``diffclf/…``: ``accuracy`` (top-1), ``top5``, ``mean_per_class`` (over classes that occur), ``nll`` and
-    ``ece`` of the posterior (natural logarithm; 15 bins), ``nfe_per_image``, ``images``, ``seconds`` and
+    Logged as ``diffclf/…``: ``accuracy`` (top-1), ``top5``, ``mean_per_class`` (over classes that occur), ``nll``,
+    ``brier`` and ``ece`` of the posterior (natural logarithm; 15 bins), ``nfe_per_image``, ``images``, ``seconds`` and
     ``images_per_second``. With ``abstain`` also ``coverage``, the share of images with an answer, and
     ``answered_accuracy`` among them; with a ``proposal`` also ``proposal_recall``, the share of images whose class it
     named.

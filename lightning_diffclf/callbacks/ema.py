@@ -36,6 +36,7 @@ class EMA(WeightAveraging):
             raise UserError(f"ema: decay {decay}, expected a number in [0, 1)")
         self.decay = decay
         self._swapped = False  # whether the module holds the average and the average the trained weights
+        self._swaps_back = False  # whether this validation has put the average in place
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
     def _average(self, averages: Any, currents: Any, num_averaged: Tensor | int) -> None:
@@ -76,11 +77,18 @@ class EMA(WeightAveraging):
         super()._swap_models(pl_module)
         self._swapped = not self._swapped
 
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swaps_back = self._average_model is not None and not self._swapped
+        if self._swaps_back:  # after training, the average is in place already
+            self._swap_models(pl_module)
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing yet: other callbacks may still use the weights in this hook, whatever the order of callbacks."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_validation_epoch_end(trainer, pl_module)
+        if self._swaps_back:
+            self._swap_models(pl_module)
+        self._swaps_back = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Change places rather than copy, so that a checkpoint written from here on still has both.

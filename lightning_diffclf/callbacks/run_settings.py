@@ -22,7 +22,7 @@ from torchmetrics import Metric
 from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import digest_of_tensor, identity_of, says
-from lightning_diffclf.results.store import Settings
+from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.summary import Outline
 
 LOADING = ("batch_size", "eval_batch_size", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")

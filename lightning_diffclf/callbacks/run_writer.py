@@ -18,9 +18,11 @@ from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.files import FolderLock, write_json
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.calibration import Sample, calibrate
+from lightning_diffclf.results.error_maps import error_map
 from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.predictions import Record, from_table
-from lightning_diffclf.results.store import Settings, Store, Stored, claim, clean, finish, refresh, scan
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import Store, Stored, claim, clean, finish, refresh, scan
 from lightning_diffclf.results.summary import Outline, Summary
 from lightning_diffclf.results.thumbnails import thumbnail
 
@@ -138,7 +140,7 @@ class RunWriter:
         difference_of = dict(zip(result.candidates_K.tolist(), result.differences_K.tolist(), strict=True))
         right = min(tried, key=difference_of.__getitem__) if tried else classes.index(label)
         self._maps -= 1
-        right_map, chosen_map = self._classifier.error_map(image, key, [right, result.candidate])
+        right_map, chosen_map = error_map(self._classifier, image, key, [right, result.candidate])
         return (right_map - chosen_map).numpy()
 
     # --- end -----------------------------------------------------------------------------------------------------

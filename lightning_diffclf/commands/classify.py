@@ -40,7 +40,7 @@ def classify_command(args: Sequence[str]) -> None:
     parser.add_argument("--size", type=int | None, default=None, help="side of the images (default: the model's own)")
     parser.add_argument("--device", type=str, default="auto", help="cuda, cpu, …")
     parser.add_argument("--dtype", type=str, default="auto", help="float32, float16, bfloat16")
-    parser.add_argument("--skip-bad", action="store_true", help="continue past images that cannot be read")
+    parser.add_argument("--skip-bad", action="store_true", help="go on where an image cannot be read")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plots", type=str | None, default=None, help="folder for pictures with bars")
     parsed = parser.parse_args(list(args))

@@ -16,7 +16,7 @@ from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import replacing, write_json
-from lightning_diffclf.identity import digest_of_weights, identity_of
+from lightning_diffclf.identity import differences, digest_of_weights, identity_of
 from lightning_diffclf.models.autoencoder import DEFAULT
 from lightning_diffclf.models.published import config_of, is_published, load_published
 from lightning_diffclf.modules.checkpoints import trained_module
@@ -163,9 +163,8 @@ def prepare_folder(out: Path, settings: dict[str, object]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / SETTINGS
     if path.is_file() and any(out.glob("*/*.png")):  # settings alone are those of a command that failed
-        there = json.loads(path.read_text())
-        names = [name for name in settings if name != "ckpt" and there.get(name) != settings[name]]
-        different = [f"{name}: {there.get(name)!r} there, {settings[name]!r} here" for name in names]
+        there = json.loads(path.read_text()) | {"ckpt": settings["ckpt"]}
+        different = list(differences(there, settings))
         if different:
             raise UserError(f"out: {str(out)!r} holds other samples ({'; '.join(different)}); give another folder")
     elif not path.is_file() and any(out.iterdir()):

@@ -157,6 +157,6 @@ def _pairs(digits: InMemoryImages, count: int, seed: int) -> InMemoryImages:
     by_digit, size = digit.argsort(stable=True), torch.bincount(digit)
     rows = []
     for wanted in (label // 10, label % 10):
-        pick = (torch.rand(count, generator=generator) * size[wanted]).long()  # which of the scans of the wanted digit
+        pick = (torch.rand(count, generator=generator) * size[wanted]).long()  # the how-manieth of the wanted digit
         rows.append(by_digit[size.cumsum(0)[wanted] - 1 - pick])
     return InMemoryImages(torch.cat([image[row] for row in rows], dim=3), label, torch.arange(count))

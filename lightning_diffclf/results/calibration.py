@@ -140,14 +140,19 @@ class CrossFitted:
         for columns in Columns(chunk, self.COLUMNS).pieces(self.outline.together):
             columns = columns.take(columns.numbers("label") >= 0)
             fold_B = np.array([fold_of(image_id) for image_id in columns.strings("id")], dtype=int)
+            right_B, (confidence_B, label_B, squares_B) = np.empty(len(columns), bool), np.empty((3, len(columns)))
+            judged = Judged(confidence_B, right_B, label_B, squares_B)
             for fold in np.unique(fold_B):
-                judged = judge(columns.take(fold_B == fold), self.outline, self.posteriors[fold])
-                self.scores.add(judged)
-                self._judged.append(judged)
+                mine = fold_B == fold
+                found = judge(columns.take(mine), self.outline, self.posteriors[fold])
+                for values_B, some in zip(judged, found, strict=True):
+                    values_B[mine] = some
+            self.scores.add(judged)
+            self._judged.append(judged)
 
     @property
     def judged(self) -> Judged:
-        """All images so far, in any order."""
+        """All labelled images so far, in the order given."""
         return Judged(*(np.concatenate(parts) for parts in zip(*self._judged, strict=True)))
 
 

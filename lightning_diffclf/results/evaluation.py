@@ -19,8 +19,9 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sample
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
+from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.statistics import Scores
-from lightning_diffclf.results.store import SETTINGS, Settings, scan
+from lightning_diffclf.results.store import scan
 from lightning_diffclf.results.summary import Outline, Summary
 
 

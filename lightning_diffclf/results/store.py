@@ -13,29 +13,26 @@ Files are complete or not there. So a run that was killed is resumed by the same
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from lightning_diffclf.classifier import Classification
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
-from lightning_diffclf.files import FolderLock, read_json, remove_temporaries, write_text
+from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.parts import Parts, Vanished
 from lightning_diffclf.results.predictions import SCHEMA, Record, list_views, to_table, write_table
+from lightning_diffclf.results.settings import SETTINGS, Settings
 
 PREDICTIONS = "predictions.parquet"
-SETTINGS = "settings.json"
 PARTS = "parts"
 ERRORS_SUFFIX = ".errors.parquet"
 
@@ -44,63 +41,6 @@ ATTEMPTS = 10  # to read a run that changes meanwhile
 FLUSH_SECONDS = 60.0  # a part is also written when the last one is so old: images may take minutes each
 
 SETTINGS_KEY = b"diffclf_settings"  # where a Parquet file keeps the settings, or in a part, their digest
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run was made with, as plain values.
-
-    Attributes:
-        identity: What the results depend on. Only runs that agree in all of it can be joined or resumed.
-        info: What else is worth knowing: names, timesteps, versions, hardware, command.
-    """
-
-    identity: dict[str, Any]
-    info: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """Short name of the identity."""
-        return hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-    def to_json(self) -> str:
-        """As stored."""
-        return json.dumps(asdict(self) | {"digest": self.digest}, indent=2)
-
-    @classmethod
-    def read(cls, folder: Path) -> Settings:
-        """Those of the run in ``folder``.
-
-        Raises:
-            FileNotFoundError: if there is no run.
-            ValueError: if its settings cannot be read.
-        """
-        path = folder / SETTINGS
-        if not path.is_file():
-            raise MissingFile(f"run: no {SETTINGS} in {str(folder)!r}, expected the folder of an evaluation")
-        values = read_json(path, "run")
-        parts = [values.get(name) if isinstance(values, dict) else None for name in ("identity", "info")]
-        if not all(isinstance(part, dict) for part in parts):
-            raise UserError(f"run: {str(path)!r} cannot be read, expected identity and info")
-        found = cls(*parts)
-        if values.get("digest", found.digest) != found.digest:
-            raise UserError(f"run: {str(path)!r} was changed: its digest is not that of its identity")
-        return found
-
-    def check_same(self, other: Settings, what: str) -> None:
-        """Raise ValueError, naming all differences, unless ``other`` has the same identity."""
-        different = list(_differences(other.identity, self.identity))
-        if different:
-            raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")
-
-
-def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    """Where two identities differ, such as ``data.size: 8 there, 16 here``."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in dict.fromkeys([*here, *there]):
-            yield from _differences(there.get(name), here.get(name), f"{path}.{name}" if path else name)
-    elif json.dumps(there, sort_keys=True) != json.dumps(here, sort_keys=True):
-        yield f"{path}: {there!r} there, {here!r} here"
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

@@ -88,6 +88,20 @@ def test_plain_loading_gives_the_average(tmp_path):
     assert loaded.unused.item() == pytest.approx(expected_average(6, 0.5))
 
 
+def test_validation_after_training_sees_the_average(tmp_path):
+    class Looking(L.Callback):
+        seen: list[float] = []  # noqa: RUF012
+
+        def on_validation_batch_start(self, trainer, module, *_):
+            self.seen.append(module.unused.item())
+
+    trainer = fit(tmp_path, EMA(0.5), Looking(), enable_checkpointing=False)
+    during = len(Looking.seen)
+    trainer.validate(trainer.lightning_module, loader(4), verbose=False)
+    assert Looking.seen[during:] == [pytest.approx(expected_average(6, 0.5))]
+    assert trainer.lightning_module.unused.item() == Looking.seen[-1]
+
+
 def test_bad_settings(tmp_path):
     for decay in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"decay {decay}"):

@@ -166,9 +166,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_job_ends_with_an_error(tm
     before = (tmp_path / "last.ckpt").read_bytes()
     done = run_script(tmp_path, "1", "full")
     assert done.returncode != 0
-    assert f"checkpoint: '{tmp_path}/last.ckpt' could not be written, what was there is intact" in done.stderr
+    assert f"checkpoint: '{tmp_path}/last.ckpt' cannot be written (" in done.stderr
     assert (tmp_path / "last.ckpt").read_bytes() == before
-    assert list(tmp_path.glob("*.part")) == []
+    assert list(tmp_path.glob("*.tmp")) == []
     assert job.read_text() == "requeue 12\n"  # that of the first run
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from lightning_diffclf.results.predictions import Record, to_table
-from lightning_diffclf.results.store import Settings, claim, write_whole
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import claim, write_whole
 from lightning_diffclf.results.summary import Outline
 
 

@@ -84,6 +84,17 @@ def test_judged_is_what_a_plain_softmax_says():
         assert judged.right[i] == (p_C.argmax() == row.label)
 
 
+def test_every_image_is_judged_by_the_temperature_of_its_fold():
+    rows, outline = list(made_up_rows(100, 4)), made_up_outline(4)
+    crossfitted = CrossFitted(sample_of(rows, outline))
+    for chunk in (rows[:30], rows[30:]):
+        crossfitted.update(chunk)
+    for i, row in enumerate(rows):
+        expected = judge(Columns([row], Sample.COLUMNS), outline, crossfitted.posteriors[fold_of(row.id)])
+        for values_B, value in zip(crossfitted.judged, expected, strict=True):
+            assert values_B[i] == pytest.approx(value[0], rel=1e-12)
+
+
 def test_images_that_cannot_tell_are_left_out():
     rows, outline = list(made_up_rows(120, 4)), made_up_outline(4)
     expected = sample_of(rows[:100], outline).fit()

@@ -14,7 +14,8 @@ from lightning_diffclf.results import tables
 from lightning_diffclf.results.curves import Costs
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.report import write_report
-from lightning_diffclf.results.store import Settings, claim
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import claim
 from tests.results.made_up import made_up_outline, made_up_rows, made_up_run
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -15,13 +15,18 @@ import duckdb
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_diffclf import DiffusionClassifier, Draws
+from lightning_diffclf import DiffusionClassifier, Draws, files
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.results import parts as parts_module
 from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors
-from lightning_diffclf.results.predictions import Record, from_table, to_table
-from lightning_diffclf.results.store import Settings, Store, claim, finish, join, merge, read_table
+from lightning_diffclf.results.parts import Parts
+from lightning_diffclf.results.predictions import SCHEMA, Record, from_table, to_table, write_table
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import Store, claim, finish, merge, read_table, scan
 from tests.classifier.toys import Toy, some_images
 
 ROOT = Path(__file__).parents[2]
@@ -66,8 +71,7 @@ def test_parts_then_one_file(tmp_path):
     parts = sorted((tmp_path / "run" / "parts").iterdir())
     assert [pq.read_metadata(p).num_rows for p in parts] == [3, 3, 1]
     before = read_table(tmp_path / "run")
-    table = finish(tmp_path / "run", SETTINGS)
-    assert table.equals(before)
+    assert finish(tmp_path / "run", SETTINGS) == 7
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"settings.json", "predictions.parquet"}
     assert read_table(tmp_path / "run").equals(before)
     assert Store(tmp_path / "run", SETTINGS).finished == {str(i) for i in range(7)}
@@ -77,9 +81,11 @@ def test_parts_then_one_file(tmp_path):
 def test_interrupted_finish_is_done_again(tmp_path):
     fill(tmp_path / "run", 4, flush_every=2)
     shutil.copytree(tmp_path / "run" / "parts", tmp_path / "kept")
-    table = finish(tmp_path / "run", SETTINGS)
+    finish(tmp_path / "run", SETTINGS)
+    table = read_table(tmp_path / "run")
     shutil.copytree(tmp_path / "kept", tmp_path / "run" / "parts")  # predictions were written, parts not removed
-    assert finish(tmp_path / "run", SETTINGS).equals(table)
+    assert finish(tmp_path / "run", SETTINGS) == 4
+    assert read_table(tmp_path / "run").equals(table)
     assert not (tmp_path / "run" / "parts").exists()
 
 
@@ -115,15 +121,127 @@ def test_runs_merge_to_exact_counts(tmp_path):
     fill(tmp_path / "a", 5, flush_every=2, errors=errors)
     fill(tmp_path / "b", 4, first=5, errors=errors)
     finish(tmp_path / "b", SETTINGS)
-    table = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all")
+    assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all") == 9
+    table = read_table(tmp_path / "all")
     assert table["id"].to_pylist() == [str(i) for i in range(9)]
-    assert read_table(tmp_path / "all").equals(table)
     assert [one.image_id for one in StoredErrors(tmp_path / "all" / "errors.parquet")] == table["id"].to_pylist()
-    again = merge([tmp_path / "all", tmp_path / "a"], tmp_path / "all")  # duplicates agree
-    assert again.equals(table)
-    alone = merge([tmp_path / "a"], tmp_path / "a")  # a killed run becomes whole
-    assert alone.num_rows == 5
+    assert merge([tmp_path / "all", tmp_path / "a"], tmp_path / "all") == 9  # duplicates agree
+    assert read_table(tmp_path / "all").equals(table)
+    assert merge([tmp_path / "a"], tmp_path / "a") == 5  # a killed run becomes whole
     assert not (tmp_path / "a" / "parts").exists()
+
+
+def test_merging_keeps_what_the_folder_had(tmp_path):
+    classifier, *_ = decisions(1)
+    errors = ErrorsInfo.of(classifier)
+    fill(tmp_path / "all", 3, errors=errors)
+    fill(tmp_path / "more", 2, first=3, errors=errors)
+    assert merge([tmp_path / "more"], tmp_path / "all") == 5  # into the parts of a killed run
+    fill(tmp_path / "last", 2, first=5, errors=errors)
+    assert merge([tmp_path / "last"], tmp_path / "all") == 7  # into a whole
+    ids = [str(i) for i in range(7)]
+    assert read_table(tmp_path / "all")["id"].to_pylist() == ids
+    assert [one.image_id for one in StoredErrors(tmp_path / "all" / "errors.parquet")] == ids
+    assert not (tmp_path / "all" / "parts").exists()
+    assert (tmp_path / "more" / "parts").is_dir()  # what is only read stays as it is
+
+
+def test_merging_waits_for_no_reader_but_for_who_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    fill(tmp_path / "a", 2)
+    with files.FolderLock(tmp_path / "a"):  # it is running
+        assert merge([tmp_path / "a"], tmp_path / "all") == 2
+        with pytest.raises(UserError, match=r"'.*a' is being written to by process"):
+            merge([tmp_path / "all"], tmp_path / "a")
+    assert merge([tmp_path / "all"], tmp_path / "a") == 2
+
+
+# --- beside other processes ----------------------------------------------------------------------------------------
+
+
+def test_finish_removes_only_what_it_read(tmp_path, monkeypatch):
+    fill(tmp_path / "run", 3)
+
+    def late(self, path, **settings):  # another process writes between reading and removing
+        write(self, path, **settings)
+        fill(tmp_path / "run", 2, first=3)
+
+    write = Parts.write
+    monkeypatch.setattr(Parts, "write", late)
+    assert finish(tmp_path / "run", SETTINGS) == 3
+    assert read_table(tmp_path / "run")["id"].to_pylist() == [str(i) for i in range(5)]
+
+
+@pytest.mark.parametrize("reader", ["read_table", "scan", "merge"])
+@pytest.mark.parametrize("steps", [1, 3, 5, 7])
+def test_a_run_that_ends_while_it_is_read_is_whole(reader, steps, tmp_path, monkeypatch):
+    """After any number of files were opened, the run ends: what was parts is in another file now."""
+    classifier, *_ = decisions(1)
+    run, stamp, opened = tmp_path / "run", parts_module._stamp, []
+    fill(run, 3, errors=ErrorsInfo.of(classifier))
+    finish(run, SETTINGS)
+    fill(run, 6, first=3, flush_every=2, errors=ErrorsInfo.of(classifier))
+
+    def counting(path):
+        opened.append(path)
+        if len(opened) == steps:
+            finish(run, SETTINGS)
+        return stamp(path)
+
+    monkeypatch.setattr(parts_module, "_stamp", counting)
+    ids = [str(i) for i in range(9)]
+    if reader == "read_table":
+        assert read_table(run)["id"].to_pylist() == ids
+    elif reader == "scan":
+        assert [i for table in scan(run, ["label"]) for i in table["id"].to_pylist()] == ids
+    else:
+        assert merge([run], tmp_path / "all") == 9
+        assert read_table(tmp_path / "all")["id"].to_pylist() == ids
+        assert [one.image_id for one in StoredErrors(tmp_path / "all" / "errors.parquet")] == ids
+    assert len(opened) >= steps
+
+
+def test_runs_are_read_in_pieces(tmp_path):
+    fill(tmp_path / "run", 7, flush_every=3)
+    tables = list(scan(tmp_path / "run", ["nfe", "label"]))
+    assert [len(table) for table in tables] == [3, 3, 1]
+    assert tables[0].column_names == ["id", "label", "nfe"]
+    fill(tmp_path / "run", 9, flush_every=9)  # images again, and two more
+    assert sorted(i for table in scan(tmp_path / "run", ["id"]) for i in table["id"].to_pylist()) == list("012345678")
+    assert from_table(tables[2])[0].scores_K is None  # columns left out
+    whole = pa.concat_tables(scan(tmp_path / "run"))
+    assert whole.sort_by("id").equals(read_table(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2000, 2**25])
+@pytest.mark.parametrize("ids", [range(-4, 36), [f"{i * 7919 % 40:02d}x" for i in range(40)]])
+def test_files_in_any_order_are_joined_by_id(ids, chunk_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts_module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(parts_module, "ROW_GROUP_BYTES", 1500)
+    _, _, rows = decisions(5)
+    mixed = np.random.default_rng(0).permutation(40)
+    named = {str(ids[i]): replace(rows[i % 5], id=str(ids[i]), nfe=int(i)) for i in mixed}
+    records, paths = list(named.values()), [tmp_path / f"{i}.parquet" for i in range(7)]
+    for number, path in enumerate(paths):
+        write_table(to_table(records[number::7] + records[:number]), path)  # and some in several files
+    whole = Parts(paths, SCHEMA)
+    assert len(whole) == 40
+    whole.write(tmp_path / "whole.parquet")
+    table = pq.read_table(tmp_path / "whole.parquet")
+    key = int if isinstance(ids, range) else str
+    assert table["id"].to_pylist() == sorted(named, key=key)
+    for back in from_table(table):
+        assert back.nfe == named[back.id].nfe
+        np.testing.assert_array_equal(back.scores_K, named[back.id].scores_K)
+    assert pa.concat_tables(whole.tables(["id"])).num_rows == 40
+
+
+def test_columns_that_older_files_lack_are_null(tmp_path):
+    _, _, rows = decisions(4)
+    write_table(to_table(rows[:2]).drop_columns("dims"), tmp_path / "old.parquet")
+    write_table(to_table(rows[2:]), tmp_path / "new.parquet")
+    Parts([tmp_path / "old.parquet", tmp_path / "new.parquet"], SCHEMA).write(tmp_path / "whole.parquet")
+    assert pq.read_table(tmp_path / "whole.parquet")["dims"].to_pylist() == [None, None, 32, 32]
 
 
 def test_errors_without_rows_do_not_count(tmp_path):
@@ -144,13 +262,21 @@ def test_errors_without_rows_do_not_count(tmp_path):
         ("scores_K", np.arange(5.0), "image '1': found twice, with different scores"),
     ],
 )
-def test_duplicates_must_agree(name, value, message):
-    _, _, rows = decisions(3)
+def test_duplicates_must_agree(name, value, message, tmp_path):
+    _, results, rows = decisions(3)
     if name == "prediction":
         value = (rows[1].prediction + 1) % 5
-    with pytest.raises(ValueError, match=message):
-        join([to_table(rows), to_table([replace(rows[1], **{name: value})])])
-    assert join([to_table(rows), to_table(rows[1:])]).num_rows == 3
+    store = Store(claim(tmp_path / "run", SETTINGS), SETTINGS)
+    for some in (rows, rows[1:]):
+        for row, result in zip(some, results, strict=False):
+            store.add(row, result)
+        store.flush()
+    assert len(read_table(tmp_path / "run")) == 3
+    store.add(replace(rows[1], **{name: value}), results[1])
+    store.flush()
+    for read in (read_table, lambda run: list(scan(run)), lambda run: finish(run, SETTINGS)):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / "run")
 
 
 # --- what can be wrong ---------------------------------------------------------------------------------------------

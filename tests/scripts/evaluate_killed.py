@@ -14,6 +14,7 @@ from pathlib import Path
 import lightning as L
 
 from lightning_diffclf import DiffusionClassifierCallback, LikelihoodRatio
+from lightning_diffclf.files import LOCK
 from lightning_diffclf.results.store import read_table
 from tests.gaussians import Gaussians, loader
 
@@ -63,12 +64,18 @@ def fork(out: Path, devices: int, seconds: float) -> int:
     return child
 
 
+def holder(out: Path) -> str:
+    """Which process writes to the folder, or was killed while it did."""
+    return (out / LOCK).read_text() if (out / LOCK).is_file() else ""
+
+
 if __name__ == "__main__":
     IMAGES, KILLS, FLUSH_EVERY, folder = *map(int, sys.argv[1:4]), Path(sys.argv[4])
     out, rng, left = folder / "killed", random.Random(0), []
     for number in range(KILLS):
+        before = holder(out)
         child = fork(out, 1 + number % 2, seconds=0.03)
-        while not (out / "settings.json").is_file():
+        while holder(out) in ("", before):  # it has begun, however long that took
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 1.2))
         assert os.waitpid(child, os.WNOHANG) == (0, 0), f"ended before kill {number}: take more images"

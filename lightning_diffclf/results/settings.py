@@ -1,0 +1,63 @@
+"""What a run was made with: settings.json in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.files import read_json
+from lightning_diffclf.identity import differences
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was made with, as plain values.
+
+    Attributes:
+        identity: What the results depend on. Only runs that agree in all of it can be joined or resumed.
+        info: What else is worth knowing: names, timesteps, versions, hardware, command.
+    """
+
+    identity: dict[str, Any]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Short name of the identity."""
+        return hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def to_json(self) -> str:
+        """As stored."""
+        return json.dumps(asdict(self) | {"digest": self.digest}, indent=2)
+
+    @classmethod
+    def read(cls, folder: Path) -> Settings:
+        """Those of the run in ``folder``.
+
+        Raises:
+            FileNotFoundError: if there is no run.
+            ValueError: if its settings cannot be read.
+        """
+        path = folder / SETTINGS
+        if not path.is_file():
+            raise MissingFile(f"run: no {SETTINGS} in {str(folder)!r}, expected the folder of an evaluation")
+        values = read_json(path, "run")
+        names = ("identity", "info")
+        if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in names):
+            raise UserError(f"run: {str(path)!r} cannot be read, expected {' and '.join(names)}")
+        found = cls(values["identity"], values["info"])
+        if values.get("digest", found.digest) != found.digest:
+            raise UserError(f"run: {str(path)!r} was changed: its digest is not that of its identity")
+        return found
+
+    def check_same(self, other: Settings, what: str) -> None:
+        """Raise ValueError, naming all differences, unless ``other`` has the same identity."""
+        different = list(differences(other.identity, self.identity))
+        if different:
+            raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")
