@@ -36,8 +36,12 @@ CLASSES: Mapping[str, frozenset[str]] = {
     ),
     "classifier.elimination": frozenset(
         f"lightning_diffclf.{folder}{name}"
-        for name in ("Exhaustive", "Stages", "PairedTest", "LikelihoodRatio")
-        for folder in ("", "classifier.", "classifier.elimination.", "classifier.sequential.")
+        for module, names in (
+            ("classifier.elimination.", ("Exhaustive", "Stages")),
+            ("classifier.sequential.", ("PairedTest", "LikelihoodRatio")),
+        )
+        for name in names
+        for folder in ("", "classifier.", module)
     ),
 }  # that settings of others may name, and where
 
@@ -130,8 +134,9 @@ def _check_mapping(name: str, value: Mapping[Any, Any], where: str) -> None:
                 raise _refused(where, section, value[section], "entries by name")
         return
     if name in CLASSES:
-        if value.get("class_path") not in CLASSES[name]:
-            found, known = value.get("class_path"), sorted({one.rpartition(".")[2] for one in CLASSES[name]})
+        found = value.get("class_path")
+        if not isinstance(found, str) or found not in CLASSES[name]:
+            known = sorted({one.rpartition(".")[2] for one in CLASSES[name]})
             raise _refused(where, f"{name}.class_path", found, f"a class of this package: {', '.join(known)}")
         others = sorted(value.keys() - {"class_path", "init_args"})
         if others or not isinstance(value.get("init_args", {}), Mapping):

@@ -66,7 +66,7 @@ class NoiseSchedule(ABC):
         prediction: Prediction = "epsilon",
     ) -> DiscreteSchedule:
         """Betas linear in the timestep: DDPM (Ho et al. 2020, section 4) and DiT."""
-        betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        betas = torch.linspace(beta_start, beta_end, max(0, num_timesteps), dtype=torch.float64)
         return DiscreteSchedule(torch.cumprod(1 - betas, 0), prediction)
 
     @staticmethod
@@ -77,7 +77,7 @@ class NoiseSchedule(ABC):
         prediction: Prediction = "epsilon",
     ) -> DiscreteSchedule:
         """Square roots of the betas linear in the timestep: Stable Diffusion 1 and 2 (Rombach et al. 2022)."""
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, max(0, num_timesteps), dtype=torch.float64) ** 2
         return DiscreteSchedule(torch.cumprod(1 - betas, 0), prediction)
 
     @staticmethod

@@ -246,8 +246,8 @@ class Latents(Dataset[dict[str, Tensor]]):
             self._moments = np.load(Path(self.root) / "moments.npy", mmap_mode="r")
             self._labels = np.load(Path(self.root) / "labels.npy", mmap_mode="r")
             found = self._moments.shape, self._labels.shape
-        except (OSError, ValueError, EOFError, AttributeError) as error:  # AttributeError: of an archive of arrays
-            raise UserError(f"latents: {self.root!r} is damaged ({error})") from error
+        except Exception as error:  # numpy reads headers as Python does: SyntaxError, TokenError, …
+            raise UserError(f"latents: {self.root!r} is damaged ({str(error)[:200]})") from error
         (c, h, w), count = self.index.shape, self.index.count
         expected = ((count, 2, 2 * c, h, w), (count, 2))
         if found != expected:

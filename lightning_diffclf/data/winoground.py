@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,16 +54,20 @@ def read_groups(root: str | Path) -> list[Group]:
     if not path.is_file():
         raise MissingFile(f"winoground: no examples.jsonl in {str(root)!r}, and it is no JSONL file")
     groups = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"winoground: {str(path)!r} cannot be read ({error})") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             captions = str(row["caption_0"]), str(row["caption_1"])
             names = str(row["image_0"]), str(row["image_1"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"winoground: {str(path)!r}, line {number}: {error!r}, expected a JSON object with "
+                f"winoground: {str(path)!r}, line {number}: {repr(error)[:200]}, expected a JSON object with "
                 "image_0, image_1, caption_0 and caption_1"
             ) from error
         tag = row.get("collapsed_tag") or row.get("tag") or ""
@@ -75,9 +80,9 @@ def read_groups(root: str | Path) -> list[Group]:
 
 def _find(folder: Path, name: str) -> Path:
     for place in (folder / name, folder / f"{name}.png", folder / "images" / name, folder / "images" / f"{name}.png"):
-        if place.is_file():
+        if os.path.isfile(place):  # False as well for names that no file can have
             return place
-    raise MissingFile(f"winoground: no image {name!r} in {str(folder)!r}")
+    raise MissingFile(f"winoground: no image {name[:200]!r} in {str(folder)!r}")
 
 
 def download(repository: str = HUB) -> Path:

@@ -45,12 +45,12 @@ SHARED = {
 }  # of which diffusers has a copy in each block
 
 MEASURED = {
-    "pos_embed",
-    "x_embedder.proj.weight",
-    "y_embedder.embedding_table.weight",
-    "blocks.0.mlp.fc1.bias",
-    "final_layer.linear.weight",
-}  # tensors whose shapes give a network's size
+    "pos_embed": 3,
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.bias": 1,
+    "final_layer.linear.weight": 2,
+}  # tensors whose shapes give a network's size, and how many axes they have
 
 CLASSES = "rows for classes (one more with the null label)"
 
@@ -85,8 +85,13 @@ def read_published(path: str | Path) -> Weights:
     else:
         raise MissingFile(f"checkpoint: no file or folder {str(path)!r}")
     strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
-    if strange or not found.keys() >= MEASURED:
-        raise UserError(f"checkpoint: {str(path)!r} has no weights of a DiT (it has {sorted(found)[:4]})")
+    if strange or not found.keys() >= MEASURED.keys():
+        raise UserError(f"checkpoint: {str(path)!r} has no weights of a DiT (it has {sorted(map(str, found))[:4]})")
+    for name, axes in MEASURED.items():
+        if found[name].ndim != axes or 0 in found[name].shape:
+            raise UserError(
+                f"checkpoint: {str(path)!r} has a {name} of shape {tuple(found[name].shape)}, as no DiT has"
+            )
     return {name: value.float() for name, value in found.items()}
 
 

@@ -128,6 +128,8 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
                 raise UserError(f"{name}: {value}, expected a positive number")
         if vae is not None and not latents:
             raise UserError(f"vae: {vae!r} given, but latents is false: the network works on pixels")
+        if not isinstance(input_size, int) and len(input_size) != 2:
+            raise UserError(f"input_size: {input_size}, expected a number, or height and width")
         size = input_size if isinstance(input_size, int) else (input_size[0], input_size[1])
         shared: dict[str, Any] = {
             "input_size": size,

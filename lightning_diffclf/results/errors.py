@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.results.parts import ROW_GROUP_BYTES, Parts
@@ -104,10 +105,27 @@ class ErrorsInfo:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ErrorsInfo:
-        """Undo :meth:`to_json`."""
-        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in json.loads(text).items()}
-        del values["draws"]
-        return cls(**values)
+        """Undo :meth:`to_json`.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in json.loads(text).items()}
+            draws = values.pop("draws")
+            found = cls(**values)
+            numbers = [*found.timesteps_S, *found.log_snr_S]
+            fits = (
+                len(found.timesteps_S) == len(found.log_snr_S) == draws
+                and all(isinstance(number, (int, float)) for number in numbers)
+                and Candidates(found.names, found.classes).classes == found.classes
+                and all(isinstance(name, str) for name in (*found.names, found.loss, found.elimination, found.ensemble))
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(f"its description cannot be read ({str(error)[:200]})") from error
+        if not fits:
+            raise UserError("its description is not what an evaluation writes")
+        return found
 
 
 class ErrorsWriter:
@@ -246,8 +264,8 @@ class StoredErrors:
             raise UserError(f"errors: {str(path)!r} holds no errors, expected what keep_errors writes ({ERRORS})")
         try:
             self.info = ErrorsInfo.from_json(schema.metadata[INFO_KEY])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"errors: {str(path)!r} cannot be read ({error!r})") from error
+        except UserError as error:
+            raise UserError(f"errors: {str(path)!r} cannot be read ({error})") from error
         self.has_distances = "distances" in schema.names
 
     @contextmanager

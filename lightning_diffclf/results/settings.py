@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,11 @@ class Settings:
 
     def to_json(self) -> str:
         """As stored."""
-        return json.dumps(asdict(self) | {"digest": self.digest}, indent=2)
+        return json.dumps(asdict(self) | {"digest": self.digest, "checksum": self._checksum}, indent=2)
+
+    @property
+    def _checksum(self) -> str:
+        return f"{zlib.crc32(json.dumps([self.identity, self.info], sort_keys=True).encode()):08x}"
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
@@ -52,8 +57,9 @@ class Settings:
         if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in names):
             raise UserError(f"run: {str(path)!r} cannot be read, expected {' and '.join(names)}")
         found = cls(values["identity"], values["info"])
-        if values.get("digest", found.digest) != found.digest:
-            raise UserError(f"run: {str(path)!r} was changed: its digest is not that of its identity")
+        # Without a checksum, of an earlier version.
+        if values.get("digest") != found.digest or values.get("checksum", found._checksum) != found._checksum:
+            raise UserError(f"run: {str(path)!r} was changed or damaged: it does not have its checksum")
         return found
 
     def check_same(self, other: Settings, what: str) -> None:

@@ -63,6 +63,8 @@ class Outline:
         for name, kind in (("candidate_classes", int), ("class_names", str), ("timesteps_S", (int, float))):
             if not isinstance(info[name], list) or not all(isinstance(value, kind) for value in info[name]):
                 raise TypeError(f"{name}: {repr(info[name])[:100]}")
+        if not all(0 <= c < len(info["class_names"]) for c in info["candidate_classes"]):
+            raise ValueError(f"candidate_classes: beyond the {len(info['class_names'])} class_names")
         return cls(
             classes=tuple(info["candidate_classes"]),
             class_names=tuple(info["class_names"]),
