@@ -17,6 +17,7 @@ from lightning_diffclf.classifier.checks import resolve_candidates
 from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.modules.checkpoints import trained_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +73,7 @@ def test_training_leaves_everything_behind(run_dir):
     assert checkpoint["global_step"] == 4
     assert checkpoint["current_model_state"].keys() == checkpoint["state_dict"].keys()
     assert ClassConditionalDiT.load_from_checkpoint(last(run_dir)).net.blocks[0].attn.num_heads == 2
+    assert trained_module(last(run_dir)).net.blocks[0].attn.num_heads == 2
 
 
 def test_evaluate_needs_the_checkpoint_alone_and_flags_override(run_dir, capsys, tmp_path):

@@ -147,6 +147,12 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        for name, value in (
+            *(("input_size", min(height, width)), ("patch_size", patch_size), ("in_channels", in_channels)),
+            *(("hidden_size", hidden_size), ("num_heads", num_heads), ("num_classes", num_classes), ("depth", depth)),
+        ):
+            if value < 1:
+                raise UserError(f"{name}: {value}, expected at least 1")
         if height % patch_size or width % patch_size:
             raise UserError(f"input_size: {height} x {width}, expected multiples of the patch size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:

@@ -84,15 +84,19 @@ def read_published(path: str | Path) -> Weights:
             found = found[name] if isinstance(found.get(name), Mapping) else found
     else:
         raise MissingFile(f"checkpoint: no file or folder {str(path)!r}")
-    strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
-    if strange or not found.keys() >= MEASURED.keys():
-        raise UserError(f"checkpoint: {str(path)!r} has no weights of a DiT (it has {sorted(map(str, found))[:4]})")
-    for name, axes in MEASURED.items():
-        if found[name].ndim != axes or 0 in found[name].shape:
-            raise UserError(
-                f"checkpoint: {str(path)!r} has a {name} of shape {tuple(found[name].shape)}, as no DiT has"
-            )
+    check_measured(found, path)
     return {name: value.float() for name, value in found.items()}
+
+
+def check_measured(weights: Mapping[str, Any], path: str | Path) -> None:
+    """Raise ValueError unless ``weights``, of the file ``path``, have the tensors that give a DiT's size."""
+    strange = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    if strange or not weights.keys() >= MEASURED.keys():
+        raise UserError(f"checkpoint: {str(path)!r} has no weights of a DiT (it has {sorted(map(str, weights))[:4]})")
+    for name, axes in MEASURED.items():
+        shape = tuple(weights[name].shape)
+        if len(shape) != axes or 0 in shape:
+            raise UserError(f"checkpoint: {str(path)!r} has a {name} of shape {shape}, expected {axes} axes")
 
 
 def load_published(net: DiT, schedule: NoiseSchedule, path: str | Path) -> None:
@@ -119,7 +123,7 @@ def load_published(net: DiT, schedule: NoiseSchedule, path: str | Path) -> None:
             if len(weights[name]) == 2 * c * p * p:
                 weights[name] = weights[name].unflatten(0, (p * p, 2 * c))[:, :c].flatten(0, 1)
     ours = net.state_dict()
-    there, here = _sizes(weights), _sizes(ours)
+    there, here = sizes_of(weights), sizes_of(ours)
     wrong = [f"{name}: {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
     if not wrong:  # nothing that has a plain name
         wrong = [
@@ -147,7 +151,7 @@ def config_of(path: str | Path) -> dict[str, Any]:
             of diffusers and the published widths do.
     """
     weights, heads_of = read_published(path), {width: heads for width, _, heads in SIZES.values()}
-    sizes = _sizes(weights)
+    sizes = sizes_of(weights)
     heads = heads_of.get(sizes["hidden_size"])
     if Path(path).is_dir():
         heads = _read_config(Path(path))["num_attention_heads"]
@@ -161,8 +165,8 @@ def config_of(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What shapes say of a network; the input is taken for a square if its tokens could be one."""
+def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the shapes of a DiT's weights say of it; the input is taken for a square if its tokens could be one."""
     hidden_size, in_channels, patch_size = weights["x_embedder.proj.weight"].shape[:3]
     tokens = weights["pos_embed"].shape[1]
     side = math.isqrt(tokens)

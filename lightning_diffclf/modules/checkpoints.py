@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.models.published import CLASSES, check_measured, sizes_of
 from lightning_diffclf.models.weight_files import read_file
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
@@ -72,12 +74,15 @@ def trained_module(path: str | Path, vae: str | None = None, raw: bool = False) 
         ValueError: if it cannot be read, or is of another module.
     """
     checkpoint = read_checkpoint(path)
-    arguments = dict(checkpoint.get("hyper_parameters", {}))
+    known = set(inspect.signature(ClassConditionalDiT.__init__).parameters) - {"self"}
+    saved = checkpoint.get("hyper_parameters", {})  # also has what Lightning notes for itself, such as a class to make
+    arguments = {name: value for name, value in saved.items() if name in known}
     if "net.final_layer.linear.weight" not in checkpoint["state_dict"] or not arguments:
         raise UserError(f"checkpoint: {str(path)!r} is of no ClassConditionalDiT, expected one that `fit` wrote")
-    strange = [name for name, value in arguments.items() if not isinstance(name, str) or not _is_plain(value)]
+    strange = [name for name, value in arguments.items() if not _is_plain(value)]
     if strange:
         raise UserError(f"checkpoint: {str(path)!r} has {strange[0]!r} in its hyper_parameters, expected plain values")
+    _check_sizes(arguments, checkpoint["state_dict"], path)
     try:
         module = ClassConditionalDiT(**arguments | ({} if vae is None else {"vae": vae}))
     except UserError:
@@ -89,6 +94,38 @@ def trained_module(path: str | Path, vae: str | None = None, raw: bool = False) 
     check_checkpoint(module, checkpoint | {"state_dict": weights}, path)
     module.load_state_dict(weights)
     return module
+
+
+def _check_sizes(arguments: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise ValueError where arguments ask for another network than the weights are: it could fill the memory first."""
+    net = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
+    check_measured(net, path)
+    found = sizes_of(net)
+    tolerances = {
+        "hidden_size": 0,
+        "depth": 0,
+        "patch_size": 0,
+        "in_channels": 0,
+        "mlp_ratio": 1 / found["hidden_size"],
+    }
+    for name, tolerance in tolerances.items():
+        asked = arguments.get(name, found[name]) if arguments.get("model") is None else found[name]
+        if not isinstance(asked, (int, float)) or not abs(asked - found[name]) <= tolerance:
+            raise UserError(
+                f"checkpoint: {str(path)!r} has {name} {asked!r} in its hyper_parameters, but weights of {found[name]}"
+            )
+    if arguments.get("num_classes", 0) not in range(found[CLASSES] + 1):
+        raise UserError(
+            f"checkpoint: {str(path)!r} has num_classes {arguments['num_classes']!r} in its hyper_parameters, but "
+            f"{found[CLASSES]} {CLASSES}"
+        )
+    sides = arguments.get("input_size", 0)
+    side = max(sides, default=0) if isinstance(sides, (list, tuple)) else sides
+    if not isinstance(side, int) or side > net["pos_embed"].shape[1] * found["patch_size"]:
+        raise UserError(
+            f"checkpoint: {str(path)!r} has input_size {sides!r} in its hyper_parameters, but weights for "
+            f"{net['pos_embed'].shape[1]} tokens"
+        )
 
 
 def _is_plain(value: Any) -> bool:

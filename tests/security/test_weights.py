@@ -97,8 +97,12 @@ def test_resuming_unpickles_nothing():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"_instantiator": "os.system", "_class_path": "evil.Model"},
-        {"_instantiator": "lightning.pytorch.cli.instantiate_module", "_class_path": "evil.Model"},
+        {"hidden_size": 2**20},
+        {"depth": 2**20},
+        {"num_classes": 2**40},
+        {"input_size": 2**20},
+        {"input_size": [2**20, 1]},
+        {"mlp_ratio": 1e9},
         {"vae": {"class_path": "os.system"}},
         {"hidden_size": "os.system"},
         {"num_heads": 0},
@@ -117,6 +121,15 @@ def test_hyperparameters_are_values(changed):
             main([*command, "--ckpt=evil.ckpt"])
         assert str(exit_info.value.code).startswith("error: ")
     assert sorted(path.name for path in Path().iterdir()) == ["evil.ckpt"]
+
+
+def test_a_class_to_make_is_not_made():
+    model = ClassConditionalDiT(**ARGUMENTS)
+    for path in ("os.system", "lightning.pytorch.cli.instantiate_module"):
+        harm = {"_instantiator": path, "_class_path": "evil.Model", "command": "touch PWNED"}
+        torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams) | harm}, "evil.ckpt")
+        assert type(trained_module("evil.ckpt")) is ClassConditionalDiT
+    assert not Path("PWNED").exists()
 
 
 @pytest.mark.parametrize(
