@@ -50,7 +50,7 @@ HEAD = b"prompt,classname,classidx\n"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("prompt,classname,classidx\na caf\u00e9,caf\u00e9,0\n".encode("latin-1"), "is not in UTF-8, byte 31"),
+        ("prompt,classname,classidx\nna\u00efve,na\u00efve,0\n".encode("latin-1"), "is not in UTF-8, byte 28"),
         ("prompt,classname,classidx\na,a,0\n".encode("utf-16"), "is not in UTF-8, byte 0"),
         (HEAD + b'"' + b"a" * 200_000 + b'",a,0\n', "cannot be read as CSV (field larger than field limit"),
         (HEAD + b"a,a,99999999999999999999\n", "line 2: "),
