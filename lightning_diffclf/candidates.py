@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, WrongType
+
+MAX_CLASSES = 10_000_000
 
 
 class Candidates:
@@ -16,7 +19,9 @@ class Candidates:
             (several prompts for one class).
 
     Raises:
-        ValueError: if there are no candidates, the lengths differ or a class index is negative.
+        TypeError: if ``names`` is a single text.
+        ValueError: if there are no candidates, the lengths differ, or a class index is negative, no whole number or
+            above ten million: every class up to the largest takes room.
 
     Example:
         >>> candidates = Candidates(["a photo of a cat", "a drawing of a cat", "a photo of a dog"], [0, 0, 1])
@@ -25,8 +30,10 @@ class Candidates:
     """
 
     def __init__(self, names: Sequence[str], classes: Sequence[int] | None = None) -> None:
+        if isinstance(names, (str, bytes)):  # whose letters would be candidates
+            raise WrongType(f"candidates: {names!r}, expected a list of names")
         self.names = tuple(str(name) for name in names)
-        self.classes = tuple(range(len(self.names))) if classes is None else tuple(int(c) for c in classes)
+        self.classes = tuple(range(len(self.names))) if classes is None else tuple(map(_class_index, classes))
         if not self.names:
             raise UserError("candidates: none given, expected at least one")
         if len(self.classes) != len(self.names):
@@ -49,3 +56,14 @@ class Candidates:
     def num_classes(self) -> int:
         """One more than the largest class index."""
         return max(self.classes) + 1
+
+
+def _class_index(value: Any) -> int:
+    """A whole number, also of numpy or torch, or one such as 2.0."""
+    try:
+        index = int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"candidates: class index {value!r}, expected a whole number") from error
+    if isinstance(value, str) or index != value or index >= MAX_CLASSES:
+        raise UserError(f"candidates: class index {value!r}, expected a whole number below {MAX_CLASSES:,}")
+    return index

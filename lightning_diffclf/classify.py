@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -133,11 +134,11 @@ def classify(
 
 def show(answer: Answer, top: int, console: Console) -> None:
     """Print a table of the best labels."""
-    table = Table(title=answer.image, title_justify="left")
+    table = Table(title=escape(answer.image), title_justify="left")
     for name in ("label", "probability", "behind", "draws"):
         table.add_column(name, justify="left" if name == "label" else "right")
     for name, p in list(answer.probabilities.items())[:top]:
-        table.add_row(name, f"{p:.1%}", f"{answer.behind[name]:.5f}", str(answer.draws[name]))
+        table.add_row(escape(name), f"{p:.1%}", f"{answer.behind[name]:.5f}", str(answer.draws[name]))
     table.caption = f"{answer.nfe} NFE, {answer.seconds:.1f} s"
     console.print(table)
 

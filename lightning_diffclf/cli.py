@@ -264,6 +264,8 @@ def evaluate(args: Sequence[str] | None = None) -> None:
         help="let the checkpoint's settings name any class and any address: like running a program of who made it",
     )
     known, flags = own.parse_known_args(args)
+    if known.out is not None and (not known.out.strip() or "\0" in known.out):
+        own.error(f"out: {known.out!r}, expected the name of a folder")
     if known.ckpt is None and not known.config:
         own.error("give --ckpt PATH, or --config FILE for a network that needs no training")
 
@@ -298,7 +300,8 @@ def default_output(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
         run_dir = Path()
         for config in configs:  # names of files, or YAML itself
             for layer in layers(find(config)) if is_file_name(config) else []:
-                run_dir = Path((yaml.safe_load(layer.read_text()) or {}).get("run_dir", run_dir))
+                found = (yaml.safe_load(layer.read_text(encoding="utf-8")) or {}).get("run_dir", run_dir)
+                run_dir = Path(found) if isinstance(found, (str, Path)) else run_dir  # else the parser will complain
         return run_dir / "evaluation"
     folder = Path(ckpt).parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"

@@ -109,6 +109,8 @@ class DiffusionClassifierCallback(L.Callback):
         self.microbatch, self.compile, self.plan, self.name = microbatch, compile, plan, name
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.part, self._part = part, None if part is None else parse_part(part)
+        if output_dir is not None and (not output_dir.strip() or "\0" in output_dir):
+            raise UserError(f"output_dir: {output_dir!r}, expected the name of a folder, or null")
         self.output_dir, self.next_free, self.flush_every = output_dir, next_free, flush_every
         self.error_maps, self.keep_errors, self.keep_distances = error_maps, keep_errors, keep_distances
         self.results: list[Classification] = []

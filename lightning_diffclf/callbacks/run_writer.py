@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import pyarrow as pa
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -189,8 +190,8 @@ class RunWriter:
         """Show metrics as a table."""
         classifier = self._classifier
         title = f"diffusion classifier, {classifier.recipe.loss}, {classifier.rule}"
-        table = Table(title=title, show_header=False)
+        table = Table(title=escape(title), show_header=False)
         for name, value in metrics.items():
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-        table.add_row("results in", str(self.folder))
+        table.add_row("results in", escape(str(self.folder)))
         Console(soft_wrap=True).print(table)

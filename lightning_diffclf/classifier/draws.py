@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, WrongType
 from lightning_diffclf.noise import KeyedNoise
 from lightning_diffclf.schedule import NoiseSchedule
 
@@ -65,6 +66,8 @@ class Draws:
         if self.count < 1:
             raise UserError(f"draws: {self.count}, expected at least 1")
         for name, given in (("timesteps", self.timesteps), ("noise", self.noise)):
+            if given is not None and not (isinstance(given, Tensor) and given.ndim > 0):
+                raise WrongType(f"draws: {name} are a {type(given).__name__}, expected a tensor of {self.count}")
             if given is not None and len(given) != self.count:
                 raise UserError(f"draws: count is {self.count} but {len(given)} {name} are given")
 
@@ -76,12 +79,31 @@ class Draws:
             order: Positions on the ascending grid of ``len(order)`` timesteps; the nested order of ``count`` if None.
 
         Raises:
-            ValueError: if there are more draws than distinct timesteps, or fewer draws than ``order`` needs.
+            ValueError: if there are more draws than distinct timesteps, fewer draws than ``order`` needs, or fixed
+                timesteps that the schedule has not.
         """
         if order is not None and len(order) > self.count:
             raise UserError(f"draws: {self.count}, but the elimination rule spends up to {len(order)}")
         if self.timesteps is not None:
+            _check(self.timesteps, schedule)
             return self.timesteps if order is None else self.timesteps[torch.as_tensor(order)]
         if order is None:
             return schedule.timesteps(self.count)[nested_order(self.count)]
         return schedule.timesteps(len(order))[torch.as_tensor(order)]
+
+
+def _check(timesteps: Tensor, schedule: NoiseSchedule) -> None:
+    """Raise ValueError unless fixed timesteps are on the schedule: an index below zero would count from the end."""
+    last: Any = getattr(schedule, "num_timesteps", None)
+    if last is not None:
+        whole = not (timesteps.dtype.is_floating_point or timesteps.dtype == torch.bool)
+        right = whole and bool(((timesteps >= 0) & (timesteps < last)).all())
+        expected = f"integers in 0 … {last - 1}"
+    else:
+        levels = torch.stack([schedule.alpha(timesteps), schedule.sigma(timesteps)])
+        right = bool((levels.isfinite() & (levels >= 0)).all())
+        expected = "times at which the schedule has a noise level"
+    if timesteps.ndim != 1 or not right:
+        low, high = (f"{float(end):g}" for end in timesteps.aminmax())
+        found = f"shape {tuple(timesteps.shape)}, {timesteps.dtype}, from {low} to {high}"
+        raise UserError(f"draws: timesteps of {found}, expected {expected} (count,)")

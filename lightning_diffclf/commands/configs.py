@@ -48,9 +48,12 @@ def layers(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
         raise UserError(f"config: {str(path)!r} extends itself")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config: {str(path)!r} is no YAML file ({' '.join(str(error).split())})") from error
-    below = values.get(EXTENDS) if isinstance(values, dict) else None
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: an impossible date, for one
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"config: {str(path)!r} is no YAML file ({reason})") from error
+    if not isinstance(values, (dict, type(None))):
+        raise UserError(f"config: {str(path)!r} holds a {type(values).__name__}, expected settings by name")
+    below = (values or {}).get(EXTENDS)
     names = [below] if isinstance(below, str) else [] if below is None else below
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(

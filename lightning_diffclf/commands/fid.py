@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_diffclf.commands.parser import Parser
@@ -98,7 +99,7 @@ def fid_command(args: Sequence[str]) -> None:
     if given.json:
         print(json.dumps(asdict(found)))
         return
-    table = Table(title=f"{given.folder} with regard to {given.reference}", show_header=False)
+    table = Table(title=escape(f"{given.folder} with regard to {given.reference}"), show_header=False)
     for name, value in asdict(found).items():
         text = "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), text)

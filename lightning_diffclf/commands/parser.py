@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 
 class Parser(LightningArgumentParser):
     """Reports what is wrong, without the hundreds of lines of usage before it."""
+
+    def parse_args(self, *args: Any, **settings: Any) -> Any:
+        """As the base class; a place to write to must have a name."""
+        found = super().parse_args(*args, **settings)
+        out = found.get("out")
+        if isinstance(out, str) and (not out.strip() or "\0" in out):
+            self.error(f"out: {out!r}, expected the name of a file or folder")
+        return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one message and exit with status 2."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_diffclf.classifier import Elimination, LikelihoodRatio
@@ -66,7 +67,7 @@ def merge_command(args: Sequence[str]) -> None:
     given = parser.parse_args(list(args))
     merge([Path(run) for run in given.runs], Path(given.out))
     run = Evaluation.read(given.out)
-    table = Table(title=f"merged into {given.out}", show_header=False)
+    table = Table(title=escape(f"merged into {given.out}"), show_header=False)
     for name, value, note in headline(run):
         table.add_row(name, value, note)
     Console(soft_wrap=True).print(table)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from torchvision.transforms import v2
 from lightning_diffclf.errors import MissingFile, UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # that are read: for EPS, Pillow runs a program
+
+MAX_PIXELS = 150_000_000  # 450 MB in RGB
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -31,18 +36,31 @@ def open_image(path: str | Path) -> Image.Image:
         raise MissingFile(f"image: no file {str(path)!r}")
     if path.stat().st_size == 0:
         raise UserError(f"image: {str(path)!r} is empty")
+    return decode_image(path, f"image: {str(path)!r}")
+
+
+def decode_image(source: Path | IO[bytes], what: str) -> Image.Image:
+    """An image in RGB, turned as its camera says.
+
+    Args:
+        source: The file.
+        what: What it is, for messages.
+
+    Raises:
+        ValueError: if it is damaged, of a format not in :data:`FORMATS`, or of more than :data:`MAX_PIXELS`.
+    """
     try:
-        with Image.open(path) as file:
-            return upright_rgb(file)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, by format
-        raise UserError(f"image: {str(path)!r} cannot be read ({error})") from error
-
-
-def upright_rgb(file: Image.Image) -> Image.Image:
-    """An opened file as an image in RGB, turned as its camera says."""
-    file.load()
-    ImageOps.exif_transpose(file, in_place=True)
-    return to_rgb(file)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # we have a limit of our own
+            with Image.open(source, formats=FORMATS) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise UserError(f"{file.width:,} x {file.height:,} pixels, expected at most {MAX_PIXELS:,}")
+                file.load()
+                ImageOps.exif_transpose(file, in_place=True)
+                return to_rgb(file)
+    except Exception as error:  # of a damaged file Pillow raises what comes, by format
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{what} cannot be read ({reason})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

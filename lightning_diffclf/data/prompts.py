@@ -76,22 +76,32 @@ def from_csv(path: str | Path) -> PromptSet:
     path = Path(path)
     if not path.is_file():
         raise MissingFile(f"prompts: no file {str(path)!r}")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
-        if missing:
-            raise UserError(f"prompts: {str(path)!r} lacks {missing}, found {reader.fieldnames}, expected {COLUMNS}")
-        rows = list(reader)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = list(reader.fieldnames or [])
+            rows = list(reader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts: {str(path)!r} is not in UTF-8, byte {error.start} ({error.reason})") from error
+    except (csv.Error, OSError) as error:  # a field of more than 131,072 characters, for one
+        raise UserError(f"prompts: {str(path)!r} cannot be read as CSV ({error})") from error
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing:
+        raise UserError(f"prompts: {str(path)!r} lacks {missing}, found {str(columns)[:200]}, expected {COLUMNS}")
     if not rows:
         raise UserError(f"prompts: {str(path)!r} has no rows")
     classes = []
     for line, row in enumerate(rows, start=2):
-        if not (row["classidx"] or "").strip().isdecimal() or not row["prompt"]:
-            raise UserError(f"prompts: {str(path)!r}, line {line}: {row}, expected a prompt and a class index")
-        classes.append(int(row["classidx"]))
-    gaps = sorted(set(range(max(classes) + 1)) - set(classes))
-    if gaps:
-        raise UserError(f"prompts: {str(path)!r} has no prompt for class {gaps[0]} ({len(gaps)} classes without one)")
+        index = (row["classidx"] or "").strip()
+        if not (index.isascii() and index.isdecimal() and len(index) < 10) or not row["prompt"]:
+            raise UserError(
+                f"prompts: {str(path)!r}, line {line}: {str(row)[:200]}, expected a prompt and a class index"
+            )
+        classes.append(int(index))
+    known = set(classes)
+    if len(known) <= max(classes):
+        first, gaps = next(c for c in range(len(known) + 1) if c not in known), max(classes) + 1 - len(known)
+        raise UserError(f"prompts: {str(path)!r} has no prompt for class {first} ({gaps} classes without one)")
     prompts = [row["prompt"] for row in rows]
     several = len(set(classes)) < len(classes)
     names = prompts if several else [row["classname"] or row["prompt"] for row in rows]

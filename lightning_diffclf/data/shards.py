@@ -23,7 +23,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lightning_diffclf.data.images import SUFFIXES, upright_rgb
+from lightning_diffclf.data.images import SUFFIXES, decode_image
 from lightning_diffclf.data.tar import read_samples
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import is_count, read_json
@@ -169,12 +169,10 @@ class Shards:
         if suffix is None or "cls" not in sample:
             members = sorted(key for key in sample if not key.startswith("__"))
             raise UserError(f"data: sample {name} has {members}, expected an image (jpg, png, …) and cls")
-        try:
-            label = int(sample["cls"])
-            with Image.open(io.BytesIO(sample[suffix])) as file:
-                image = upright_rgb(file)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, by format
-            raise UserError(f"data: sample {name} cannot be read ({error})") from error
+        text = sample["cls"].strip()
+        if not text.isdigit() or len(text) > 9:
+            raise UserError(f"data: sample {name} has the class {text[:40]!r}, expected a number")
+        label, image = int(text), decode_image(io.BytesIO(sample[suffix]), f"data: sample {name}")
         key = sample["__key__"]
         if self.index is None or not self.index.positions:
             return image, label, f"{self._names[sample['__url__']]}/{key}"

@@ -20,6 +20,8 @@ NAME_PIXELS = 150  # of a class's name
 PERCENT = alt.Axis(format="~%")
 NAMES = alt.value("#808080")  # readable on light and dark
 
+NAMES_OF_PICTURES = ("confusion", "timesteps", "reliability", "coverage", "cost", "survivors", "disagreement")
+
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_diffclf.errors import UserError
@@ -97,7 +98,7 @@ def _answers(run: Evaluation) -> pd.DataFrame:
 
 def to_table(found: Comparison, first: str, second: str) -> Table:
     """For the terminal."""
-    table = Table("", first, second, title=f"{found.images} images of both runs")
+    table = Table("", escape(first), escape(second), title=f"{found.images} images of both runs")
     if found.missing:
         table.caption = f"{found.missing} images are in one of them only"
     table.add_row("agreement", str(found.agreement), "")

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.results.parts import ROW_GROUP_BYTES, Parts
-from lightning_diffclf.results.seal import check_seal, sealed_writer
+from lightning_diffclf.results.seal import Damaged, check_seal, sealed_writer
 
 ERRORS = "errors.parquet"
 
@@ -257,7 +257,7 @@ class StoredErrors:
             check_seal(self.path)
             with pq.ParquetFile(self.path) as file:
                 yield file
-        except (UserError, pa.ArrowException, OSError) as error:
+        except (Damaged, pa.ArrowException, OSError) as error:
             raise UserError(f"errors: {str(self.path)!r} cannot be read ({error})") from error
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sample
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
-from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.statistics import Scores
 from lightning_diffclf.results.store import scan
 from lightning_diffclf.results.summary import Outline, Summary
@@ -58,7 +58,13 @@ class Evaluation:
     @cached_property
     def outline(self) -> Outline:
         """What summaries need to know."""
-        return Outline.of(self.settings.info)
+        try:
+            return Outline.of(self.settings.info)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"run: {str(self.path / SETTINGS)!r} does not say what was evaluated ({error!r}), expected what an "
+                "evaluation writes"
+            ) from error
 
     def chunks(self, columns: Sequence[str], ids: Collection[str] | None = None) -> Iterator[pa.Table]:
         """Some columns of the decisions, a few megabytes at a time; of the images ``ids`` only, if given."""

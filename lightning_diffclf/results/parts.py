@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results.seal import check_seal, sealed_writer
+from lightning_diffclf.results.seal import Damaged, check_seal, sealed_writer
 
 CHUNK_BYTES = 2**25  # what is read at a time, about; twice as much is in memory while it is put in order
 
@@ -153,7 +153,7 @@ def _reading(path: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except FileNotFoundError as error:
         raise Vanished(path) from error
-    except (UserError, pa.ArrowException, OSError) as error:
+    except (Damaged, pa.ArrowException, OSError) as error:
         raise UserError(
             f"run: {str(path)!r} cannot be read ({error}); remove it, and its images will be evaluated again"
         ) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -224,7 +225,7 @@ class Plan:
             costs.append(("estimate", self.nfe))
 
         def row(name: str, value: Any) -> None:
-            table.add_row(name, str(value))
+            table.add_row(name, escape(str(value)))
 
         row("images", "unknown" if self.total_images is None else self.total_images)
         row("candidates", first.num_candidates)

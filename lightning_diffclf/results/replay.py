@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_diffclf.classifier import (
@@ -266,14 +267,14 @@ def usual_rules(errors: StoredErrors) -> Iterator[Elimination]:
 
 def to_table(replays: Sequence[Replay], info: ErrorsInfo) -> Table:
     """A table of what rules decide and cost, for the terminal."""
-    table = Table(title=f"{len(replays[0].results)} images, {info.draws} draws, {info.loss}")
+    table = Table(title=f"{len(replays[0].results)} images, {info.draws} draws, {escape(info.loss)}")
     table.add_column("rule")
     for name in ("accuracy", "as exhaustive", "NFE/image", "fewer"):
         table.add_column(name, justify="right")
     for one in replays:
         accuracy = "unknown" if one.accuracy is None else f"{one.accuracy:.2%}"
         cost = f"{one.nfe_per_image:.1f}", f"{one.factor:.2f} x"
-        table.add_row(repr(one.rule), accuracy, f"{one.agreement:.2%}", *cost)
+        table.add_row(escape(repr(one.rule)), accuracy, f"{one.agreement:.2%}", *cost)
     if any(0 < sum(label is None for label in one.labels) < len(one.labels) for one in replays):
         table.caption = "accuracy: of the images with a label"
     return table

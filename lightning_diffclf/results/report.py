@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,9 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
     evaluation = Evaluation.read(run)
     path = Path(run) / REPORT if out is None else Path(out)
     figures = make_figures(evaluation)
-    shutil.rmtree(path.parent / FIGURES, ignore_errors=True)  # pictures of an earlier report
+    for picture in (path.parent / FIGURES).glob("*.???"):  # of an earlier report; files of others stay
+        if picture.stem in charts.NAMES_OF_PICTURES:
+            picture.unlink()
     charts.save(figures, path.parent / FIGURES)
     write_text(render(evaluation, figures, gallery), path, "report")
     return path

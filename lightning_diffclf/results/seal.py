@@ -36,6 +36,10 @@ MAX_VALUES = 1_000_000  # that a file of any size may hold
 CHUNK = 2**22
 
 
+class Damaged(UserError):
+    """A file is not what was written; whoever reads it says which."""
+
+
 @contextmanager
 def sealed_writer(path: Path, schema: pa.Schema, what: str, **settings: Any) -> Iterator[pq.ParquetWriter]:
     """A writer of a file that is complete and has its checksum, or is not there; see :func:`~.files.replacing`.
@@ -65,7 +69,7 @@ def check_seal(path: Path) -> None:
     """Verify a file, once as long as it stays as it is. One without a seal, of an earlier version, is taken as it is.
 
     Raises:
-        UserError: if it is damaged, or claims to hold more than its size allows.
+        Damaged: if it is damaged, or claims to hold more than its size allows.
         OSError: if it cannot be read.
     """
     status = path.stat()
@@ -80,7 +84,7 @@ def _check(path: str, inode: int, size: int, changed: int) -> None:
             file.seek(position)
             found = file.read(len(OPEN))
         if found != b"%08x" % _checksum(Path(path), position):
-            raise UserError(
+            raise Damaged(
                 f"it is damaged: its checksum is not that of what was written; if a program of others wrote it anew, "
                 f"remove {KEY.decode()} from its metadata"
             )
@@ -89,7 +93,7 @@ def _check(path: str, inode: int, size: int, changed: int) -> None:
         values = sum(group.column(number).num_values for group in groups for number in range(group.num_columns))
         values = max(values, file.metadata.num_rows, *(group.num_rows for group in groups), 0)
     if values > MAX_VALUES + MAX_VALUES_PER_BYTE * size:
-        raise UserError(f"it claims to hold {values:,} values in {size:,} bytes")
+        raise Damaged(f"it claims to hold {values:,} values in {size:,} bytes")
 
 
 def _digits(path: Path) -> int | None:
@@ -99,7 +103,7 @@ def _digits(path: Path) -> int | None:
         file.seek(max(0, end - 8))
         tail = file.read(8)
         if len(tail) < 8 or tail[4:] != MAGIC:
-            raise UserError("it is damaged or no Parquet file")
+            raise Damaged("it is damaged or no Parquet file")
         begin = max(0, end - 8 - struct.unpack("<I", tail[:4])[0])
         file.seek(begin)
         found = file.read(end - begin).rfind(ENTRY)

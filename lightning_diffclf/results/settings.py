@@ -48,10 +48,13 @@ class Settings:
         if not path.is_file():
             raise MissingFile(f"run: no {SETTINGS} in {str(folder)!r}, expected the folder of an evaluation")
         values = read_json(path, "run")
-        try:
-            return cls(values["identity"], values["info"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"run: {str(path)!r} cannot be read ({error})") from error
+        names = ("identity", "info")
+        if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in names):
+            raise UserError(f"run: {str(path)!r} cannot be read, expected {' and '.join(names)}")
+        found = cls(values["identity"], values["info"])
+        if values.get("digest", found.digest) != found.digest:
+            raise UserError(f"run: {str(path)!r} was changed: its digest is not that of its identity")
+        return found
 
     def check_same(self, other: Settings, what: str) -> None:
         """Raise ValueError, naming all differences, unless ``other`` has the same identity."""

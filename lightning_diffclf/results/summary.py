@@ -60,6 +60,9 @@ class Outline:
     def of(cls, info: dict[str, Any]) -> Outline:
         """From the info in a run's settings; see :meth:`to_info`."""
         summary = info.get("summary", {})
+        for name, kind in (("candidate_classes", int), ("class_names", str), ("timesteps_S", (int, float))):
+            if not isinstance(info[name], list) or not all(isinstance(value, kind) for value in info[name]):
+                raise TypeError(f"{name}: {repr(info[name])[:100]}")
         return cls(
             classes=tuple(info["candidate_classes"]),
             class_names=tuple(info["class_names"]),

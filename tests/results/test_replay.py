@@ -167,7 +167,7 @@ def test_weights_of_the_run_are_the_default_and_labels_may_be_missing(tmp_path):
 
 def test_classes_with_several_candidates(tmp_path):
     denoiser = Toy(4)
-    denoiser.candidates = Candidates("abcd", [0, 0, 3, 3])
+    denoiser.candidates = Candidates(["a", "b", "c", "d"], [0, 0, 3, 3])
     found = replay(store(tmp_path / "e.parquet", denoiser, some_images(8)))
     assert {r.label for r in found.results} <= {0, 3}
     assert all(denoiser.candidates.classes[r.candidate] == r.label for r in found.results)

@@ -96,7 +96,7 @@ HARM = {
     "an impossible date": "data: 2024-13-45",
     "a date": settings(data=imagenet(val=None)) | {"seed_everything": [date(2024, 1, 1)]},
     "no text": torch.zeros(3),
-    "deep YAML": "data: " + "[" * 1100 + "]" * 1100,
+    "deep YAML": "data: {class_path: " + DIGITS + ", init_args: {eval_batch_size: " + "[" * 30 + "]" * 30 + "}}",
     "a billion laughs": "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
     + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
     + "data: {class_path: " + DIGITS + ", init_args: {eval_batch_size: *i}}",
