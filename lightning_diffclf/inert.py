@@ -36,8 +36,12 @@ CLASSES: Mapping[str, frozenset[str]] = {
     ),
     "classifier.elimination": frozenset(
         f"lightning_diffclf.{folder}{name}"
-        for name in ("Exhaustive", "Stages", "PairedTest", "LikelihoodRatio")
-        for folder in ("", "classifier.", "classifier.elimination.", "classifier.sequential.")
+        for file, names in (
+            ("elimination", ("Exhaustive", "Stages")),
+            ("sequential", ("PairedTest", "LikelihoodRatio")),
+        )
+        for name in names
+        for folder in ("", "classifier.", f"classifier.{file}.")
     ),
 }  # that settings of others may name, and where
 

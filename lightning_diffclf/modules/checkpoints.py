@@ -72,7 +72,9 @@ def trained_module(path: str | Path, vae: str | None = None, raw: bool = False) 
         ValueError: if it cannot be read, or is of another module.
     """
     checkpoint = read_checkpoint(path)
-    arguments = dict(checkpoint.get("hyper_parameters", {}))
+    # Names with an underscore are Lightning's own notes of what made the module.
+    given = checkpoint.get("hyper_parameters", {}).items()
+    arguments = {name: value for name, value in given if not str(name).startswith("_")}
     if "net.final_layer.linear.weight" not in checkpoint["state_dict"] or not arguments:
         raise UserError(f"checkpoint: {str(path)!r} is of no ClassConditionalDiT, expected one that `fit` wrote")
     strange = [name for name, value in arguments.items() if not isinstance(name, str) or not _is_plain(value)]
