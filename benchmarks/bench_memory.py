@@ -45,6 +45,8 @@ class Noise(L.LightningModule):
 
 
 class Images(Dataset):
+    """Noise, with labels at random."""
+
     def __init__(self, count: int, candidates: int) -> None:
         self.count, self.candidates = count, candidates
 
@@ -64,12 +66,7 @@ def work(what: str, images: int, candidates: int, keep_errors: bool, out: Path) 
         return
     module, data = Noise(candidates), DataLoader(Images(images, candidates), 64)
     callback = DiffusionClassifierCallback(draws=1, microbatch=4000, output_dir=str(out), keep_errors=keep_errors)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     trainer = L.Trainer(accelerator="cpu", callbacks=[callback], **quiet)
     trainer.predict(module, data, return_predictions=False) if what == "predict" else trainer.test(module, data)
 

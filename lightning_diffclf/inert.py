@@ -36,12 +36,12 @@ CLASSES: Mapping[str, frozenset[str]] = {
     ),
     "classifier.elimination": frozenset(
         f"lightning_diffclf.{folder}{name}"
-        for module, names in (
-            ("classifier.elimination.", ("Exhaustive", "Stages")),
-            ("classifier.sequential.", ("PairedTest", "LikelihoodRatio")),
+        for file, names in (
+            ("elimination", ("Exhaustive", "Stages")),
+            ("sequential", ("PairedTest", "LikelihoodRatio")),
         )
         for name in names
-        for folder in ("", "classifier.", module)
+        for folder in ("", "classifier.", f"classifier.{file}.")
     ),
 }  # that settings of others may name, and where
 

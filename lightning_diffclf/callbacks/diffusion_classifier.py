@@ -21,7 +21,7 @@ from lightning_diffclf.errors import FailedWrite, UserError, WrongType
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.plan import Plan
-from lightning_diffclf.results.summary import Outline, Summary
+from lightning_diffclf.results.summary import Outline
 
 
 class DiffusionClassifierCallback(L.Callback):
@@ -169,8 +169,7 @@ class DiffusionClassifierCallback(L.Callback):
             if self.fit_images == 0 or self._validations % self.every_n_validations != 0:
                 return
         loader, part = the_loader(trainer, self.name), None if fits else self._part
-        cap = self.fit_images if fits else None
-        images = images_on_this_rank(loader, trainer.global_rank, trainer.world_size, cap)
+        images = images_on_this_rank(loader, trainer.global_rank, trainer.world_size, self.fit_images if fits else None)
         self.metrics, self.planned, self._writer = {}, None, None
         if self._planner is not None:
             self._planner.begin(trainer, loader, images, 1 if part is None else part[1])
@@ -212,9 +211,8 @@ class DiffusionClassifierCallback(L.Callback):
         if self._planner is not None:
             self.planned = self._planner.finish(trainer)
             return
-        summary: Summary | None = None
-        if labelled:
-            summary = self._metrics.compute()  # on all ranks: it syncs
+        summary = self._metrics.compute() if labelled else None  # on all ranks: it syncs
+        if summary is not None:
             self.metrics = summary.numbers()
             pl_module.log_dict(
                 {f"{self.name}/{name}": value for name, value in self.metrics.items()},
@@ -224,7 +222,6 @@ class DiffusionClassifierCallback(L.Callback):
             data = getattr(trainer, "datamodule", None)
             score = data.score if isinstance(data, HasScore) else None
             self.metrics = self._writer.finish(summary, score) | self.metrics
-            self._writer.close()
         elif trainer.is_global_zero and summary is not None and trainer.loggers and trainer.state.fn == "fit":
             folder = Path(trainer.default_root_dir) / "validation"
             for path in charts.save(charts.of_summary(summary), folder, ["png"]):
@@ -236,11 +233,10 @@ class DiffusionClassifierCallback(L.Callback):
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not trainer.is_global_zero or self._evaluation is not None:
-            return
-        if self._planner is not None and self.planned is not None:
+        ended = trainer.is_global_zero and self._evaluation is None
+        if ended and self._planner is not None and self.planned is not None:
             self._planner.print(self.planned)
-        elif self._writer is not None:
+        elif ended and self._writer is not None:
             self._writer.print(self.metrics)  # not earlier: the progress bar still owned the terminal
         self._writer = None
 

@@ -73,7 +73,8 @@ class RunWriter:
         keep_distances: bool,
     ) -> None:
         self._lock: FolderLock | None = None
-        self._classifier, self._rank, self._ranks = classifier, trainer.global_rank, trainer.world_size
+        self._classifier, self._device = classifier, trainer.strategy.root_device
+        self._rank, self._ranks = trainer.global_rank, trainer.world_size
         try:
             self.folder = self._claim(trainer, folder, settings, next_free)
             errors = ErrorsInfo.of(classifier) if keep_errors else None
@@ -140,7 +141,7 @@ class RunWriter:
         difference_of = dict(zip(result.candidates_K.tolist(), result.differences_K.tolist(), strict=True))
         right = min(tried, key=difference_of.__getitem__) if tried else classes.index(label)
         self._maps -= 1
-        right_map, chosen_map = error_map(self._classifier, image, key, [right, result.candidate])
+        right_map, chosen_map = error_map(self._classifier, image.to(self._device), key, [right, result.candidate])
         return (right_map - chosen_map).numpy()
 
     # --- end -----------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class RunWriter:
     def finish(
         self, summary: Summary | None, score: Callable[[list[Record]], dict[str, float]] | None
     ) -> dict[str, float]:
-        """Make one file of all parts, write metrics.json and draw. Call it on rank 0, when all ranks have flushed.
+        """Make one file of all parts, write metrics.json, draw, and close. For rank 0, when all ranks have flushed.
 
         Args:
             summary: That of all ranks; None without labels.
@@ -172,6 +173,7 @@ class RunWriter:
         own = {} if score is None else score(self._records())
         described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info
         write_json({"metrics": own | written, "settings": described}, self.folder / "metrics.json", 2, "results")
+        self.close()
         return own
 
     def _records(self) -> list[Record]:

@@ -113,6 +113,9 @@ class Contest:
             self.playing, errors_RP = self.playing[finite_P], errors_RP[:, finite_P]
             if distances_RPP is not None:
                 distances_RPP = distances_RPP[:, finite_P][:, :, finite_P]
+        errors_RP = np.ascontiguousarray(errors_RP)  # sums depend on the order of memory, by a bit
+        if distances_RPP is not None:
+            distances_RPP = np.ascontiguousarray(distances_RPP)
         self._sums_K[self.playing] += (weights_R1 * errors_RP).sum(0)
         errors_RA, distances_RAA = errors_RP, distances_RPP
         self._active_A = self._contestant_K[self.playing]

@@ -27,7 +27,9 @@ def decided(ensemble, broken=()):
     recipe = Recipe(Draws(12), elimination=PairedTest(0.3), ensemble=ensemble)
     classifier = DiffusionClassifier(toy, recipe, keep_errors=True)
     results = list(classifier(some_images(20)))
-    return results, [Record.of(r, CLASSES, classifier.weights_S, 0, ensemble, seconds=0.0, rank=0) for r in results]
+    return results, [
+        Record.of(r, CLASSES, classifier.terms.weights_S, 0, ensemble, seconds=0.0, rank=0) for r in results
+    ]
 
 
 def test_classes_are_ranked_by_the_decision():

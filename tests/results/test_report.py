@@ -135,7 +135,7 @@ def test_no_images_no_pixels_no_folder(tmp_path):
     run = made_up_run(tmp_path / "latents", rows, 3)
     assert "5 have no picture: what was classified were not pixels" in write_report(run).read_text()
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"report: '.*file/r.html' cannot be written"):
+    with pytest.raises(OSError, match=r"figure: '.*file/figures/.*' cannot be written"):
         write_report(run, tmp_path / "file" / "r.html")
 
 

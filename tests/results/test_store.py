@@ -392,7 +392,7 @@ def test_kills_at_any_moment_lose_at_most_a_part(tmp_path):
     left = json.loads((tmp_path / "left.json").read_text())  # finished images after each kill
     assert len(left) == kills
     assert left == sorted(left)
-    assert len(set(left)) > 8  # most kills came in the middle
+    assert len(set(left)) > 2  # kills came in the middle: how many depends on what else the machine does
     assert 0 < left[-1] < images
     runs = tmp_path / "killed", tmp_path / "undisturbed"
     found, expected = (pq.read_table(run / "predictions.parquet").to_pydict() for run in runs)

@@ -217,14 +217,14 @@ def test_a_report_reads_only_the_columns_it_needs(tmp_path, monkeypatch):
     run = made_up_run(tmp_path / "run", made_up_rows(60, 4), 4)
     asked = []
 
-    def spied(path, settings, columns):
+    def spied(path, columns, settings):
         asked.append(set(columns))
-        return read(path, settings, columns)
+        return read(path, columns, settings)
 
     from lightning_diffclf.results import evaluation
 
-    read = evaluation.read_table
-    monkeypatch.setattr(evaluation, "read_table", spied)
+    read = evaluation.scan
+    monkeypatch.setattr(evaluation, "scan", spied)
     make_figures(Evaluation.read(run))
     assert not any({"thumbnail", "error_map", "scores_K"} & columns for columns in asked)
     Evaluation.read(run).gallery(5)
