@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.denoiser import Candidates, ConditionVectors
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
@@ -44,6 +44,9 @@ class Family(Protocol):
 
     def embed(self, pipeline: Any, prompts: list[str]) -> Conditions:
         """Conditions of B prompts, on the pipeline's device."""
+
+    def vectors(self, network: nn.Module, conditions: Conditions) -> Conditions:
+        """The same conditions in floating point, to be mixed and differentiated by; :meth:`predict` takes both."""
 
     def shared(self, pipeline: Any, x0: Tensor) -> Conditions:
         """What all candidates have in common, for inputs like ``x0`` (B, C, h, w): one row."""
@@ -133,6 +136,7 @@ class PipelineDenoiser:
         """Pixels for one value of x0, along each side."""
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
+    @torch.inference_mode(False)  # a Trainer's: what is made in it, such as conditions, could not be differentiated by
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32.
@@ -189,7 +193,24 @@ class PipelineDenoiser:
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Network output (N, C or 2C, h, w) for noisy latents (N, C, h, w), times (N,) and candidates (N,)."""
         assert self._conditions is not None, "predict before encode"
-        conditions = {name: rows[candidate] for name, rows in self._conditions.items()}
+        return self._predict(x_t, t, {name: rows[candidate] for name, rows in self._conditions.items()})
+
+    def conditions(self, candidate: Tensor) -> tuple[Tensor, ...]:
+        """Embeddings of candidates (N,), each (N, ...)."""
+        return tuple(rows[candidate] for rows in self._vectors().values())
+
+    def predict_from(self, x_t: Tensor, t: Tensor, conditions: ConditionVectors) -> Tensor:
+        """As :meth:`predict`, for embeddings as :meth:`conditions` gives them."""
+        dtype: Any = self.network.dtype
+        vectors = (vector.to(dtype) for vector in conditions)
+        return self._predict(x_t, t, dict(zip(self._vectors(), vectors, strict=True)))
+
+    def _vectors(self) -> Conditions:
+        assert self._conditions is not None, "conditions before encode"
+        vectors: Conditions = self.family.vectors(self.network, self._conditions)
+        return vectors
+
+    def _predict(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         conditions |= {name: row.expand(len(x_t), *row.shape[1:]) for name, row in self._shared.items()}
         dtype: Any = self.network.dtype
         output: Tensor = self.family.predict(self.network, x_t.to(dtype), t, conditions)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.data.stream import Share
-from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.denoiser import Candidates, ConditionVectors
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
@@ -242,8 +242,22 @@ class ClassConditionalDiT(L.LightningModule):
 
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Output of the network (N, C or 2C, H, W) for noisy inputs (N, C, H, W), times (N,) and classes (N,)."""
-        rows = self._asked(x_t.device).rows
-        return self.net(x_t.to(self.dtype), t, candidate if rows is None else rows[candidate])
+        return self.net(x_t.to(self.dtype), t, self._labels(candidate))
+
+    def conditions(self, candidate: Tensor) -> Tensor:
+        """Class embeddings (N, D) of candidates (N,)."""
+        embedding: Tensor = self.net.y_embedder(self._labels(candidate))
+        return embedding
+
+    def predict_from(self, x_t: Tensor, t: Tensor, conditions: ConditionVectors) -> Tensor:
+        """As :meth:`predict`, for class embeddings (N, D)."""
+        assert isinstance(conditions, Tensor)
+        return self.net(x_t.to(self.dtype), t, conditions.to(self.dtype))
+
+    def _labels(self, candidate: Tensor) -> Tensor:
+        """The network's class of each candidate (N,)."""
+        rows = self._asked(candidate.device).rows
+        return candidate if rows is None else rows[candidate]
 
     def _check_shape(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != self.image_shape:
