@@ -8,6 +8,7 @@ from lightning_diffclf.classifier.posterior import Posterior
 from lightning_diffclf.classifier.proposal import LinearProbe
 from lightning_diffclf.classifier.recipe import Proposal, Recipe
 from lightning_diffclf.classifier.score import Loss
+from lightning_diffclf.classifier.search import GradientSearch
 
 __all__ = [
     "Classification",
@@ -15,6 +16,7 @@ __all__ = [
     "Draws",
     "Elimination",
     "Exhaustive",
+    "GradientSearch",
     "LikelihoodRatio",
     "LinearProbe",
     "Loss",

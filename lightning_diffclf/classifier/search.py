@@ -55,8 +55,9 @@ class GradientSearch:
     draws which decide among the proposed are independent of those that proposed them.
 
     Args:
-        draws: Gradients for each image at most. One whose weight is on ``least`` candidates stops earlier.
-        miss: Candidates are kept until the weight of all others is below this, in (0, 1).
+        draws: Gradients for each image: few for few candidates, about 2 for ten and 6 for a hundred.
+        miss: Candidates are kept until the weight of all others is below this, in (0, 1). Weights are tempered: what
+            they leave out is right far less often than they say.
         least: Candidates to keep at least. Images with no more than these, or two, are not searched.
         most: Candidates to keep at most.
         temper: Share of the nats that the first draw adds, above 0: linear extrapolation is too confident.
@@ -69,7 +70,7 @@ class GradientSearch:
     """
 
     draws: int = 6
-    miss: float = 0.1
+    miss: float = 0.15
     least: int = 2
     most: int = 64
     temper: float = 0.07
@@ -85,10 +86,14 @@ class GradientSearch:
             raise UserError(f"search: most {self.most}, expected at least the {self.least} of least")
         if not 0 < self.miss < 1:
             raise UserError(f"search: miss {self.miss}, expected a share between 0 and 1")
-        if not 0 < self.temper < math.inf or not 0 <= self.fall < math.inf:
-            raise UserError(f"search: temper {self.temper}, fall {self.fall}, expected above 0 and at least 0")
+        if not 0 < self.temper < math.inf:
+            raise UserError(f"search: temper {self.temper}, expected a number above 0")
+        if not 0 <= self.fall < math.inf:
+            raise UserError(f"search: fall {self.fall}, expected 0 or more")
         if len(self.timesteps) != 2 or not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
-            raise UserError(f"search: timesteps {tuple(self.timesteps)}, expected a part of 0 … 1, such as (0.35, 0.65)")
+            raise UserError(
+                f"search: timesteps {tuple(self.timesteps)}, expected a part of 0 … 1, such as (0.35, 0.65)"
+            )
 
     def check(self, denoiser: Any) -> None:
         """Raise TypeError if ``denoiser`` is no :class:`~lightning_diffclf.denoiser.SearchableDenoiser`."""
@@ -139,7 +144,6 @@ class GradientSearch:
         for b in searched:
             log_w_BK[b, torch.from_numpy(candidates[b])] = 0
         log_w_BK = log_w_BK.to(x0.device)
-        spent = dict.fromkeys(searched, 0)
         for draw, t in enumerate(self.times(denoiser.schedule)):
             share = self.temper / (1 + self.fall * draw)
             for first in range(0, len(searched), self.microbatch):
@@ -151,16 +155,12 @@ class GradientSearch:
                 counts_M = nats_MK.isfinite().all(1)
                 log_w_BK[rows] += share * torch.where(counts_M[:, None], nats_MK, 0)
                 for b, counts in zip(rows, counts_M.tolist(), strict=True):
-                    spent[b] += 1
                     dropped[b] += not counts
-            w_BK = log_w_BK.softmax(1).cpu().numpy()
-            for b in searched:
-                if dropped[b] < spent[b]:
-                    found[b] = self.keep(w_BK[b, candidates[b]], candidates[b], group_K)
-                nfe[b] = math.ceil(cost * spent[b])
-            searched = [b for b in searched if len(set(group_K[found[b]])) > self.least]
-            if not searched:
-                break
+        w_BK = log_w_BK.softmax(1).cpu().numpy()
+        for b in searched:
+            nfe[b] = math.ceil(cost * self.draws)
+            if dropped[b] < self.draws:
+                found[b] = self.keep(w_BK[b, candidates[b]], candidates[b], group_K)
         return Found(found, nfe, dropped)
 
     def times(self, schedule: NoiseSchedule) -> Tensor:
@@ -179,7 +179,7 @@ class GradientSearch:
             candidates_K: Their indices.
             group_of: What stays or goes together: the group of each candidate that there is.
         """
-        groups, group_K = np.unique(group_of[candidates_K], return_inverse=True)
+        group_K = np.unique(group_of[candidates_K], return_inverse=True)[1]
         weights_G = np.bincount(group_K, weights=weights_K)
         order = np.argsort(-weights_G, kind="stable")
         left = weights_G.sum() - np.cumsum(weights_G[order])  # after so many

@@ -39,7 +39,8 @@ def predict(network: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Te
     added = {name: conditions.get(name) for name in ("resolution", "aspect_ratio")}
     text = conditions["encoder_hidden_states"]
     # The logarithm of how much a token takes part: none at -10,000, as the network says it; mixtures have parts.
-    part = conditions["encoder_attention_mask"].to(text.dtype).log().clamp_min(-10_000)
+    mask = conditions["encoder_attention_mask"].to(text.dtype)
+    part = torch.where(mask > 0, mask.clamp_min(torch.finfo(mask.dtype).tiny).log(), -10_000.0)
     output: Tensor = network(
         x_t,
         encoder_hidden_states=text,
