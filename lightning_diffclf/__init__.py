@@ -8,12 +8,14 @@ from lightning_diffclf.classifier import (
     Draws,
     Elimination,
     Exhaustive,
+    GradientSearch,
     LikelihoodRatio,
     PairedTest,
     Posterior,
+    Recipe,
     Stages,
 )
-from lightning_diffclf.denoiser import Candidates, ConditionalDenoiser
+from lightning_diffclf.denoiser import Candidates, ConditionalDenoiser, SearchableDenoiser
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion
@@ -33,10 +35,13 @@ __all__ = [
     "Draws",
     "Elimination",
     "Exhaustive",
+    "GradientSearch",
     "LikelihoodRatio",
     "NoiseSchedule",
     "PairedTest",
     "Posterior",
+    "Recipe",
+    "SearchableDenoiser",
     "Stages",
     "ZeroShotStableDiffusion",
 ]

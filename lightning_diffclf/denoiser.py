@@ -1,4 +1,7 @@
-"""The one interface between networks and the method: anything with these four members can classify."""
+"""The interface between networks and the method: anything with four members can classify.
+
+Two more, which make conditions vectors, let candidates be searched by gradients.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.schedule import NoiseSchedule
 
-__all__ = ["Candidates", "ConditionalDenoiser", "evaluating"]
+__all__ = ["Candidates", "ConditionVectors", "ConditionalDenoiser", "SearchableDenoiser", "evaluating"]
 
 
 @runtime_checkable
@@ -45,6 +48,31 @@ class ConditionalDenoiser(Protocol):
         Returns:
             (N, C, h, w), or (N, 2C, h, w) from a network that also predicts a variance.
         """
+        ...
+
+
+ConditionVectors = Tensor | tuple[Tensor, ...]
+"""Conditions of N rows: one floating point tensor (N, ...), or several."""
+
+
+@runtime_checkable
+class SearchableDenoiser(ConditionalDenoiser, Protocol):
+    """A denoiser whose conditions are vectors, so that they can be mixed and differentiated by.
+
+    ``predict(x_t, t, k)`` is ``predict_from(x_t, t, conditions(k))``. Only :class:`~.classifier.search.GradientSearch`
+    needs this.
+    """
+
+    def conditions(self, candidate: Tensor) -> ConditionVectors:
+        """Class embeddings, text embeddings and the like of candidates (N,), int64; after the first :meth:`encode`.
+
+        Returns:
+            (N, ...), floating, or a tuple of such tensors. Of every candidate, they have the same shape.
+        """
+        ...
+
+    def predict_from(self, x_t: Tensor, t: Tensor, conditions: ConditionVectors) -> Tensor:
+        """As :meth:`predict`, differentiable by the conditions of each row, which may be mixtures of candidates'."""
         ...
 
 

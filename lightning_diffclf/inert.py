@@ -28,6 +28,7 @@ CLASSES: Mapping[str, frozenset[str]] = {
         {
             "lightning_diffclf.data.digit_scenes.DigitScenesDataModule",
             "lightning_diffclf.data.digits.DigitPairsDataModule",
+            "lightning_diffclf.data.digits.DigitTriplesDataModule",
             "lightning_diffclf.data.digits.DigitsDataModule",
             "lightning_diffclf.data.imagenet.ImageNetDataModule",
             "lightning_diffclf.data.winoground.WinogroundDataModule",
@@ -42,6 +43,9 @@ CLASSES: Mapping[str, frozenset[str]] = {
         )
         for name in names
         for folder in ("", "classifier.", f"classifier.{file}.")
+    ),
+    "classifier.proposal": frozenset(
+        f"lightning_diffclf.{folder}GradientSearch" for folder in ("", "classifier.", "classifier.search.")
     ),
 }  # that settings of others may name, and where
 
@@ -146,8 +150,8 @@ def _check_mapping(name: str, value: Mapping[Any, Any], where: str) -> None:
     if name == "classifier":
         for key in ("elimination", "proposal"):  # as text, the name of a class or a function, which would be imported
             one = value.get(key)
-            if one is not None and (key == "proposal" or not isinstance(one, Mapping)):
-                raise _refused(where, f"{name}.{key}", one, "null" if key == "proposal" else "null, or a class")
+            if one is not None and not isinstance(one, Mapping):
+                raise _refused(where, f"{name}.{key}", one, "null, or a class")
 
 
 def _check_text(name: str, value: str, where: str) -> None:

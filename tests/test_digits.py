@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
+from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
 from tests.trainers import FakeTrainer
 
 
@@ -96,3 +97,41 @@ def test_pairs_are_fixed_and_diverse():
     assert len(torch.unique(first.train.parts["image"].flatten(1), dim=0)) > 495
     with pytest.raises(ValueError, match="test_pairs: 0, expected at least 1"):
         DigitPairsDataModule(test_pairs=0)
+
+
+def test_pairs_are_those_of_the_published_benchmarks():
+    data = DigitPairsDataModule(train_pairs=700, test_pairs=300)
+    data.setup()
+    digests = [
+        hashlib.sha256(part.parts["image"].numpy().tobytes()).hexdigest()[:16] for part in (data.train, data.test)
+    ]
+    assert digests == ["ca5a77cfceab3b20", "2a43534a488310bb"]
+
+
+# --- triples -------------------------------------------------------------------------------------------------------
+
+
+def test_triples_are_three_digits_of_the_same_split():
+    pixels, digits = load_digits(return_X_y=True)
+    scans = {row.tobytes(): digit for row, digit in zip((pixels / 8 - 1).astype(np.float32), digits, strict=True)}
+    data, single = DigitTriplesDataModule(train_triples=1500), DigitsDataModule()
+    data.setup()
+    single.setup()
+    assert (len(data.train), len(data.test), data.num_classes) == (1500, 1000, 1000)
+    for triples, scans_of in ((data.train, single.train), (data.test, single.test)):
+        known = {image.numpy().tobytes() for image in scans_of.parts["image"]}
+        parts = triples.parts
+        assert parts["image"].shape[1:] == (1, 8, 24)
+        for image, label in zip(parts["image"][:200], parts["label"].tolist(), strict=False):
+            three = [image[:, :, column : column + 8].contiguous().numpy().tobytes() for column in (0, 8, 16)]
+            assert set(three) <= known
+            assert data.class_names[label] == "".join(str(scans[one]) for one in three)
+    assert torch.bincount(data.test.parts["label"]).tolist() == [1] * 1000
+    assert data.test.parts["id"].tolist() == list(range(1000))
+
+
+def test_bad_numbers_of_triples():
+    with pytest.raises(ValueError, match="train_triples: 0"):
+        DigitTriplesDataModule(train_triples=0)
+    with pytest.raises(ValueError, match="test_triples: -1"):
+        DigitTriplesDataModule(test_triples=-1)

@@ -7,6 +7,7 @@ from lightning_diffclf.classifier.engine import DiffusionClassifier
 from lightning_diffclf.classifier.posterior import Posterior
 from lightning_diffclf.classifier.recipe import Proposal, Recipe
 from lightning_diffclf.classifier.score import Loss
+from lightning_diffclf.classifier.search import GradientSearch
 from lightning_diffclf.classifier.sequential import LikelihoodRatio, PairedTest
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Draws",
     "Elimination",
     "Exhaustive",
+    "GradientSearch",
     "LikelihoodRatio",
     "Loss",
     "PairedTest",

@@ -28,6 +28,7 @@ from lightning_diffclf.classifier.elimination import Elimination, Exhaustive
 from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut, measure_distances
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
+from lightning_diffclf.classifier.search import Search
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating
 from lightning_diffclf.errors import UserError, WrongType
 
@@ -92,6 +93,8 @@ class DiffusionClassifier:
         self.loss = Loss(recipe.loss)
         self.loss.check(denoiser.schedule)
         rule.check(self.loss.name)
+        if isinstance(recipe.proposal, Search):
+            recipe.proposal.check(denoiser)
         draws = Draws(recipe.draws, recipe.seed) if isinstance(recipe.draws, int) else recipe.draws
         order = rule.order(draws.count if draws else Draws.count)
         self.draws = draws or Draws(len(order) if order is not None else Draws.count, recipe.seed)
@@ -206,6 +209,13 @@ class Packer:
         c = self._classifier
         origin, spent, proposal = "candidates", 0, c.recipe.proposal
         candidates = c.recipe.candidates if candidates is None else candidates
+        if isinstance(proposal, Search):
+            lists = resolve_candidates(candidates, len(images), len(c.denoiser.candidates))
+            if len(images) == 0:
+                return lists, []
+            with evaluating(c.denoiser):
+                found = proposal.propose(c, images, ids, lists)
+            return found.candidates, found.nfe
         if candidates is None and proposal is not None and len(images):
             with evaluating(c.denoiser), torch.no_grad():
                 candidates = proposal(images)

@@ -12,13 +12,14 @@ from lightning_diffclf.classifier.draws import Draws
 from lightning_diffclf.classifier.elimination import Elimination
 from lightning_diffclf.classifier.posterior import Posterior
 from lightning_diffclf.classifier.score import Loss
+from lightning_diffclf.classifier.search import Search
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import identity_of
 
-Proposal = Callable[[Tensor], Any]
-"""Images (B, C, H, W) to the candidates to try: indices (B, m), or a list of them for each image.
+Proposal = Search | Callable[[Tensor], Any]
+"""A search, or a function of images (B, C, H, W) to the candidates to try: indices (B, m), or a list for each image.
 
-May have an attribute ``nfe``, the network calls that it costs for each image, which are then counted as spent.
+A function may have an attribute ``nfe``: the network calls that it costs for each image, counted as spent.
 """
 
 
@@ -39,8 +40,8 @@ class Recipe:
         ensemble: What counts where a class has several candidates (prompts): its ``best`` one, or the ``mean`` of their
             errors; its candidates then stay or go together.
         candidates: Indices of the candidates in play; all if omitted.
-        proposal: Names the candidates to try for each image, where nothing else does: any callable from images
-            (B, C, H, W) to indices (B, m).
+        proposal: Names the candidates to try for each image: :class:`~.search.GradientSearch`, or, where nothing else
+            does, any callable from images (B, C, H, W) to indices (B, m).
         reduction: ``mean`` or ``sum``: how probabilities are read off scores; see :class:`~.posterior.Posterior`.
         temperature: Temperature of the probabilities.
 

@@ -218,7 +218,8 @@ class DiT(nn.Module):
         Args:
             x: Noisy inputs (N, C, H, W), floating.
             t: Timesteps (N,), int or float.
-            y: Labels (N,), int64 in 0 … num_classes - 1, or :attr:`null_label`.
+            y: Labels (N,), int64 in 0 … num_classes - 1, or :attr:`null_label`; or embeddings in place of theirs
+                (N, D), floating.
             drop: Which labels to replace by the null label (N,), bool. If omitted, a random draw from the global
                 generator in training mode, none in eval mode.
 
@@ -232,9 +233,13 @@ class DiT(nn.Module):
         self._check(x, t, y, drop)
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(len(y), device=y.device) < self.class_dropout_prob  # (N,)
-        if drop is not None:
-            y = y.masked_fill(drop, self.num_classes)  # (N,)
-        condition = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        if y.is_floating_point():
+            embedding = y  # (N, D)
+            if drop is not None:
+                embedding = torch.where(drop[:, None], self.y_embedder.embedding_table.weight[-1], y)  # (N, D)
+        else:
+            embedding = self.y_embedder(y if drop is None else y.masked_fill(drop, self.num_classes))  # (N, D)
+        condition = self.t_embedder(t) + embedding  # (N, D)
         tokens = self.x_embedder(x) + self.pos_embed  # (N, L, D)
         for block in self.blocks:  # (N, L, D) each
             if self.checkpointing and self.training:
@@ -284,13 +289,16 @@ class DiT(nn.Module):
             raise UserError(f"x: shape {tuple(x.shape)}, expected (N, {c}, {h}, {w})")
         if t.shape != x.shape[:1]:
             raise UserError(f"t: shape {tuple(t.shape)}, expected ({len(x)},)")
-        if y.shape != x.shape[:1] or y.dtype != torch.int64:
-            raise UserError(f"y: {y.dtype} {tuple(y.shape)}, expected torch.int64 ({len(x)},)")
+        width = self.y_embedder.embedding_table.embedding_dim
+        labels = y.shape == x.shape[:1] and y.dtype == torch.int64
+        if not labels and not (y.shape == (len(x), width) and y.is_floating_point()):
+            expected = f"torch.int64 ({len(x)},), or embeddings ({len(x)}, {width})"
+            raise UserError(f"y: {y.dtype} {tuple(y.shape)}, expected {expected}")
         if drop is not None and self.null_label is None:
             raise UserError("drop: given, but there is no null label: class_dropout_prob is 0, expected above 0")
         if drop is not None and (drop.shape != x.shape[:1] or drop.dtype != torch.bool):
             raise UserError(f"drop: {drop.dtype} {tuple(drop.shape)}, expected torch.bool ({len(x)},)")
-        if y.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+        if labels and y.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
             highest = self.y_embedder.embedding_table.num_embeddings - 1
             if bool(((y < 0) | (y > highest)).any()):
                 raise UserError(f"y: labels {int(y.min())} … {int(y.max())}, expected 0 … {highest}")

@@ -29,6 +29,10 @@ def length(pipeline: Any) -> int:
     return min(512, int(pipeline.tokenizer_2.model_max_length))
 
 
+def vectors(network: nn.Module, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+    return conditions
+
+
 def shared(pipeline: Any, x0: Tensor) -> dict[str, Tensor]:
     return {}
 

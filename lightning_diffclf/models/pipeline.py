@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.denoiser import Candidates, ConditionVectors
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import read_json
 from lightning_diffclf.identity import identity_of
@@ -46,6 +46,9 @@ class Family(Protocol):
 
     def embed(self, pipeline: Any, prompts: list[str]) -> Embeddings:
         """Embeddings of B prompts, on the pipeline's device."""
+
+    def vectors(self, network: nn.Module, embeddings: Embeddings) -> Embeddings:
+        """The same embeddings in floating point, to be mixed and differentiated by; :meth:`predict` takes both."""
 
     def shared(self, pipeline: Any, x0: Tensor) -> Embeddings:
         """What all candidates have in common, for inputs like ``x0`` (B, C, h, w): one row."""
@@ -165,6 +168,7 @@ class PipelineDenoiser:
         """Pixels for one value of x0, along each side."""
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
+    @torch.inference_mode(False)  # a Trainer's: what is made in it, such as conditions, could not be differentiated by
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32.
@@ -222,7 +226,24 @@ class PipelineDenoiser:
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Network output (N, C or 2C, h, w) for noisy latents (N, C, h, w), times (N,) and candidates (N,)."""
         assert self._embeddings is not None, "predict before encode"
-        embeddings = {name: rows[candidate] for name, rows in self._embeddings.items()}
+        return self._predict(x_t, t, {name: rows[candidate] for name, rows in self._embeddings.items()})
+
+    def conditions(self, candidate: Tensor) -> tuple[Tensor, ...]:
+        """Embeddings of candidates (N,), each (N, ...)."""
+        return tuple(rows[candidate] for rows in self._vectors().values())
+
+    def predict_from(self, x_t: Tensor, t: Tensor, conditions: ConditionVectors) -> Tensor:
+        """As :meth:`predict`, for embeddings as :meth:`conditions` gives them."""
+        dtype: Any = self.network.dtype
+        vectors = (vector.to(dtype) for vector in conditions)
+        return self._predict(x_t, t, dict(zip(self._vectors(), vectors, strict=True)))
+
+    def _vectors(self) -> Embeddings:
+        assert self._embeddings is not None, "conditions before encode"
+        vectors: Embeddings = self.family.vectors(self.network, self._embeddings)
+        return vectors
+
+    def _predict(self, x_t: Tensor, t: Tensor, embeddings: Embeddings) -> Tensor:
         embeddings |= {name: row.expand(len(x_t), *row.shape[1:]) for name, row in self._shared.items()}
         dtype: Any = self.network.dtype
         output: Tensor = self.family.predict(self.network, x_t.to(dtype), t, embeddings)

@@ -26,6 +26,10 @@ def embed(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": text, "text_embeds": pooled}
 
 
+def vectors(network: nn.Module, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+    return conditions
+
+
 def shared(pipeline: Any, x0: Tensor) -> dict[str, Tensor]:
     if not is_xl(pipeline.unet):
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, cast
@@ -16,13 +15,13 @@ from torch.distributed.fsdp import fully_shard
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.data.protocols import HasLatents, HasNetworkClasses, HasNumClasses
 from lightning_diffclf.data.stream import Share
-from lightning_diffclf.denoiser import Candidates, evaluating
+from lightning_diffclf.denoiser import Candidates, ConditionVectors, evaluating
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.conditions import Conditions, conditions
-from lightning_diffclf.modules.training import keyed_generator, learning_rate_factor, schedule_named
+from lightning_diffclf.modules.training import keyed_generator, optimization, schedule_named
 from lightning_diffclf.noise import KeyedNoise
 from lightning_diffclf.sampling import denoise, initial_noise
 from lightning_diffclf.schedule import DiscreteSchedule
@@ -257,8 +256,20 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
 
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Output of the network (N, C or 2C, H, W) for noisy inputs (N, C, H, W), times (N,) and classes (N,)."""
-        rows = self._asked(x_t.device).rows
-        return self.net(x_t.to(self.dtype), t, candidate if rows is None else rows[candidate])
+        return self.net(x_t.to(self.dtype), t, self._labels(candidate))
+
+    def conditions(self, candidate: Tensor) -> Tensor:
+        """Class embeddings (N, D) of candidates (N,)."""
+        return cast(Tensor, self.net.y_embedder(self._labels(candidate)))
+
+    def predict_from(self, x_t: Tensor, t: Tensor, conditions: ConditionVectors) -> Tensor:
+        """As :meth:`predict`, for class embeddings (N, D)."""
+        return self.net(x_t.to(self.dtype), t, cast(Tensor, conditions).to(self.dtype))
+
+    def _labels(self, candidate: Tensor) -> Tensor:
+        """The network's class of each candidate (N,)."""
+        rows = self._asked(candidate.device).rows
+        return candidate if rows is None else rows[candidate]
 
     def _check_shape(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != self.image_shape:
@@ -342,17 +353,7 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
         return images, labels
 
     def configure_optimizers(self) -> Any:
-        h = self.hparams
-        optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=h["lr"], betas=tuple(h["betas"]), weight_decay=h["weight_decay"]
-        )
-        total = self.trainer.estimated_stepping_batches if h["decay"] != "none" else math.inf
-        if h["decay"] != "none" and not math.isfinite(total):
-            raise UserError(f"decay: {h['decay']!r} needs an end, set trainer.max_steps")
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, h["warmup_steps"], total, h["decay"])
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimization(self.net.parameters(), self.hparams, lambda: self.trainer.estimated_stepping_batches)
 
     # --- sampling --------------------------------------------------------------------------------------------------
 

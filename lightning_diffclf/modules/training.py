@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.schedule import NoiseSchedule
@@ -52,3 +53,27 @@ def learning_rate_factor(step: int, warmup_steps: int, total: float, decay: str)
         return 1.0
     share = min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))
     return 1 - share if decay == "linear" else (1 + math.cos(math.pi * share)) / 2
+
+
+def optimization(parameters: Iterable[nn.Parameter], settings: Mapping[str, Any], steps: Callable[[], float]) -> Any:
+    """AdamW and its learning rate by step, as Lightning takes them.
+
+    Args:
+        parameters: What is trained.
+        settings: ``lr``, ``betas``, ``weight_decay``, ``warmup_steps`` and ``decay``.
+        steps: Says how many optimizer steps there will be; asked only where the rate decays.
+
+    Raises:
+        ValueError: if the rate decays, but training has no end.
+    """
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings["lr"], betas=tuple(settings["betas"]), weight_decay=settings["weight_decay"]
+    )
+    decay = settings["decay"]
+    total = steps() if decay != "none" else math.inf
+    if decay != "none" and not math.isfinite(total):
+        raise UserError(f"decay: {decay!r} needs an end, set trainer.max_steps")
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, settings["warmup_steps"], total, decay)
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_diffclf.data.prompts import TEMPLATES, PromptSet, from_csv, from_names
 from lightning_diffclf.data.protocols import HasClassNames, HasPrompts
+from lightning_diffclf.denoiser import ConditionVectors
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
@@ -108,6 +109,14 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Network output for rows of noisy latents, times and candidates."""
         return self.denoiser.predict(x_t, t, candidate)
+
+    def conditions(self, candidate: Tensor) -> tuple[Tensor, ...]:
+        """What the text encoders make of candidates (N,), as :meth:`predict_from` takes it."""
+        return self.denoiser.conditions(candidate)
+
+    def predict_from(self, x_t: Tensor, t: Tensor, conditions: ConditionVectors) -> Tensor:
+        """As :meth:`predict`, for conditions in place of candidates."""
+        return self.denoiser.predict_from(x_t, t, conditions)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: the callback classifies."""

@@ -70,6 +70,25 @@ def test_predictions_are_those_of_the_pipeline_at_its_steps(family):
 
 
 @pytest.mark.parametrize("family", PIPELINES)
+def test_conditions_as_vectors_predict_as_candidates_do_and_have_gradients(family):
+    ours = denoiser(family)
+    with torch.inference_mode():  # as a Trainer evaluates
+        ours.encode(images(1))
+    x_t, t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)), ours.schedule.timesteps(3)
+    candidate = torch.tensor([1, 0, 1])
+    conditions = tuple(part.clone().requires_grad_() for part in ours.conditions(candidate))
+    assert all(part.is_floating_point() and len(part) == 3 for part in conditions)
+    output = ours.predict_from(x_t, t, conditions)
+    with torch.no_grad():
+        torch.testing.assert_close(output, ours.predict(x_t, t, candidate), rtol=1e-6, atol=1e-6)
+    for gradient in torch.autograd.grad(output.square().sum(), conditions):
+        assert gradient.isfinite().all()
+        assert gradient.flatten(1).any(1).all()
+    mixed = tuple(part.lerp(part.roll(1, 0), 0.5) for part in conditions)  # of prompts of different lengths
+    assert ours.predict_from(x_t, t, mixed).isfinite().all()
+
+
+@pytest.mark.parametrize("family", PIPELINES)
 def test_rows_are_independent_and_prompts_are_embedded_once(family):
     ours = denoiser(family)
     x0 = ours.encode(images(2))

@@ -17,6 +17,8 @@ from lightning_diffclf.cli import read_checkpoint
 from lightning_diffclf.commands.data import encode_command
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.imagenet import ImageNetDataModule
+from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.modules.conditions import Conditions
 from lightning_diffclf.modules.training import keyed_generator
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder, photos
@@ -343,3 +345,23 @@ def test_checkpointing_and_compile_change_nothing(tmp_path):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-5)
     assert not any("_orig_mod" in name for name in module.state_dict())
+
+
+def test_class_embeddings_predict_as_classes_do():
+    torch.manual_seed(0)
+    module = ClassConditionalDiT(input_size=4, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=5).eval()
+    for parameter in module.net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    module._conditions = (lambda: None), Conditions(Candidates(["a", "b", "c"], [0, 1, 1]), torch.tensor([4, 1, 2]))
+    candidate, x_t, t = torch.tensor([0, 2, 1]), torch.randn(3, 1, 4, 4), torch.tensor([0, 500, 999])
+    conditions = module.conditions(candidate)
+    assert torch.equal(conditions, module.net.y_embedder.embedding_table.weight[[4, 2, 1]])
+    output = module.predict_from(x_t, t, conditions)
+    torch.testing.assert_close(output, module.predict(x_t, t, candidate), rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(output.square().sum(), conditions)
+    assert gradient.any(1).all()
+    drop = torch.tensor([False, True, False])  # the null label's embedding then takes a given one's place
+    dropped = module.net(x_t, t, conditions, drop=drop)
+    torch.testing.assert_close(dropped, module.net(x_t, t, torch.tensor([4, 2, 1]), drop=drop))
+    with pytest.raises(ValueError, match=r"expected torch.int64 \(3,\), or embeddings \(3, 8\)"):
+        module.net(x_t, t, conditions[:, :7])

@@ -14,6 +14,7 @@ import yaml
 
 import lightning_diffclf
 from lightning_diffclf.classifier.elimination import Elimination
+from lightning_diffclf.classifier.search import Search
 from lightning_diffclf.classifier.sequential import SequentialTest
 from lightning_diffclf.cli import CONFIG_KEY, evaluate, evaluation_config
 from lightning_diffclf.errors import UserError
@@ -162,9 +163,16 @@ def ours(base: type) -> set[type]:
 
 
 def test_every_class_of_ours_may_be_named_and_opens_nothing_by_itself():
-    bases = {"model": L.LightningModule, "data": L.LightningDataModule, "classifier.elimination": Elimination}
+    bases = {
+        "model": L.LightningModule,
+        "data": L.LightningDataModule,
+        "classifier.elimination": Elimination,
+        "classifier.proposal": Search,
+    }
     for section, base in bases.items():
-        classes = {one for one in ours(base) if one not in (Elimination, SequentialTest) and one.__name__[0] != "_"}
+        classes = {
+            one for one in ours(base) if one not in (Elimination, SequentialTest, Search) and one.__name__[0] != "_"
+        }
         assert {f"{one.__module__}.{one.__qualname__}" for one in classes} <= CLASSES[section]
         for name in CLASSES[section]:
             module, _, attribute = name.rpartition(".")
