@@ -69,4 +69,4 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def loader(count: int, batch_size: int = 4, labelled: bool = True) -> DataLoader[dict[str, Tensor]]:
-    return DataLoader(Samples(count, labelled), batch_size)
+    return DataLoader(Samples(count, labelled), batch_size=batch_size)  # by name: Lightning makes it anew for predict
