@@ -95,12 +95,12 @@ class GradientSearch(Search):
     """
 
     draws: int = 6
-    miss: float = 0.15
+    miss: float = 0.3
     least: int = 2
     most: int = 64
-    temper: float = 0.07
-    fall: float = 0.35
-    timesteps: tuple[float, float] = (0.35, 0.65)
+    temper: float = 0.03
+    fall: float = 0.2
+    timesteps: tuple[float, float] = (0.3, 0.7)
     microbatch: int = 64
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class GradientSearch(Search):
             raise UserError(f"search: fall {self.fall}, expected 0 or more")
         if len(self.timesteps) != 2 or not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
             raise UserError(
-                f"search: timesteps {tuple(self.timesteps)}, expected a part of 0 … 1, such as (0.35, 0.65)"
+                f"search: timesteps {tuple(self.timesteps)}, expected a part of 0 … 1, such as (0.3, 0.7)"
             )
 
     def check(self, denoiser: Any) -> None:
