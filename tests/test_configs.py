@@ -10,7 +10,14 @@ from lightning_diffclf.cli import default_output, main
 from lightning_diffclf.commands.configs import CONFIGS, layers
 
 # which go on top of another, or below it
-TOPS = {"likelihood_ratio.yaml", "gpus_8.yaml", "compile.yaml", "small_memory.yaml", "fsdp.yaml"}
+TOPS = {
+    "likelihood_ratio.yaml",
+    "gradient_search.yaml",
+    "gpus_8.yaml",
+    "compile.yaml",
+    "small_memory.yaml",
+    "fsdp.yaml",
+}
 DATA = ["imagenet", "imagenetv2", "imagenet_a", "objectnet"]
 LAYERS = TOPS | {"dit_256.yaml", "dit_512.yaml", "sd_paper.yaml"} | {f"on_{data}.yaml" for data in DATA}
 WHOLE = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in LAYERS)
@@ -106,6 +113,12 @@ def test_the_rule_can_be_laid_on_top(name, capsys):
     assert "samples" not in values["classifier"]["elimination"]["init_args"]
     assert values["classifier"]["draws"] == below["classifier"]["draws"]
     assert values["model"] == below["model"]
+
+
+def test_the_search_can_be_laid_on_top(capsys):
+    values = parsed(capsys, "dit_digit_triples.yaml", "likelihood_ratio.yaml", "gradient_search.yaml")
+    assert values["classifier"]["proposal"]["class_path"] == "lightning_diffclf.GradientSearch"
+    assert values["classifier"]["proposal"]["init_args"]["draws"] == 6
 
 
 # --- files that extend others -----------------------------------------------------------------------------------------

@@ -116,9 +116,7 @@ class GradientSearch(Search):
         if not 0 <= self.fall < math.inf:
             raise UserError(f"search: fall {self.fall}, expected 0 or more")
         if len(self.timesteps) != 2 or not 0 <= self.timesteps[0] < self.timesteps[1] <= 1:
-            raise UserError(
-                f"search: timesteps {tuple(self.timesteps)}, expected a part of 0 … 1, such as (0.3, 0.7)"
-            )
+            raise UserError(f"search: timesteps {tuple(self.timesteps)}, expected a part of 0 … 1, such as (0.3, 0.7)")
 
     def check(self, denoiser: Any) -> None:
         """Raise TypeError if ``denoiser`` is no :class:`~lightning_diffclf.denoiser.SearchableDenoiser`."""
