@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_diffclf.errors import UserError
 
+CELLS = 2**18  # logits that a fit differentiates together: of many classes, all would take ten times their memory
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -104,15 +106,21 @@ class Posterior:
             # Tensors of inference mode cannot be differentiated: copies.
             logits_BK, target_B, finite = logits_BK.clone() / float(spread), target_B.clone(), finite.clone()
             log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            together = max(1, CELLS // num_candidates)
             optimizer = torch.optim.LBFGS([log_temperature], max_iter=200, line_search_fn="strong_wolfe")
 
             def negative_log_likelihood() -> Tensor:
                 optimizer.zero_grad()
-                # Bounded, because the best temperature of a flawless classifier is zero.
-                logits = logits_BK * torch.exp(-log_temperature.clamp(-10, 10))
-                loss = torch.nn.functional.cross_entropy(logits.where(finite, -torch.inf), target_B)
-                loss.backward()
-                return loss
+                total = torch.zeros((), dtype=torch.float64)
+                for logits, known, target in zip(
+                    *(t.split(together) for t in (logits_BK, finite, target_B)), strict=True
+                ):
+                    # Bounded, because the best temperature of a flawless classifier is zero.
+                    logits = (logits * torch.exp(-log_temperature.clamp(-10, 10))).where(known, -torch.inf)
+                    loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum") / len(target_B)
+                    loss.backward()
+                    total += loss.detach()
+                return total
 
             optimizer.step(negative_log_likelihood)
         fitted = float(spread * log_temperature.detach().clamp(-10, 10).exp())

@@ -33,6 +33,8 @@ def of_summary(summary: Summary) -> dict[str, Chart]:
     if summary.outline.num_classes > 1:
         subtitle = f"{summary.labelled:,} images, accuracy {summary.accuracy.value:.1%}"
         counts, names = tables.confusion(summary), tables.class_names(summary)
+        if counts["images"].sum() < summary.labelled:
+            subtitle += f", the {len(counts):,} commonest pairs"
         charts["confusion"] = confusion(counts, names, summary.outline.num_classes, subtitle)
     timesteps = tables.timesteps(summary)
     if len(timesteps):  # with elimination, all candidates are seen at few timesteps only

@@ -11,6 +11,8 @@ from lightning_diffclf.results.curves import Costs, Sureness, Survivors, thin
 from lightning_diffclf.results.statistics import Judged, Scores, selective_accuracy, wilson
 from lightning_diffclf.results.summary import Summary
 
+MOST_PAIRS = 10_000  # of classes in a confusion matrix: drawing takes some 10 kB each
+
 
 def classes(summary: Summary) -> pd.DataFrame:
     """Images, accuracy with its interval, network calls and the commonest mistake of each class that occurs."""
@@ -38,9 +40,11 @@ def classes(summary: Summary) -> pd.DataFrame:
 
 
 def confusion(summary: Summary) -> pd.DataFrame:
-    """Counts of (true, predicted) pairs that occur. The last predicted class, C, stands for no answer."""
+    """Counts of (true, predicted) pairs that occur, the commonest ones. The last predicted class, C, is no answer."""
     confusion_CA = summary.sums["confusion_CA"]
     true, predicted = confusion_CA.nonzero()
+    commonest = np.argsort(-confusion_CA[true, predicted], kind="stable")[:MOST_PAIRS]
+    true, predicted = true[np.sort(commonest)], predicted[np.sort(commonest)]
     counts, name = confusion_CA[true, predicted], summary.outline.name
     rank_A = class_ranks(summary)
     return pd.DataFrame(

@@ -7,6 +7,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from lightning_diffclf import DiffusionClassifier, Draws, PairedTest, Posterior
+from lightning_diffclf.classifier import posterior
 from lightning_diffclf.classifier.posterior import class_differences
 from tests.classifier.toys import Toy, some_images
 
@@ -63,6 +64,13 @@ def simulated(temperature: float = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     scores = torch.rand(400, 5, generator=generator, dtype=torch.float64)
     return scores, torch.multinomial((-scores / temperature).softmax(1), 1, generator=generator)[:, 0]
+
+
+def test_fit_of_images_in_any_portions_is_the_same(monkeypatch):
+    scores, targets = simulated()
+    whole = Posterior("mean").fit(scores, targets, dims=1).temperature
+    monkeypatch.setattr(posterior, "CELLS", 5 * 37)
+    assert Posterior("mean").fit(scores, targets, dims=1).temperature == pytest.approx(whole, rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e2, 1e5])

@@ -132,6 +132,18 @@ def test_no_answer_is_wrong_but_no_class(tmp_path):
     assert {name: value for name, value, _ in headline(evaluation)}["no answer"] == "4"
 
 
+def test_of_very_many_mistakes_the_commonest_are_drawn(monkeypatch):
+    monkeypatch.setattr(tables, "MOST_PAIRS", 4)
+    summary = Summary(Outline((0, 1, 2), ("a", "b", "c"), (1.0,)))
+    summary.sums["confusion_CA"][:, :3] = [[9, 1, 2], [3, 8, 1], [1, 4, 0]]
+    summary.sums["chance"] += 29 / 3
+    frame = tables.confusion(summary)
+    pairs = [tuple(pair) for pair in frame[["true", "predicted", "images"]].to_numpy().tolist()]
+    assert pairs == [(0, 0, 9), (1, 0, 3), (1, 1, 8), (2, 1, 4)]
+    assert frame["share"].tolist() == pytest.approx([9 / 12, 3 / 12, 8 / 12, 4 / 5])
+    assert "the 4 commonest pairs" in json.dumps(charts.of_summary(summary)["confusion"].to_dict())
+
+
 def test_where_all_have_answers_there_is_no_such_column(tmp_path):
     rows, outline = list(made_up_rows(50, 4)), made_up_outline(4)
     summary = Summary.of(outline, [rows])
