@@ -28,6 +28,7 @@ from lightning_diffclf import (
     DiffusionClassifier,
     Draws,
     Exhaustive,
+    GradientSearch,
     LikelihoodRatio,
     PairedTest,
     Stages,
@@ -150,6 +151,7 @@ def run_task(task: str, timed_rows: int) -> None:
     rules = [(Exhaustive(), None), *((rule, None) for rule in replays)]
     rules += [(LikelihoodRatio(alpha), None) for alpha in ALPHAS]
     rules += [(LikelihoodRatio(alpha), small) for alpha in ALPHAS]
+    rules += [(LikelihoodRatio(alpha), GradientSearch()) for alpha in ALPHAS]
     full = []  # rows a second of the bare network on full micro-batches
     for rule, proposal in rules:
         known = exhaustive if isinstance(rule, Exhaustive) else replays.get(rule)
@@ -165,9 +167,10 @@ def run_task(task: str, timed_rows: int) -> None:
             accuracy, agreement, nfe = (decided == labels.numpy()).mean(), (decided == reference).mean(), time_["nfe"]
         else:
             accuracy, agreement, nfe = known.accuracy, known.agreement, known.nfe_per_image
+        after = "" if proposal is None else f" after the {'probe' if proposal is small else 'search'}"
         name = f"{rule}".replace(", growth=1.2", "").replace(", inflation=1.0", "")
         print(
-            f"| {name}{' after the probe' * (proposal is not None)} | {accuracy:.2%} | {agreement:.2%} | {nfe:.1f} | "
+            f"| {name}{after} | {accuracy:.2%} | {agreement:.2%} | {nfe:.1f} | "
             f"{exhaustive.nfe_per_image / nfe:.1f} | {stages_nfe / nfe:.1f} | {time_['seconds']:.4f} | "
             f"{time_['rate']:.0f} | {time_['overhead']:.2f} |",
             flush=True,
