@@ -382,7 +382,7 @@ NOT_COMPARED = {"seconds", "rank", "error_map"}  # of the run, not of the decisi
 @pytest.mark.timeout(900)
 def test_kills_at_any_moment_lose_at_most_a_part(tmp_path):
     """A real run, killed 20 times at random moments on 1 and 2 processes in turn, ends as an undisturbed one."""
-    images, kills, flush_every = 150, 20, 3
+    images, kills, flush_every = 400, 20, 3
     command = [sys.executable, "tests/scripts/evaluate_killed.py", images, kills, flush_every, tmp_path]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
