@@ -166,6 +166,11 @@ class DigitTriplesDataModule(DigitsDataModule):
         ValueError: if a number is below 1.
     """
 
+    CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
+        **DigitsDataModule.CANNOT_CHANGE_RESULTS,
+        "train_triples": "evaluations do not see them",
+    }
+
     num_classes = 1000
     class_names = tuple(f"{number:03}" for number in range(1000))
 

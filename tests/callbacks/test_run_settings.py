@@ -37,7 +37,7 @@ from lightning_diffclf.callbacks.run_settings import data_identity, module_ident
 from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.commands.data import encode_command
 from lightning_diffclf.data.digit_scenes import WORDS, DigitScenesDataModule
-from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
+from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
 from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
@@ -149,6 +149,7 @@ def table(files: Path) -> dict[type, Changes]:
     return {
         DigitsDataModule: Changes({}, {}),
         DigitPairsDataModule: Changes({"train_pairs": 10, "test_pairs": 10}, {"test_pairs": 9}),
+        DigitTriplesDataModule: Changes({"train_triples": 10, "test_triples": 10}, {"test_triples": 9}),
         DigitScenesDataModule: Changes({}, {}),
         ZeroShotDataModule: Changes({"root": str(files / "photos"), "size": 16}, zero_shot),
         ImageNetDataModule: Changes({"val": str(files / "photos")}, {"val": str(files / "more"), "size": 8}),
