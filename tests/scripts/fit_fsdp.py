@@ -13,11 +13,20 @@ from lightning_diffclf.data.digits import DigitsDataModule
 
 class Recording(ClassConditionalDiT):
     seen: list  # mean loss of each batch
+    validated: list  # that of each validation
     share: float  # of the weights, on this process
 
     def on_train_start(self):
         local = sum(getattr(p, "_local_tensor", p).numel() for p in self.parameters())
         self.share = local / sum(p.numel() for p in self.parameters())
+
+    def on_validation_end(self):
+        if not self.trainer.sanity_checking:
+            self.validated.append(self.trainer.callback_metrics["val/loss"].item())
+
+    def configure_optimizers(self):
+        # Adam would make steps of full size of gradients that are zero but for rounding, so that runs could not be compared.
+        return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
 
     def losses(self, x0, labels, t, noise, drop):
         losses = super().losses(x0, labels, t, noise, drop)
@@ -29,10 +38,8 @@ class Recording(ClassConditionalDiT):
 if __name__ == "__main__":
     devices, steps, folder, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0]
     torch.manual_seed(0)
-    model = Recording(
-        input_size=8, in_channels=1, num_classes=10, hidden_size=16, depth=2, num_heads=2, latents=False, lr=1e-2
-    )
-    model.seen = []
+    model = Recording(input_size=8, in_channels=1, num_classes=10, hidden_size=16, depth=2, num_heads=2, latents=False)
+    model.seen, model.validated = [], []
     sharding = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False, process_group_backend="gloo")
     trainer = L.Trainer(
         accelerator="cpu",
@@ -42,10 +49,12 @@ if __name__ == "__main__":
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[EMA(None)],
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        callbacks=[EMA(0.9)],
     )
     trainer.fit(model, DigitsDataModule(batch_size=96), ckpt_path=checkpoint)
     trainer.save_checkpoint(f"{folder}/{devices}-{steps}.ckpt")
-    found = {"losses": model.seen, "share": model.share}
+    found = {"losses": model.seen, "validated": model.validated, "share": model.share}
     sys.stdout.write(f"RANK {trainer.global_rank} " + json.dumps(found) + "\n")
     sys.stdout.flush()
