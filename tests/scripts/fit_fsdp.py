@@ -25,8 +25,10 @@ class Recording(ClassConditionalDiT):
             self.validated.append(self.trainer.callback_metrics["val/loss"].item())
 
     def configure_optimizers(self):
-        # Adam would make steps of full size of gradients that are zero but for rounding, so that runs could not be compared.
-        return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
+        # Of gradients that are zero but for rounding, Adam makes steps of full size: such runs could not be compared.
+        found = super().configure_optimizers()
+        found["optimizer"].param_groups[0]["eps"] = 1e-2
+        return found
 
     def losses(self, x0, labels, t, noise, drop):
         losses = super().losses(x0, labels, t, noise, drop)
@@ -38,7 +40,9 @@ class Recording(ClassConditionalDiT):
 if __name__ == "__main__":
     devices, steps, folder, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0]
     torch.manual_seed(0)
-    model = Recording(input_size=8, in_channels=1, num_classes=10, hidden_size=16, depth=2, num_heads=2, latents=False)
+    model = Recording(
+        input_size=8, in_channels=1, num_classes=10, hidden_size=16, depth=2, num_heads=2, latents=False, lr=1e-2
+    )
     model.seen, model.validated = [], []
     sharding = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False, process_group_backend="gloo")
     trainer = L.Trainer(
