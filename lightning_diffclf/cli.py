@@ -19,14 +19,13 @@ import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import lightning_diffclf  # noqa: F401  (checkpoints may only name classes that are imported)
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.callbacks.ema import EMA
+from lightning_diffclf.callbacks.loggers import run_loggers
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
@@ -147,27 +146,33 @@ class DiffClfCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ClassifierProgressBar())
         if config.get("logger") in (None, True):
-            folder = self._get(self.config, "run_dir")
             kwargs["logger"] = False
             if self._fits:
-                kwargs["logger"] = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]
-        if not isinstance(config.get("strategy"), ModelParallelStrategy):  # which writes checkpoints itself
-            kwargs["plugins"] = [*(config.get("plugins") or []), AtomicCheckpointIO()]
+                path = self._ckpt_path()
+                resumes = path is not None and not is_published(path)
+                kwargs["logger"] = run_loggers(self._get(self.config, "run_dir"), resumes)
+        kwargs["plugins"] = [*(config.get("plugins") or []), AtomicCheckpointIO()]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     @property
     def _fits(self) -> bool:
         return self.subcommand == "fit"
 
+    def _ckpt_path(self) -> str | None:
+        """The checkpoint to go on from: of ``last``, the run's own file if there is one."""
+        path = self._get(self.config, "ckpt_path")
+        if path != "last":
+            return path
+        last = Path(self._get(self.config, "run_dir")) / "checkpoints" / "last.ckpt"
+        return str(last) if last.is_file() else None
+
     def _run_subcommand(self, subcommand: str) -> None:
-        path = self.config[subcommand].get("ckpt_path")
-        if path == "last":
-            path = Path(self._get(self.config, "run_dir")) / "checkpoints" / "last.ckpt"
-            if path.is_file():
-                path = str(path)
-                print(f"resuming from {path}")
+        path = self._ckpt_path()
+        if self.config[subcommand].get("ckpt_path") == "last":
+            if path is None:
+                self.config_init[subcommand]["ckpt_path"] = None
             else:
-                path = self.config_init[subcommand]["ckpt_path"] = None
+                print(f"resuming from {path}")
         if path is not None and path not in ("best", "hpc", "registry"):
             if is_published(path):
                 self._load_weights(path)

@@ -1,5 +1,6 @@
 """The command line as users type it. Every test works in a folder of its own, not in the repository."""
 
+import csv
 import json
 import os
 import subprocess
@@ -109,11 +110,19 @@ def test_evaluate_needs_the_checkpoint_alone_and_flags_override(run_dir, capsys,
 
 def test_the_same_command_again_goes_on(run_dir, tmp_path, capsys):
     folder = tmp_path / "again"
-    train([*QUICK, f"--run_dir={folder}", "--trainer.max_steps=2", "--samples.columns=0"])
+    short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    train([*QUICK, f"--run_dir={folder}", *short, "--samples.columns=0"])
     train([*QUICK, f"--run_dir={folder}", "--samples.columns=0"])
     assert f"resuming from {folder}" in capsys.readouterr().out
     again, straight = (read_checkpoint(last(d)) for d in (folder, run_dir))
     assert again["global_step"] == 4
+    for name in ("logs", "tensorboard"):
+        assert [p.name for p in (folder / name).iterdir()] == ["version_0"]
+    with (folder / "logs" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["val/loss"]] == ["1", "3"]
+    assert not list(tmp_path.rglob("lightning_logs"))
+    train([*QUICK, f"--run_dir={folder}", "--samples.columns=0", "--ckpt_path=null", *short])
     assert sorted(p.name for p in (folder / "logs").iterdir()) == ["version_0", "version_1"]
     assert again["state_dict"].keys() == straight["state_dict"].keys()
 

@@ -1,11 +1,14 @@
-"""Save, and hand the job back to SLURM, when its time limit comes near."""
+"""Save, and hand the job back to SLURM, when its time limit comes near or others need its place."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -16,19 +19,28 @@ from lightning_diffclf.errors import UserError
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # either will do; some libraries claim one of them
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)  # of a job that is preempted or cancelled, of a terminal that is gone
+
 SCONTROL_SECONDS = 60.0  # it would wait for longer where SLURM's controller does not answer
 
 
 class Requeue(Checkpoint):
-    """On SIGUSR1 or SIGUSR2: save at the next optimizer step, ``scontrol requeue`` this job, and end the process.
+    """On a signal: save at the next optimizer step, ``scontrol requeue`` this job if it is to go on, end the process.
 
-    SLURM sends the signal before the time limit where the job script says ``#SBATCH --signal=USR1@300`` (not ``B:``:
-    that is for the shell only). All processes save ``last.ckpt`` in the folder of the ModelCheckpoint, so that the same
-    command resumes exactly where it stopped (``ckpt_path: last``). Outside of SLURM, saving and ending is all.
+    SIGUSR1 and SIGUSR2 always requeue. SLURM sends one of them before the time limit where the job script says
+    ``#SBATCH --signal=USR1@300`` (not ``B:``: that is for the shell only). All processes save ``last.ckpt`` in the
+    folder of the ModelCheckpoint, so that the same command resumes exactly where it stopped (``ckpt_path: last``).
+    Outside of SLURM, saving and ending is all.
 
-    The signal handler only sets a flag. Whether any process was told is decided by all of them right after an optimizer
-    step: never in the middle of a step, of accumulated batches, or of a validation. With this handler in place,
-    Lightning does not install its own, which would write ``hpc_ckpt_*.ckpt`` in the middle of a step.
+    SIGTERM and SIGHUP always save. SLURM sends SIGTERM for a preemption as for ``scancel``, and a job that its user
+    cancelled must not come back. So it is requeued only if ``scontrol show job`` tells that it runs in the grace time
+    of a preemption; one that is preempted without such a time is requeued by SLURM. Under ``nohup`` SIGHUP stays
+    ignored.
+
+    The signal handler only takes a note. Whether any process was told is decided by all of them right after an
+    optimizer step: never in the middle of a step, of accumulated batches, or of a validation. It takes the place of
+    Lightning's handlers, which would write ``hpc_ckpt_*.ckpt`` in the middle of a step, and on SIGTERM wait for a
+    broadcast of the first process, whichever was told.
 
     In ``test``, ``validate`` and ``predict`` with a DiffusionClassifierCallback that has an ``output_dir``, a process
     leaves at the end of its batch; what it has decided is stored. Other evaluations do not listen.
@@ -41,14 +53,16 @@ class Requeue(Checkpoint):
 
     Raises:
         ValueError: if ``every_n_steps`` is out of range; from ``setup``, if no ModelCheckpoint is listed before it.
-        SystemExit: after saving: status 0, or 1 if SLURM did not take the job back.
+        SystemExit: after saving: status 0; of the first process 1 if SLURM did not take the job back, and 128 plus the
+            signal's number if SIGTERM or SIGHUP ended it for good.
     """
 
     def __init__(self, every_n_steps: int = 1) -> None:
         if every_n_steps < 1:
             raise UserError(f"requeue: every_n_steps {every_n_steps}, expected at least 1")
         self.every_n_steps = every_n_steps
-        self._signalled = False
+        self._told: set[signal.Signals] = set()
+        self._listens = False
         self._previous: dict[signal.Signals, Any] = {}  # handlers that were there before
         self._step = 0
 
@@ -60,9 +74,10 @@ class Requeue(Checkpoint):
             )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         stores = any(isinstance(one, DiffusionClassifierCallback) and one.output_dir for one in callbacks)
-        if stage != "fit" and not stores:
+        self._told = set()
+        self._listens = stage == "fit" or stores
+        if not self._listens:
             return
-        self._signalled = False
         # Not later: the Trainer installs its own handlers between here and the first step, where it finds none.
         for number in SIGNALS:
             previous = signal.signal(number, self._note)
@@ -72,14 +87,24 @@ class Requeue(Checkpoint):
         for number, handler in self._previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
         self._previous = {}
+        self._listens = False
 
-    def _note(self, *_: Any) -> None:
-        self._signalled = True
+    def _note(self, number: int, *_: Any) -> None:
+        self._told.add(signal.Signals(number))
 
-    # --- training --------------------------------------------------------------------------------------------------
+    # Only when the Trainer has installed its own, which it puts beside others; it also puts back what was there before.
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
+        if not self._listens:
+            return
+        for number in ENDS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
+
+    on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = on_train_start
+
+    # --- training --------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,10 +112,12 @@ class Requeue(Checkpoint):
         before, self._step = self._step, trainer.global_step
         if self._step == before or self._step % self.every_n_steps:
             return
-        if trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
-            ignore_sigterm()
+        anyone = partial(trainer.strategy.reduce_boolean_decision, all=False)
+        if anyone(bool(self._told)):
+            told = {number for number in (*SIGNALS, *ENDS) if anyone(number in self._told)}
+            ignore_ends()
             path = self._save(trainer)
-            leave(trainer, f"step {self._step} is saved in {path}")
+            leave(trainer, f"step {self._step} is saved in {path}", told)
 
     def _save(self, trainer: L.Trainer) -> str:
         """Write ``last.ckpt``, on all ranks together."""
@@ -105,8 +132,8 @@ class Requeue(Checkpoint):
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
-    # No decision by all: processes may have different numbers of batches. SLURM tells each of them, and there is
-    # nothing to save together.
+    # No decision by all: processes may have different numbers of batches, and there is nothing to save together. SLURM
+    # tells each of them; elsewhere the one that started the others does.
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn != "fit":
@@ -119,41 +146,88 @@ class Requeue(Checkpoint):
         self._end_evaluation(trainer)
 
     def _end_evaluation(self, trainer: L.Trainer) -> None:
-        if self._signalled:
-            ignore_sigterm()
-            leave(trainer, "what was decided is stored")  # by the classifier's on_exception
+        if self._told:
+            ignore_ends()
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+            leave(trainer, "what was decided is stored", self._told)  # by the classifier's on_exception
 
 
-def ignore_sigterm() -> None:
+def ignore_ends() -> None:
     """Let SLURM's SIGTERM, which follows a requeue at once, not disturb a process that is leaving."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in ENDS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-def leave(trainer: L.Trainer, done: str) -> None:
-    """Have SLURM requeue the job, and end this process.
+def leave(trainer: L.Trainer, done: str, told: Collection[signal.Signals]) -> None:
+    """Have SLURM requeue the job where it is to go on, and end this process.
 
     Args:
         trainer: Its first process talks to SLURM and to the user.
         done: What has been saved, for the message.
+        told: The signals that came.
 
     Raises:
         SystemExit: always. Not ``trainer.should_stop``: that would end the training properly, with its last callbacks.
     """
-    if trainer.is_global_zero:
-        job = job_id()
-        if job is None:
-            print(f"\nrequeue: {done}; not in a SLURM job: the same command resumes", flush=True)
-        else:
-            complaint = requeue(job)
-            if complaint is not None:
-                message = (
-                    f"error: requeue: {done}, but SLURM did not requeue job {job} ({complaint}). Submit the same job "
-                    "script again: it resumes from there. Jobs may requeue themselves with #SBATCH --requeue"
+    raise SystemExit(hand_back(done, told) if trainer.is_global_zero else 0)
+
+
+def hand_back(done: str, told: Collection[signal.Signals]) -> int:
+    """Have SLURM requeue this job where ``told`` and SLURM say so, and tell the user; returns the process's status."""
+    job, ends = job_id(), [number for number in ENDS if number in told]
+    status = 128 + ends[0] if ends else 0  # as of a process that such a signal ends: scripts stop here
+    if job is None:
+        print(f"\nrequeue: {done}; not in a SLURM job: the same command resumes", flush=True)
+        return status
+    try:
+        if ends:
+            state = scontrol("show", "job", "--oneliner", job)
+            if is_requeued(state):
+                print(f"\nrequeue: {done}; SLURM puts job {job} in the queue again", flush=True)
+                return 0
+            if not goes_on(state, time_limit=len(told) > len(ends)):
+                cause = f"{ends[0].name} came without a preemption"
+                print(
+                    f"\nrequeue: {done}; job {job} is not requeued ({cause}): the same job script resumes", flush=True
                 )
-                print(f"\n{message}", file=sys.stderr, flush=True)
-                raise SystemExit(1)
-            print(f"\nrequeue: {done}; job {job} is in the queue again", flush=True)
-    raise SystemExit(0)
+                return status
+        scontrol("requeue", job)
+    except FailedCommand as complaint:
+        message = (
+            f"error: requeue: {done}, but SLURM did not requeue job {job} ({complaint}). Submit the same job "
+            "script again: it resumes from there. Jobs may requeue themselves with #SBATCH --requeue"
+        )
+        print(f"\n{message}", file=sys.stderr, flush=True)
+        return 1
+    print(f"\nrequeue: {done}; job {job} is in the queue again", flush=True)
+    return 0
+
+
+def is_requeued(state: str) -> bool:
+    """Whether SLURM has put this job back already: it was started again more often than this process knows of."""
+    restarts = re.search(r"\bRestarts=(\d+)", state)
+    return restarts is not None and int(restarts[1]) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def goes_on(state: str, time_limit: bool) -> bool:
+    """Whether a job that was told to end should be requeued, by what ``scontrol show job`` says of it.
+
+    In the grace time of a preemption it is running and has a PreemptTime; when that is over, SLURM would cancel it in
+    one mode, requeue it in the other, unless it has ended before. One that is cancelled has no PreemptTime.
+
+    Args:
+        state: What ``scontrol show job`` says.
+        time_limit: Whether the signal before the time limit had come too: a job that then reaches it goes on.
+
+    Example:
+        >>> goes_on("JobId=7 JobState=RUNNING Reason=None PreemptTime=2026-11-25T04:42:24", time_limit=False)
+        True
+        >>> goes_on("JobId=7 JobState=COMPLETING Reason=None PreemptTime=None", time_limit=False)
+        False
+    """
+    preempted = re.search(r"\bPreemptTime=\d", state) is not None and " JobState=RUNNING " in f" {state} "
+    return preempted or (time_limit and " Reason=TimeLimit " in f" {state} ")
 
 
 def job_id() -> str | None:
@@ -163,12 +237,22 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def requeue(job: str) -> str | None:
-    """Run ``scontrol requeue``; returns None if that went well, else what went wrong."""
+class FailedCommand(Exception):
+    """What SLURM's command answered instead of doing what it was told."""
+
+
+def scontrol(*args: str) -> str:
+    """Run ``scontrol``; returns what it prints.
+
+    Raises:
+        FailedCommand: if it is missing, did not answer, or did not do it.
+    """
     try:
         answer = subprocess.run(
-            ["scontrol", "requeue", job], capture_output=True, text=True, timeout=SCONTROL_SECONDS, check=False
+            ["scontrol", *args], capture_output=True, text=True, timeout=SCONTROL_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return None if answer.returncode == 0 else f"scontrol: {(answer.stderr or answer.stdout).strip()}"
+        raise FailedCommand(str(error)) from error
+    if answer.returncode != 0:
+        raise FailedCommand(f"scontrol: {(answer.stderr or answer.stdout).strip()}")
+    return answer.stdout

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_diffclf import EMA
 from tests.gaussians import Gaussians, loader
@@ -20,7 +20,9 @@ class Walker(Gaussians):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def fit(folder: Path, *callbacks: L.Callback, max_steps: int = 6, ckpt_path: str | None = None, **kwargs) -> L.Trainer:
+def fit(
+    folder: Path, *callbacks: L.Callback, max_steps: int = 6, ckpt_path: str | None = None, module=None, **kwargs
+) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
@@ -31,7 +33,7 @@ def fit(folder: Path, *callbacks: L.Callback, max_steps: int = 6, ckpt_path: str
         callbacks=list(callbacks),
         **kwargs,
     )
-    trainer.fit(Walker(), loader(40), loader(4), ckpt_path=ckpt_path)
+    trainer.fit(module or Walker(), loader(40), loader(4), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -116,7 +118,7 @@ def test_average_lives_on_the_training_device(tmp_path):
     ema = EMA(0.5)
     trainer = L.Trainer(accelerator="gpu", devices=1, max_steps=2, logger=False, callbacks=[ema])
     trainer.fit(Walker(), loader(8))
-    assert next(ema._average_model.parameters()).device.type == "cuda"
+    assert {weight.device.type for weight in ema._average.values()} == {"cuda"}
 
 
 def test_no_average(tmp_path):
@@ -131,8 +133,54 @@ def test_no_average(tmp_path):
         EMA(1.5)
 
 
-def test_sharded_weights_are_refused():
-    trainer = L.Trainer(accelerator="cpu", strategy=ModelParallelStrategy(1, 1), logger=False, barebones=True)
-    with pytest.raises(ValueError, match=r"ema: decay 0.9999 with ModelParallelStrategy, expected null"):
+@pytest.mark.parametrize(
+    ("strategy", "complaint"),
+    [
+        (ModelParallelStrategy(1, 1), "with save_distributed_checkpoint, expected save_distributed_checkpoint: false"),
+        (FSDPStrategy(), "with FSDPStrategy, expected ModelParallelStrategy"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(strategy, complaint):
+    trainer = L.Trainer(accelerator="cpu", logger=False, barebones=True)
+    trainer._accelerator_connector.strategy = strategy
+    with pytest.raises(ValueError, match=rf"ema: decay 0.9999 {complaint}"):
         EMA().setup(trainer, Gaussians(), "fit")
     EMA(None).setup(trainer, Gaussians(), "fit")
+
+
+class Tied(Walker):
+    """Its weight has a second name, and beside it there is a count that is no weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.unused
+        self.count = torch.nn.Parameter(torch.tensor(3), requires_grad=False)
+
+
+def test_tied_weights_are_averaged_under_all_their_names(tmp_path):
+    fit(tmp_path, EMA(0.5), SaveEverywhere(tmp_path), module=Tied())
+    for name in ("step6", "end"):
+        checkpoint = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        for alias in ("unused", "again"):
+            assert checkpoint["state_dict"][alias].item() == pytest.approx(expected_average(6, 0.5))
+            assert checkpoint["current_model_state"][alias].item() == 6
+        assert checkpoint["state_dict"]["count"].item() == 3
+
+
+def test_validating_after_training_uses_the_average(tmp_path):
+    seen = []
+
+    class Look(L.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            seen.append(pl_module.unused.item())
+
+    trainer = fit(tmp_path, EMA(0.5), Look(), enable_checkpointing=False, limit_val_batches=1, val_check_interval=6)
+    trainer.validate(trainer.lightning_module, loader(4), verbose=False)
+    assert seen == pytest.approx([expected_average(6, 0.5)] * 2)
+    assert trainer.model.unused.item() == pytest.approx(expected_average(6, 0.5))
+
+
+def test_weights_without_an_average_begin_one(tmp_path):
+    fit(tmp_path, EMA(None), SaveEverywhere(tmp_path), max_steps=3)
+    resumed = fit(tmp_path, EMA(0.5), ckpt_path=str(tmp_path / "step3.ckpt"), max_steps=5, enable_checkpointing=False)
+    assert resumed.model.unused.item() == pytest.approx(4 + (1 - 2 / 11) * 1)

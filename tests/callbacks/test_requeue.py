@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_diffclf import EMA, ClassConditionalDiT, DiffusionClassifierCallback
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
-from lightning_diffclf.callbacks.requeue import SIGNALS, Requeue
+from lightning_diffclf.callbacks.requeue import ENDS, SIGNALS, Requeue
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.results.store import read_table
 from tests.gaussians import Gaussians, loader
@@ -24,7 +24,7 @@ ONE_TASK = {"NTASKS": 1, "NTASKS_PER_NODE": 1, "NNODES": 1, "PROCID": 0, "LOCALI
 @pytest.fixture(autouse=True)
 def _handlers():
     """A run that is left by SystemExit leaves its handlers to a process that is about to end."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *ENDS)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -54,19 +54,29 @@ def job(scontrol, monkeypatch):
 class Signalling(L.Callback):
     """Sends this process a signal at the start of a batch of training, or of the first one of a validation."""
 
-    def __init__(self, batch: int | str | None, number: int = signal.SIGUSR1) -> None:
-        self.batch, self.number = batch, number
+    def __init__(self, batch: int | str | None, number: int | tuple[int, ...] = signal.SIGUSR1) -> None:
+        self.batch, self.numbers = batch, number if isinstance(number, tuple) else (number,)
+
+    def signal(self) -> None:
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == self.batch:
-            os.kill(os.getpid(), self.number)
+            self.signal()
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if self.batch == "validation" and batch_idx == 0:
-            os.kill(os.getpid(), self.number)
+            self.signal()
 
 
-def fit(folder: Path, batch: int | str | None = None, number: int = signal.SIGUSR1, every_n_steps: int = 1, **kwargs):
+def fit(
+    folder: Path,
+    batch: int | str | None = None,
+    number: int | tuple[int, ...] = signal.SIGUSR1,
+    every_n_steps: int = 1,
+    **kwargs,
+):
     """Eight steps, with validation after the fourth; resumes from last.ckpt if there is one."""
     torch.manual_seed(0)
     last = folder / "last.ckpt"
@@ -139,12 +149,92 @@ def test_saves_at_the_step_and_goes_on_as_if_nothing_had_been(tmp_path, job, cap
     assert any(not torch.equal(saved["state_dict"][name], saved["current_model_state"][name]) for name in names)
 
 
+def says(folder: Path, state: str) -> None:
+    """Have the job's ``scontrol`` say this of it, as SLURM 22.05 was seen to."""
+    with (folder / "bin" / "scontrol").open("a") as script:
+        script.write(f'[ "$1" = requeue ] || echo "JobId=12 JobName=dit {state}"\n')
+
+
+PREEMPTED = "JobState=RUNNING Reason=None Requeue=1 Restarts=0 PreemptTime=2026-11-25T04:42:24"
+CANCELLED = "JobState=COMPLETING Reason=None Requeue=1 Restarts=0 PreemptTime=None"
+AT_ITS_LIMIT = "JobState=COMPLETING Reason=TimeLimit Requeue=1 Restarts=0 PreemptTime=None"
+REQUEUED = "JobState=COMPLETING Reason=None Requeue=1 Restarts=1"
+RUNNING = "JobState=RUNNING Reason=None Requeue=1 Restarts=0 PreemptTime=None"
+
+ASKED, BOTH = "show job --oneliner 12\n", "show job --oneliner 12\nrequeue 12\n"
+
+TERM, HUP, USR1 = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("number", "state", "told", "status", "message"),
+    [
+        (TERM, PREEMPTED, BOTH, 0, "job 12 is in the queue again"),
+        (TERM, REQUEUED, ASKED, 0, "SLURM puts job 12 in the queue again"),
+        (TERM, CANCELLED, ASKED, 143, "job 12 is not requeued (SIGTERM came without a preemption)"),
+        (TERM, RUNNING, ASKED, 143, "job 12 is not requeued (SIGTERM"),
+        (TERM, AT_ITS_LIMIT, ASKED, 143, "job 12 is not requeued (SIGTERM"),
+        (HUP, RUNNING, ASKED, 129, "job 12 is not requeued (SIGHUP"),
+        ((USR1, TERM), AT_ITS_LIMIT, BOTH, 0, "job 12 is in the queue again"),
+        ((USR1, TERM), CANCELLED, ASKED, 143, "job 12 is not requeued (SIGTERM"),
+    ],
+)
+def test_sigterm_saves_and_requeues_only_where_slurm_says_so(
+    tmp_path, job, capsys, number, state, told, status, message
+):
+    says(tmp_path, state)
+    with pytest.raises(SystemExit) as left:
+        fit(tmp_path / "run", 2, number)
+    assert left.value.code == status
+    assert job.read_text() == told
+    assert f"step 3 is saved in {tmp_path}/run/last.ckpt; {message}" in capsys.readouterr().out
+    assert read(tmp_path / "run")["global_step"] == 3
+
+
+def test_a_job_that_was_requeued_before_is_not_taken_for_requeued_now(tmp_path, job, monkeypatch):
+    says(tmp_path, CANCELLED.replace("Restarts=0", "Restarts=2"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with pytest.raises(SystemExit) as left:
+        fit(tmp_path / "run", 2, TERM)
+    assert (left.value.code, job.read_text()) == (143, ASKED)
+
+
+def test_sigterm_where_slurm_does_not_answer_is_an_error_with_its_remedy(tmp_path, job, capsys):
+    (tmp_path / "bin" / "scontrol").write_text("#!/nowhere\n")
+    with pytest.raises(SystemExit) as left:
+        fit(tmp_path / "run", 2, TERM)
+    assert left.value.code == 1
+    assert "SLURM did not requeue job 12 ([Errno 2]" in capsys.readouterr().err
+    assert read(tmp_path / "run")["global_step"] == 3
+
+
+@pytest.mark.parametrize(("number", "status"), [(TERM, 143), (HUP, 129)])
+def test_sigterm_and_sighup_outside_of_slurm_go_on_as_if_nothing_had_been(tmp_path, scontrol, number, status):
+    """During a validation, so that the Trainer has had its own handlers."""
+    with pytest.raises(SystemExit) as left:
+        fit(tmp_path / "run", "validation", number)
+    assert left.value.code == status
+    assert read(tmp_path / "run")["global_step"] == 5
+    assert not scontrol.exists()
+    fit(tmp_path / "run")
+    fit(tmp_path / "undisturbed")
+    assert_same_training(read(tmp_path / "run"), read(tmp_path / "undisturbed"))
+
+
+def test_sighup_stays_ignored(tmp_path, scontrol):
+    """As nohup has it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    fit(tmp_path / "run", 2, HUP)
+    assert read(tmp_path / "run")["global_step"] == 8
+
+
 @pytest.mark.ddp
 def test_all_processes_leave_when_one_is_told(tmp_path, job):
-    """Two processes, of which the second one gets the signal."""
-    done = run_script(tmp_path, "2", SLURM_NTASKS=None)
+    """Two processes, of which the second one gets the signal that Lightning would answer by waiting for the first."""
+    says(tmp_path, PREEMPTED)
+    done = run_script(tmp_path, "2", "SIGTERM", SLURM_NTASKS=None)
     assert done.returncode == 0, done.stderr
-    assert job.read_text() == "requeue 12\n"
+    assert job.read_text() == BOTH
     assert read(tmp_path)["global_step"] == 3
     assert "job 12 is in the queue again" in done.stdout
 
@@ -156,7 +246,7 @@ def run_script(folder: Path, *args: str, **changes: str | None) -> subprocess.Co
         env=env | {"PYTHONPATH": str(SCRIPT.parents[2])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -164,7 +254,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_job_ends_with_an_error(tm
     with pytest.raises(SystemExit):
         fit(tmp_path, 0)
     before = (tmp_path / "last.ckpt").read_bytes()
-    done = run_script(tmp_path, "1", "full")
+    done = run_script(tmp_path, "1", "SIGUSR1", "full")
     assert done.returncode != 0
     assert f"checkpoint: '{tmp_path}/last.ckpt' cannot be written (" in done.stderr
     assert (tmp_path / "last.ckpt").read_bytes() == before
@@ -210,9 +300,9 @@ def test_a_requeue_that_fails_is_an_error_with_its_remedy(tmp_path, job, capsys,
 
 
 def test_handlers_are_put_back(tmp_path, job):
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in (*SIGNALS, *ENDS)]
     fit(tmp_path / "run")
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in (*SIGNALS, *ENDS)] == before
 
 
 def test_bad_settings(tmp_path):
@@ -229,9 +319,12 @@ def test_bad_settings(tmp_path):
 
 
 class SignallingEvaluation(L.Callback):
+    def __init__(self, number: int = signal.SIGUSR1) -> None:
+        self.number = number
+
     def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if batch_idx == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), self.number)
 
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 
@@ -261,6 +354,23 @@ def test_an_evaluation_keeps_what_is_decided_and_goes_on(tmp_path, job, stage):
     first, second = (read_table(tmp_path / name).select(columns).sort_by("id") for name in ("out", "undisturbed"))
     assert first.num_rows == 20
     assert first.equals(second)
+
+
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+@pytest.mark.parametrize(("number", "status"), [(TERM, 143), (HUP, 129)])
+def test_an_evaluation_that_is_ended_keeps_what_is_decided(tmp_path, scontrol, stage, number, status):
+    with pytest.raises(SystemExit) as left:
+        evaluate(stage, tmp_path / "out", SignallingEvaluation(number), Requeue())
+    assert left.value.code == status
+    assert 8 <= read_table(tmp_path / "out").num_rows <= 12
+    assert not scontrol.exists()
+
+
+def test_a_preempted_evaluation_is_requeued(tmp_path, job):
+    says(tmp_path, PREEMPTED)
+    with pytest.raises(SystemExit) as left:
+        evaluate("test", tmp_path / "out", SignallingEvaluation(TERM), Requeue())
+    assert (left.value.code, job.read_text()) == (0, BOTH)
 
 
 def test_an_evaluation_that_stores_nothing_does_not_listen(tmp_path, job):

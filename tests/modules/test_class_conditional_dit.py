@@ -115,20 +115,28 @@ def run_ranks(script: str, devices: int, *args: object) -> list[dict]:
 
 
 @pytest.mark.ddp
-def test_sharded_weights_learn_what_whole_ones_would(tmp_path):
-    alone, shared = run_ranks("fit_fsdp.py", 1, 6, tmp_path)[0], run_ranks("fit_fsdp.py", 2, 6, tmp_path)
-    assert [sum(pair) / 2 for pair in zip(*(one["losses"] for one in shared), strict=True)] == pytest.approx(
-        alone["losses"], rel=1e-4
-    )
-    assert all(one["share"] < 0.75 for one in shared)  # of two: some small ones are whole between steps
-    whole, sharded = (read_checkpoint(tmp_path / f"{n}-6.ckpt")["state_dict"] for n in (1, 2))
-    assert whole.keys() == sharded.keys()
-    for name, value in whole.items():
-        torch.testing.assert_close(sharded[name], value, rtol=1e-2, atol=1e-3)
-    # a checkpoint of sharded weights is one like any other: one process resumes from it
-    resumed = run_ranks("fit_fsdp.py", 1, 8, tmp_path, tmp_path / "2-6.ckpt")[0]
+def test_sharded_weights_and_their_average_become_what_whole_ones_would(tmp_path):
     straight = run_ranks("fit_fsdp.py", 1, 8, tmp_path)[0]
-    assert resumed["losses"] == pytest.approx(straight["losses"][6:], rel=1e-4)
+    whole = read_checkpoint(tmp_path / "1-8.ckpt")
+    begun = run_ranks("fit_fsdp.py", 2, 6, tmp_path)
+    resumed = run_ranks("fit_fsdp.py", 2, 8, tmp_path, tmp_path / "2-6.ckpt")
+    for name, count in (("losses", 2), ("validated", 1)):  # validation is with the average
+        ranks = [one[name] + other[name] for one, other in zip(begun, resumed, strict=True)]
+        assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(straight[name], rel=1e-4)
+        assert all(len(one[name]) == count for one in resumed)
+    assert all(one["share"] < 0.75 for one in begun)  # of two: some small ones are whole between steps
+    sharded = read_checkpoint(tmp_path / "2-8.ckpt")
+    assert sharded["averaging_state"] == whole["averaging_state"]
+    for part in ("state_dict", "current_model_state"):
+        assert whole[part].keys() == sharded[part].keys()
+        for name, value in whole[part].items():
+            assert (sharded[part][name] - value).norm() <= 1e-4 * value.norm(), (part, name)
+    average, trained = whole["state_dict"], whole["current_model_state"]
+    assert any((trained[name] - value).norm() > 0.05 * value.norm() for name, value in average.items())
+    # a checkpoint of sharded weights is one like any other: one process resumes from it
+    alone = run_ranks("fit_fsdp.py", 1, 8, tmp_path, tmp_path / "2-6.ckpt")[0]
+    assert alone["losses"] == pytest.approx(straight["losses"][6:], rel=1e-4)
+    assert alone["validated"] == pytest.approx(straight["validated"][3:], rel=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, FLOW, V_PREDICTION])

@@ -13,11 +13,22 @@ from lightning_diffclf.data.digits import DigitsDataModule
 
 class Recording(ClassConditionalDiT):
     seen: list  # mean loss of each batch
+    validated: list  # that of each validation
     share: float  # of the weights, on this process
 
     def on_train_start(self):
         local = sum(getattr(p, "_local_tensor", p).numel() for p in self.parameters())
         self.share = local / sum(p.numel() for p in self.parameters())
+
+    def on_validation_end(self):
+        if not self.trainer.sanity_checking:
+            self.validated.append(self.trainer.callback_metrics["val/loss"].item())
+
+    def configure_optimizers(self):
+        # Of gradients that are zero but for rounding, Adam makes steps of full size: such runs could not be compared.
+        found = super().configure_optimizers()
+        found["optimizer"].param_groups[0]["eps"] = 1e-2
+        return found
 
     def losses(self, x0, labels, t, noise, drop):
         losses = super().losses(x0, labels, t, noise, drop)
@@ -32,7 +43,7 @@ if __name__ == "__main__":
     model = Recording(
         input_size=8, in_channels=1, num_classes=10, hidden_size=16, depth=2, num_heads=2, latents=False, lr=1e-2
     )
-    model.seen = []
+    model.seen, model.validated = [], []
     sharding = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False, process_group_backend="gloo")
     trainer = L.Trainer(
         accelerator="cpu",
@@ -42,10 +53,12 @@ if __name__ == "__main__":
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[EMA(None)],
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        callbacks=[EMA(0.9)],
     )
     trainer.fit(model, DigitsDataModule(batch_size=96), ckpt_path=checkpoint)
     trainer.save_checkpoint(f"{folder}/{devices}-{steps}.ckpt")
-    found = {"losses": model.seen, "share": model.share}
+    found = {"losses": model.seen, "validated": model.validated, "share": model.share}
     sys.stdout.write(f"RANK {trainer.global_rank} " + json.dumps(found) + "\n")
     sys.stdout.flush()

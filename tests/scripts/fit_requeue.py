@@ -1,4 +1,4 @@
-"""Fit a tiny DiT whose last process gets SIGUSR1 in the third step: fit_requeue.py FOLDER DEVICES [full].
+"""Fit a tiny DiT whose last process gets a signal in the third step: fit_requeue.py FOLDER DEVICES SIGNAL [full].
 
 With ``full``, no file may grow beyond 10 kB, as on a full disk.
 """
@@ -22,7 +22,7 @@ from lightning_diffclf.data.digits import DigitsDataModule
 class Signalling(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 2 and trainer.global_rank == trainer.world_size - 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.Signals[sys.argv[3]])
 
 
 if __name__ == "__main__":
