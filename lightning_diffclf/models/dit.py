@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -114,9 +115,12 @@ class DiT(nn.Module):
             has a row for the null label only if this is above 0.
         num_classes: Labels are 0 … num_classes - 1.
         learn_sigma: Whether to predict a variance next to the noise.
+        class_blocks: How many of the blocks, the last ones, see the class; all if omitted. The others see the timestep
+            only, so that one run of them serves all classes; see :meth:`trunk`.
 
     Attributes:
         input_size: (height, width); patch_size, in_channels, num_classes and class_dropout_prob are as given.
+        class_blocks: As given, or ``depth``.
         checkpointing: Whether to compute the blocks' activations again in the backward pass rather than keep them: less
             memory, about a third more time. False at first.
         out_channels: 2C if ``learn_sigma``, else C.
@@ -144,6 +148,7 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        class_blocks: int | None = None,
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -159,6 +164,9 @@ class DiT(nn.Module):
             raise UserError(f"hidden_size: {hidden_size}, expected a multiple of 4 and of the {num_heads} heads")
         if not 0 <= class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: {class_dropout_prob}, expected a probability in [0, 1]")
+        self.class_blocks = depth if class_blocks is None else class_blocks
+        if not 1 <= self.class_blocks <= depth:
+            raise UserError(f"class_blocks: {class_blocks}, expected 1 … {depth}, the number of blocks")
         self.input_size, self.patch_size = (height, width), patch_size
         self.in_channels, self.out_channels = in_channels, 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
@@ -219,7 +227,8 @@ class DiT(nn.Module):
             x: Noisy inputs (N, C, H, W), floating.
             t: Timesteps (N,), int or float.
             y: Labels (N,), int64 in 0 … num_classes - 1, or :attr:`null_label`; or embeddings in place of theirs
-                (N, D), floating.
+                (N, D), floating; or sets of classes (N, num_classes), bool, none empty, whose mean embedding stands
+                for them.
             drop: Which labels to replace by the null label (N,), bool. If omitted, a random draw from the global
                 generator in training mode, none in eval mode.
 
@@ -233,22 +242,43 @@ class DiT(nn.Module):
         self._check(x, t, y, drop)
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(len(y), device=y.device) < self.class_dropout_prob  # (N,)
-        if y.is_floating_point():
-            embedding = y  # (N, D)
-            if drop is not None:
-                embedding = torch.where(drop[:, None], self.y_embedder.embedding_table.weight[-1], y)  # (N, D)
-        else:
-            embedding = self.y_embedder(y if drop is None else y.masked_fill(drop, self.num_classes))  # (N, D)
-        condition = self.t_embedder(t) + embedding  # (N, D)
+        return self.head(*self.trunk(x, t), self._embedding(y, drop))
+
+    def trunk(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What does not depend on the class, of noisy inputs (N, C, H, W) and timesteps (N,).
+
+        Returns:
+            Tokens (N, L, D) after all blocks but the last :attr:`class_blocks`, and embeddings of the timesteps (N, D).
+        """
+        time = self.t_embedder(t)  # (N, D)
         tokens = self.x_embedder(x) + self.pos_embed  # (N, L, D)
-        for block in self.blocks:  # (N, L, D) each
+        return self._through(self.blocks[: len(self.blocks) - self.class_blocks], tokens, time), time
+
+    def head(self, tokens: Tensor, time: Tensor, embedding: Tensor) -> Tensor:
+        """The rest of :meth:`forward`: of what :meth:`trunk` returns, and embeddings of classes (N, D)."""
+        condition = time + embedding  # (N, D)
+        tokens = self._through(self.blocks[len(self.blocks) - self.class_blocks :], tokens, condition)
+        patches = self.final_layer(tokens, condition)  # (N, L, p * p * 2C)
+        h, p = self.input_size[0] // self.patch_size, self.patch_size
+        return rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", h=h, p=p, q=p)  # (N, 2C, H, W)
+
+    def _through(self, blocks: Iterable[nn.Module], tokens: Tensor, condition: Tensor) -> Tensor:
+        for block in blocks:  # (N, L, D) each
             if self.checkpointing and self.training:
                 tokens = checkpoint(block, tokens, condition, use_reentrant=False)
             else:
                 tokens = block(tokens, condition)
-        patches = self.final_layer(tokens, condition)  # (N, L, p * p * 2C)
-        h, p = self.input_size[0] // self.patch_size, self.patch_size
-        return rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", h=h, p=p, q=p)  # (N, 2C, H, W)
+        return tokens
+
+    def _embedding(self, y: Tensor, drop: Tensor | None) -> Tensor:
+        """Embeddings (N, D) of labels, of sets of classes, or as given; see :meth:`forward`."""
+        if y.dtype == torch.int64:
+            return self.y_embedder(y if drop is None else y.masked_fill(drop, self.num_classes))
+        table = self.y_embedder.embedding_table.weight
+        if y.dtype == torch.bool:
+            with torch.autocast(y.device.type, enabled=False):  # the embedding of a set of one is that of its class
+                y = y.to(table.dtype) @ table[: self.num_classes] / y.sum(1, keepdim=True)
+        return y if drop is None else torch.where(drop[:, None], table[-1], y)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, guidance_scale: float, guided_channels: int | None = None
@@ -291,9 +321,10 @@ class DiT(nn.Module):
             raise UserError(f"t: shape {tuple(t.shape)}, expected ({len(x)},)")
         width = self.y_embedder.embedding_table.embedding_dim
         labels = y.shape == x.shape[:1] and y.dtype == torch.int64
-        if not labels and not (y.shape == (len(x), width) and y.is_floating_point()):
-            expected = f"torch.int64 ({len(x)},), or embeddings ({len(x)}, {width})"
-            raise UserError(f"y: {y.dtype} {tuple(y.shape)}, expected {expected}")
+        embeddings = y.shape == (len(x), width) and y.is_floating_point()
+        if not labels and not embeddings and not (y.shape == (len(x), self.num_classes) and y.dtype == torch.bool):
+            kinds = f"({len(x)},), or embeddings ({len(x)}, {width}), or torch.bool ({len(x)}, {self.num_classes})"
+            raise UserError(f"y: {y.dtype} {tuple(y.shape)}, expected torch.int64 {kinds}")
         if drop is not None and self.null_label is None:
             raise UserError("drop: given, but there is no null label: class_dropout_prob is 0, expected above 0")
         if drop is not None and (drop.shape != x.shape[:1] or drop.dtype != torch.bool):

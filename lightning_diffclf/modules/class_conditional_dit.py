@@ -8,9 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.data.protocols import HasLatents, HasNetworkClasses, HasNumClasses
@@ -21,13 +19,18 @@ from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.conditions import Conditions, conditions
-from lightning_diffclf.modules.training import keyed_generator, optimization, schedule_named
-from lightning_diffclf.noise import KeyedNoise
+from lightning_diffclf.modules.training import (
+    StepRandom,
+    class_sets,
+    fixed_timesteps,
+    keyed_generator,
+    optimization,
+    schedule_named,
+    shard,
+)
 from lightning_diffclf.sampling import denoise, initial_noise
 from lightning_diffclf.schedule import DiscreteSchedule
 from lightning_diffclf.variational import hybrid_loss
-
-VALIDATION_TIMESTEPS = 100  # the validation loss is taken at this many noise levels, a fixed one for each image
 
 
 class ClassConditionalDiT(ByArguments, L.LightningModule):
@@ -49,7 +52,11 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
         num_heads: Attention heads; must divide ``hidden_size``.
         patch_size: Side of a patch; must divide ``input_size``.
         mlp_ratio: Width of the blocks' MLP relative to ``hidden_size``.
+        class_blocks: Only so many blocks, the last ones, see the class; all if omitted. One run of the others then
+            serves all candidates.
         class_dropout_prob: Share of labels replaced by the null label in training, for classifier-free guidance.
+        class_sets: Share of images trained on the mean embedding of a random set of classes with their own in it, of
+            1 … ``num_classes`` (log-uniform), so that the network knows mixtures: for ``GradientSearch``.
         learn_sigma: Also predict the variance, trained by the variational bound. Only with epsilon prediction on a
             discrete schedule.
         schedule: Noise schedule. ``sit`` is the rectified flow as SiT has it: time runs from noise to data, and the
@@ -74,6 +81,7 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
         "class_dropout_prob": "of training",
+        "class_sets": "of training",
         "vae": "its weights are in `autoencoder`, where images are pixels",
         "compile": "of training",
         "checkpointing": "of training",
@@ -97,7 +105,9 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
         num_heads: int = 6,
         patch_size: int = 2,
         mlp_ratio: float = 4.0,
+        class_blocks: int | None = None,
         class_dropout_prob: float = 0.1,
+        class_sets: float = 0.0,
         learn_sigma: bool = True,
         schedule: Literal["linear", "scaled_linear", "cosine", "rectified_flow", "sit"] = "linear",
         prediction: Literal["epsilon", "sample", "v_prediction", "velocity"] | None = None,
@@ -125,6 +135,8 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
         for name, value in (("lr", lr), ("num_classes", num_classes)):
             if value <= 0:
                 raise UserError(f"{name}: {value}, expected a positive number")
+        if not 0 <= class_sets <= 1:
+            raise UserError(f"class_sets: {class_sets}, expected a share in [0, 1]")
         if vae is not None and not latents:
             raise UserError(f"vae: {vae!r} given, but latents is false: the network works on pixels")
         if not isinstance(input_size, int) and len(input_size) != 2:
@@ -134,6 +146,7 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
             "input_size": size,
             "in_channels": in_channels,
             "mlp_ratio": mlp_ratio,
+            "class_blocks": class_blocks,
             "class_dropout_prob": class_dropout_prob,
             "num_classes": num_classes,
             "learn_sigma": learn_sigma,
@@ -175,14 +188,7 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
         Raises:
             ValueError: if the strategy would not share the data among all processes.
         """
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            mesh = strategy.device_mesh["data_parallel"]
-            if mesh.size() != strategy.world_size:
-                found, expected = mesh.size(), strategy.world_size
-                raise UserError(f"strategy: data_parallel_size {found}, expected {expected}, the number of processes")
-            for part in (*self.net.blocks, self.net):
-                fully_shard(part, mesh=mesh)
+        shard(self.net, self.net.blocks, None if self._trainer is None else self.trainer.strategy)
 
     def _asked(self, device: torch.device | None = None) -> Conditions:
         """What the network is asked about: by the data module, if there is one."""
@@ -284,7 +290,7 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
 
         Args:
             x0: Clean inputs (B, C, H, W).
-            labels: Classes (B,), int64.
+            labels: Classes (B,), int64; or sets of them (B, num_classes), bool.
             t: Timesteps (B,).
             noise: Noise (B, C, H, W).
             drop: Which labels to replace by the null label, bool (B,); None for none.
@@ -299,38 +305,27 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = self._training_batch(batch, check=batch_idx == 0)
-        t, noise, drop, of_posterior = self._training_draws(images, batch_idx)
-        x0 = self._to_x0(images, of_posterior)
+        random = self._random(images, batch_idx)
+        t, noise = random.timesteps(self.schedule), random.normal(*self.image_shape)
+        drop = random.uniform() < rate if (rate := self.hparams["class_dropout_prob"]) > 0 else None
+        x0 = self._to_x0(images, random.normal(*self.image_shape) if self._are_pixels(images) else None)
+        if (share := self.hparams["class_sets"]) > 0:
+            labels = class_sets(labels, self.hparams["num_classes"], share, random)
         losses = {name: value.mean() for name, value in self.losses(x0, labels, t, noise, drop).items()}
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
 
-    def _training_draws(self, images: Tensor, batch_idx: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """This batch's part of the step's timesteps (B,), noise (B, C, H, W), labels to drop (B,), posterior noise.
-
-        The last two are None where there is nothing to drop or to encode.
-        """
-        share, device, count = Share.of(self._trainer), images.device, len(images)
-        total, rows = count * share.world_size * share.accumulate, share.rows(count, batch_idx)
-        generator = keyed_generator(device, self.hparams["seed"], self.global_step)
-        t = self.schedule.random_timesteps(total, generator)[rows]
-        noise = torch.randn((total, *self.image_shape), generator=generator, device=device)[rows]
-        drop = of_posterior = None
-        if self.hparams["class_dropout_prob"] > 0:
-            drop = torch.rand(total, generator=generator, device=device)[rows] < self.hparams["class_dropout_prob"]
-        if self._are_pixels(images):
-            of_posterior = torch.randn((total, *self.image_shape), generator=generator, device=device)[rows]
-        return t, noise, drop, of_posterior
+    def _random(self, images: Tensor, batch_idx: int) -> StepRandom:
+        share, count = Share.of(self._trainer), len(images)
+        generator = keyed_generator(images.device, self.hparams["seed"], self.global_step)
+        return StepRandom(generator, count * share.world_size * share.accumulate, share.rows(count, batch_idx))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         ids = unpack(batch).ids
         images, labels = self._training_batch(batch, check=True)
         x0 = self._to_x0(images)
         ids, seed = content_ids(images) if ids is None else ids, self.hparams["seed"]
-        keyed = KeyedNoise(seed)
-        levels = torch.tensor([int(keyed.key(i)[0] % VALIDATION_TIMESTEPS) for i in ids])
-        count = min(VALIDATION_TIMESTEPS, self.schedule.num_timesteps or VALIDATION_TIMESTEPS)
-        t = self.schedule.timesteps(count)[levels].to(x0.device)
+        t = fixed_timesteps(self.schedule, ids, seed).to(x0.device)
         losses = self.losses(x0, labels, t, initial_noise(self.image_shape, ids, seed).to(x0.device), drop=None)
         means = {f"val/{name}": value.mean() for name, value in losses.items()}
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(x0))

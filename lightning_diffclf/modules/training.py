@@ -1,17 +1,22 @@
-"""What a training goes by: noise schedules by name, random numbers by key, the learning rate by step."""
+"""What a training goes by: noise schedules by name, random numbers by key, the learning rate by step, shards."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.noise import KeyedNoise
 from lightning_diffclf.schedule import NoiseSchedule
+
+VALIDATION_TIMESTEPS = 100  # the validation loss is taken at this many noise levels, a fixed one for each image
 
 
 def schedule_named(name: str, prediction: Any = None) -> NoiseSchedule:
@@ -38,6 +43,77 @@ def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
     """A generator on ``device`` whose state depends on nothing but ``key``."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class StepRandom(NamedTuple):
+    """What is random about the rows that a batch has of an optimizer step: the same, however the step is divided.
+
+    Attributes:
+        generator: Keyed by the step.
+        total: Rows of the step, over all processes and accumulated batches.
+        rows: Those of the batch.
+    """
+
+    generator: torch.Generator
+    total: int
+    rows: slice
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1) of this shape for each row (B, ...)."""
+        device = self.generator.device
+        return torch.rand((self.total, *shape), generator=self.generator, device=device)[self.rows]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Numbers of the standard normal distribution, of this shape for each row (B, ...)."""
+        device = self.generator.device
+        return torch.randn((self.total, *shape), generator=self.generator, device=device)[self.rows]
+
+    def timesteps(self, schedule: NoiseSchedule) -> Tensor:
+        """Timesteps as networks are trained on them (B,)."""
+        return schedule.random_timesteps(self.total, self.generator)[self.rows]
+
+
+def class_sets(labels: Tensor, num_classes: int, share: float, random: StepRandom) -> Tensor:
+    """Random sets of classes, each with the image's own: what a network learns of them serves a search among classes.
+
+    Args:
+        labels: Classes (B,), int64.
+        num_classes: Number of classes K.
+        share: Share of images with a set of 1 … K classes, log-uniform; that of others has their own class only.
+        random: Of this batch.
+
+    Returns:
+        Members (B, K), bool.
+    """
+    size = ((num_classes + 1) ** random.uniform()).long().clamp(max=num_classes)
+    size = torch.where(random.uniform() < share, size, 1)  # (B,)
+    order = random.uniform(num_classes).scatter(1, labels[:, None], -1.0).argsort(1)  # (B, K), the own class first
+    first = torch.arange(num_classes, device=order.device) < size[:, None]  # (B, K)
+    return torch.zeros_like(first).scatter(1, order, first)
+
+
+def fixed_timesteps(schedule: NoiseSchedule, ids: Sequence[int | str], seed: int) -> Tensor:
+    """A timestep for each image (B,), by its id: of :data:`VALIDATION_TIMESTEPS` that cover the time axis evenly."""
+    keyed = KeyedNoise(seed)
+    levels = torch.tensor([int(keyed.key(i)[0] % VALIDATION_TIMESTEPS) for i in ids])
+    count = min(VALIDATION_TIMESTEPS, schedule.num_timesteps or VALIDATION_TIMESTEPS)
+    return schedule.timesteps(count)[levels]
+
+
+def shard(net: nn.Module, blocks: Iterable[nn.Module], strategy: object) -> None:
+    """Shard a network's weights over processes, block by block, where the Trainer's strategy asks for it (FSDP).
+
+    Raises:
+        ValueError: if the strategy would not share the data among all processes.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    mesh = strategy.device_mesh["data_parallel"]
+    if mesh.size() != strategy.world_size:
+        found, expected = mesh.size(), strategy.world_size
+        raise UserError(f"strategy: data_parallel_size {found}, expected {expected}, the number of processes")
+    for part in (*blocks, net):
+        fully_shard(part, mesh=mesh)
 
 
 def learning_rate_factor(step: int, warmup_steps: int, total: float, decay: str) -> float:

@@ -296,24 +296,34 @@ def test_pixels_become_latents(tmp_path):
 def test_training_on_pixels_is_keyed(tmp_path):
     autoencoder(tmp_path / "vae")
 
-    def losses(accumulate):
+    def drawn(accumulate, class_sets):
         torch.manual_seed(0)
-        module = ClassConditionalDiT(**LATENT, vae=str(tmp_path / "vae"))
+        module = ClassConditionalDiT(**LATENT, vae=str(tmp_path / "vae"), class_sets=class_sets)
         seen = []
-        whole = module._training_draws
+        to_x0, losses = module._to_x0, module.losses
 
-        def recording(images, batch_idx):
-            seen.append(whole(images, batch_idx))
-            return seen[-1]
+        def encoding(images, noise=None):
+            seen.append([noise])
+            return to_x0(images, noise)
 
-        module._training_draws = recording
+        def recording(x0, labels, t, noise, drop):
+            seen[-1] += [labels, t, noise, drop]
+            return losses(x0, labels, t, noise, drop)
+
+        module._to_x0, module.losses = encoding, recording
         images = torch.linspace(-1, 1, 4 * 3 * 64 * 64).view(4, 3, 64, 64)
         batches = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in images.chunk(accumulate)]
         trainer(1, accumulate_grad_batches=accumulate).fit(module, DataLoader(batches, batch_size=None))
         return [torch.cat(parts) for parts in zip(*seen, strict=True)]
 
-    for one, other in zip(losses(1), losses(2), strict=True):
-        assert len(one) == 4
+    for class_sets in (0.0, 0.5):
+        for one, other in zip(drawn(1, class_sets), drawn(2, class_sets), strict=True):
+            assert len(one) == 4
+            assert torch.equal(one, other)
+    plain, sets = drawn(1, 0.0), drawn(1, 0.5)
+    labels, members = plain.pop(1), sets.pop(1)
+    assert (labels.dtype, members.dtype) == (torch.int64, torch.bool)
+    for one, other in zip(plain, sets, strict=True):  # sets are drawn last: nothing else changes
         assert torch.equal(one, other)
 
 
