@@ -56,9 +56,10 @@ class Sharing:
     ) -> None:
         self.network, self.predict = network, predict
         self.embeddings, self.shared = dict(embeddings), dict(shared)
-        self._found: Shareable | None = None
+        self._shareable: Shareable | None = None
         self._tables: dict[str, Tensor] = {}
         self._made_of: Any = None  # what the tables depend on
+        self._weights: list[Tensor] = []
 
     def __call__(self, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
         """Network output for N rows.
@@ -74,11 +75,11 @@ class Sharing:
         with replaced(self._forwards(x_t, pair, candidate)):
             return self.predict(self.network, x_t[pair], t[pair], rows)
 
-    def found(self, x_t: Tensor) -> Shareable:
+    def shareable(self, x_t: Tensor) -> Shareable:
         """What can be shared; found at the first call."""
-        if self._found is None:
+        if self._shareable is None:
             try:
-                self._found = find(self.network, self.predict, x_t, self.embeddings, self.shared)
+                self._shareable = find(self.network, self.predict, x_t, self.embeddings, self.shared)
             except (RuntimeError, NotImplementedError, TypeError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 warnings.warn(
@@ -87,43 +88,56 @@ class Sharing:
                     UserWarning,
                     stacklevel=2,
                 )
-                self._found = Shareable({}, {})
-        return self._found
+                self._shareable = Shareable({}, {})
+        return self._shareable
 
     def _forwards(self, x_t: Tensor, pair: Tensor, candidate: Tensor) -> dict[nn.Module, Callable[..., Tensor]]:
         """What modules do in this call, in place of their own forward methods."""
         compiled = (module._compiled_call_impl is not None for module in self.network.modules())
         if torch.compiler.is_compiling() or any(compiled):
             return {}
-        found, forwards = self.found(x_t), dict[nn.Module, Callable[..., Tensor]]()
+        shareable, forwards = self.shareable(x_t), dict[nn.Module, Callable[..., Tensor]]()
         if len(x_t) < len(pair):
             # Some row of each pair: all have the same values wherever only x_t and t were seen.
             row = torch.arange(len(pair), device=pair.device)
             row_of_pair = torch.empty(len(x_t), dtype=pair.dtype, device=pair.device).scatter_(0, pair, row)
-            for name, arguments in found.of_input.items():
+            for name, arguments in shareable.of_input.items():
                 module = self.network.get_submodule(name)
                 forwards[module] = once_for_each_pair(module.forward, arguments, row_of_pair, pair)
-        for name, table in self._tables_of(found, x_t.device).items():
+        for name, table in self._tables_of(shareable, x_t.device).items():
             forwards[self.network.get_submodule(name)] = from_table(table, candidate)
         return forwards
 
-    def _tables_of(self, found: Shareable, device: torch.device) -> dict[str, Tensor]:
+    def _tables_of(self, shareable: Shareable, device: torch.device) -> dict[str, Tensor]:
         """Outputs of modules for all candidates (K, ...), made anew when weights or precision have changed."""
         left, modules = TABLE_BYTES, dict[str, nn.Module]()
-        for name, (embedding, size) in found.of_prompt.items():
+        for name, (embedding, size) in shareable.of_prompt.items():
             size *= len(self.embeddings[embedding])
-            if size <= left:
+            module = self.network.get_submodule(name)
+            if size <= left and _plain(module):
                 left -= size
-                modules[name] = self.network.get_submodule(name)
-        weights = [(id(value), value._version) for module in modules.values() for value in module.parameters()]
-        made_of = weights, device, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+                modules[name] = module
+        weights: list[Tensor] = [value for module in modules.values() for value in module.parameters()]
+        made_of = [(id(value), value._version) for value in weights], device, _precision(device.type)
         if made_of != self._made_of:
             self._tables, self._made_of = {}, made_of  # the old ones go before the new ones come
+            self._weights = weights  # kept, since others could get their numbers
             with torch.inference_mode(False), torch.no_grad():
                 for name, module in modules.items():
-                    prompts = self.embeddings[found.of_prompt[name][0]].split(PROMPTS_AT_ONCE)
+                    prompts = self.embeddings[shareable.of_prompt[name][0]].split(PROMPTS_AT_ONCE)
                     self._tables[name] = torch.cat([module(some) for some in prompts])
         return self._tables
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether all is torch's and diffusers' own: LoRA layers and others have switches that weights do not show."""
+    return all(type(part).__module__.partition(".")[0] in ("torch", "diffusers") for part in module.modules())
+
+
+def _precision(device: str) -> torch.dtype | None:
+    """Precision of autocast, if it is on."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 @contextmanager
@@ -198,7 +212,8 @@ def find(
         if _kind(two.output[0], three.output[0]) != "rows" or "other" in kinds.values():
             continue
         arguments = frozenset(key for key, kind in kinds.items() if kind == "rows")
-        if arguments and not two.output[1] and not any(depends for _, depends in two.inputs.values()):
+        vector = len(two.output[0]) < 3  # of the time: to compute it costs less than to gather it
+        if arguments and not vector and not two.output[1] and not any(depends for _, depends in two.inputs.values()):
             found.of_input[name] = arguments
         elif two.embedding is not None and two.embedding == three.embedding and not three.output[1]:
             found.of_prompt[name] = two.embedding, two.size // 2
