@@ -1,6 +1,7 @@
 """The interface between networks and the method: anything with four members can classify.
 
-Two more, which make conditions vectors, let candidates be searched by gradients.
+Two more, which make conditions vectors, let candidates be searched by gradients. Another one lets candidates share what
+does not depend on them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.schedule import NoiseSchedule
 
-__all__ = ["Candidates", "ConditionVectors", "ConditionalDenoiser", "SearchableDenoiser", "evaluating"]
+__all__ = [
+    "Candidates",
+    "ConditionVectors",
+    "ConditionalDenoiser",
+    "SearchableDenoiser",
+    "SharingDenoiser",
+    "evaluating",
+    "predict_rows",
+]
 
 
 @runtime_checkable
@@ -74,6 +83,33 @@ class SearchableDenoiser(ConditionalDenoiser, Protocol):
     def predict_from(self, x_t: Tensor, t: Tensor, conditions: ConditionVectors) -> Tensor:
         """As :meth:`predict`, differentiable by the conditions of each row, which may be mixtures of candidates'."""
         ...
+
+
+@runtime_checkable
+class SharingDenoiser(ConditionalDenoiser, Protocol):
+    """A denoiser that computes what depends on x_t and t only once for all candidates of an (image, draw) pair.
+
+    Nothing needs this; it is faster. Compiled networks are called by :meth:`predict`, whose rows are always as many.
+    """
+
+    def predict_shared(self, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
+        """``predict(x_t[pair], t[pair], candidate)``, up to rounding.
+
+        Args:
+            x_t: Noisy inputs of M pairs (M, C, h, w).
+            t: Their time values (M,).
+            pair: The pair of each row (N,), int64, in 0 … M-1; every pair has a row.
+            candidate: The candidate of each row (N,), int64.
+        """
+        ...
+
+
+def predict_rows(denoiser: ConditionalDenoiser, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
+    """Network output for N rows of M pairs: by ``predict_shared`` where the denoiser has it, else by ``predict``."""
+    if hasattr(denoiser, "predict_shared"):
+        shared: Tensor = denoiser.predict_shared(x_t, t, pair, candidate)
+        return shared
+    return denoiser.predict(x_t[pair], t[pair], candidate)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut, measu
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
 from lightning_diffclf.classifier.search import Search
-from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating
+from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating, predict_rows
 from lightning_diffclf.errors import UserError, WrongType
 
 
@@ -143,9 +143,20 @@ class DiffusionClassifier:
         """For images that arrive in parts: micro-batches are then filled across the parts."""
         return Packer(self)
 
-    def predict(self, x_in: Tensor, time: Tensor, candidate: Tensor) -> Tensor:
-        """The denoiser's prediction for a micro-batch, by the compiled network if there is one."""
-        return (self._compiled or self.denoiser.predict)(x_in, time, candidate)
+    def predict(self, x_in: Tensor, time: Tensor, candidate: Tensor, pair: Tensor | None = None) -> Tensor:
+        """The denoiser's prediction for a micro-batch, by the compiled network if there is one.
+
+        Args:
+            x_in: Inputs of the network, one for each row, or one for each (image, draw) pair.
+            time: Likewise its time values.
+            candidate: Candidate of each row (N,), int64.
+            pair: The pair of each row (N,), int64; each row has inputs of its own if omitted.
+        """
+        if pair is None:
+            pair = torch.arange(len(candidate), device=candidate.device)
+        if self._compiled is not None:
+            return self._compiled(x_in[pair], time[pair], candidate)
+        return predict_rows(self.denoiser, x_in, time, pair, candidate)
 
 
 @dataclass
@@ -317,8 +328,9 @@ class Packer:
         t_M = c.timesteps_S[torch.from_numpy(draw_M)].to(device, non_blocking=True)
         x0_M = x0_slots[upload(slot_M, device)]
         noise_M = upload(noise_MD, device).view_as(x0_M)
-        x_t, t, noise = schedule.add_noise(x0_M, noise_M, t_M)[pair], t_M[pair], noise_M[pair]
-        output = c.predict(*schedule.network_rows(x_t, t), upload(candidate_N, device))
+        x_t_M = schedule.add_noise(x0_M, noise_M, t_M)
+        output = c.predict(*schedule.network_rows(x_t_M, t_M), upload(candidate_N, device), pair)
+        x_t, t, noise = x_t_M[pair], t_M[pair], noise_M[pair]
         check_output(output, x_t)
         with torch.autocast(device.type, enabled=False):
             predictions = Predictions(schedule, output, x0_M[pair], x_t, t, noise)

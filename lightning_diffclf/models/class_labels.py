@@ -13,6 +13,7 @@ from lightning_diffclf.errors import UserError
 NETWORK = "transformer"
 TEXT: tuple[str, ...] = ()
 STEP = 2  # latents come in squares of this side
+CROSS_ATTENTION = False
 
 
 def embed(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:

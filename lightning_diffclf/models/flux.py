@@ -13,6 +13,7 @@ from torch import Tensor, nn
 NETWORK = "transformer"
 TEXT = ("text_encoder", "text_encoder_2")
 STEP = 2  # latents come in squares of this side
+CROSS_ATTENTION = False
 
 GUIDANCE = 1.0  # of the guidance-distilled network: the plain conditional prediction, as the classifier wants it
 

@@ -23,6 +23,7 @@ from lightning_diffclf.files import read_json
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
+from lightning_diffclf.models.sharing import Sharing
 from lightning_diffclf.schedule import NoiseSchedule
 
 Embeddings = dict[str, Tensor]
@@ -43,6 +44,8 @@ class Family(Protocol):
     NETWORK: str
     TEXT: tuple[str, ...]
     STEP: int
+    CROSS_ATTENTION: bool
+    """Whether prompts enter by cross-attention, so that candidates have work in common; see ``sharing.py``."""
 
     def embed(self, pipeline: Any, prompts: list[str]) -> Embeddings:
         """Embeddings of B prompts, on the pipeline's device."""
@@ -110,6 +113,7 @@ class PipelineDenoiser:
     _texts: dict[str, Any] | None = field(init=False, default=None, repr=False)
     _shared: Embeddings = field(init=False, default_factory=dict, repr=False)
     _checked: bool = field(init=False, default=False, repr=False)
+    _sharing: Sharing | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.candidates):
@@ -227,6 +231,15 @@ class PipelineDenoiser:
         """Network output (N, C or 2C, h, w) for noisy latents (N, C, h, w), times (N,) and candidates (N,)."""
         assert self._embeddings is not None, "predict before encode"
         return self._predict(x_t, t, {name: rows[candidate] for name, rows in self._embeddings.items()})
+
+    def predict_shared(self, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
+        """As :meth:`predict` for ``x_t[pair]`` and ``t[pair]``; what rows have in common is computed once."""
+        if not self.family.CROSS_ATTENTION:
+            return self.predict(x_t[pair], t[pair], candidate)
+        if self._sharing is None:
+            self._sharing = Sharing(self.network, self.family.predict, self._vectors(), self._shared)
+        dtype: Any = self.network.dtype
+        return self._sharing(x_t.to(dtype), t, pair, candidate)
 
     def conditions(self, candidate: Tensor) -> tuple[Tensor, ...]:
         """Embeddings of candidates (N,), each (N, ...)."""

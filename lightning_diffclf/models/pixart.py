@@ -10,6 +10,7 @@ from torch import Tensor, nn
 NETWORK = "transformer"
 TEXT = ("text_encoder",)
 STEP = 2  # latents come in squares of this side
+CROSS_ATTENTION = True
 
 
 def embed(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:

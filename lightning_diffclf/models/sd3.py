@@ -9,6 +9,7 @@ from torch import Tensor, nn
 NETWORK = "transformer"
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 STEP = 2  # latents come in squares of this side
+CROSS_ATTENTION = False
 
 
 def embed(pipeline: Any, prompts: list[str]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 NETWORK = "unet"
 TEXT = ("text_encoder", "text_encoder_2")
 STEP = 1  # latents come in squares of this side
+CROSS_ATTENTION = True
 
 
 def is_xl(network: nn.Module) -> bool:

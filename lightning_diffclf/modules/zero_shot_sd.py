@@ -110,6 +110,10 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
         """Network output for rows of noisy latents, times and candidates."""
         return self.denoiser.predict(x_t, t, candidate)
 
+    def predict_shared(self, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
+        """As :meth:`predict` for ``x_t[pair]`` and ``t[pair]``; what rows have in common is computed once."""
+        return self.denoiser.predict_shared(x_t, t, pair, candidate)
+
     def conditions(self, candidate: Tensor) -> tuple[Tensor, ...]:
         """What the text encoders make of candidates (N,), as :meth:`predict_from` takes it."""
         return self.denoiser.conditions(candidate)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -68,13 +69,15 @@ class _Probe(DiffusionClassifier):
         self.__dict__.update(classifier.__dict__)
         self.terms = replace(classifier.terms, rule=rule)
 
-    def before(self, x_in: Tensor, t: Tensor, candidate: Tensor) -> None:
+    def before(self, x_in: Tensor, t: Tensor, candidate: Tensor, pair: Tensor) -> None:
         """Raise _Enough to end the measurement."""
         raise NotImplementedError
 
-    def predict(self, x_in: Tensor, time: Tensor, candidate: Tensor) -> Tensor:
-        self.before(x_in, time, candidate)
-        return super().predict(x_in, time, candidate)
+    def predict(self, x_in: Tensor, time: Tensor, candidate: Tensor, pair: Tensor | None = None) -> Tensor:
+        if pair is None:
+            pair = torch.arange(len(candidate), device=candidate.device)
+        self.before(x_in, time, candidate, pair)
+        return super().predict(x_in, time, candidate, pair)
 
 
 class _Speed(_Probe):
@@ -88,12 +91,13 @@ class _Speed(_Probe):
         self._rows: list[int] = []
         self._starts: list[float] = []
 
-    def before(self, x_in: Tensor, t: Tensor, candidate: Tensor) -> None:
+    def before(self, x_in: Tensor, t: Tensor, candidate: Tensor, pair: Tensor) -> None:
         if not self._rows:
             with FlopCounterMode(display=False) as counter:
-                self.denoiser.predict(x_in, t, candidate)  # not the compiled network, which hides its operations
-            self.flops_per_row = counter.get_total_flops() / len(x_in)
-        self._rows.append(len(x_in))
+                # Not the compiled network, which hides its operations, nor what rows share, whose cost is not a row's.
+                self.denoiser.predict(x_in[pair], t[pair], candidate)
+            self.flops_per_row = counter.get_total_flops() / len(candidate)
+        self._rows.append(len(candidate))
         self._starts.append(time.perf_counter())
         if len(self._rows) >= WARM_UP + 3 and self._starts[-1] - self._starts[WARM_UP] >= self._seconds:
             raise _Enough
@@ -108,7 +112,7 @@ class _Deadline(_Probe):
         super().__init__(classifier, classifier.rule)
         self._end = time.perf_counter() + seconds
 
-    def before(self, x_in: Tensor, t: Tensor, candidate: Tensor) -> None:
+    def before(self, x_in: Tensor, t: Tensor, candidate: Tensor, pair: Tensor) -> None:
         if time.perf_counter() > self._end:
             raise _Enough
 

@@ -507,3 +507,31 @@ def test_cost_of_the_papers_schedules(classes, keep, samples, nfe):
     rule = Stages(samples, keep)
     (result,) = DiffusionClassifier(Zeros(classes), elimination=rule, microbatch=5000)(some_images(1))
     assert result.nfe == nfe
+
+
+# --- what candidates have in common ----------------------------------------------------------------------------------
+
+
+class Sharing(Toy):
+    """Computes its hidden values once for each (image, draw)."""
+
+    def predict_shared(self, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
+        self.calls.append((x_t, t, candidate))
+        hidden = (x_t.flatten(1) @ self.weight)[pair] + self.table[candidate] * (t / 1000)[pair, None]
+        return torch.tanh(hidden).view(-1, *x_t.shape[1:])
+
+
+@pytest.mark.parametrize("microbatch", [3, 7, 64])
+def test_a_denoiser_that_can_share_gets_each_pair_of_image_and_draw_once(microbatch):
+    results, calls = [], []
+    for make in (Toy, Sharing):
+        denoiser = make()
+        classifier = DiffusionClassifier(denoiser, Draws(6), elimination=DropOneEachDraw(), microbatch=microbatch)
+        results.append(classifier(some_images(5), ids="abcde"))
+        calls.append(denoiser.calls)
+    for a, b in zip(*results, strict=True):
+        assert (a.label, a.nfe, a.draws_K.tolist()) == (b.label, b.nfe, b.draws_K.tolist())
+        torch.testing.assert_close(a.scores_K, b.scores_K, rtol=1e-6, atol=0)
+    for (rows, _, candidate), (pairs, times, same) in zip(*calls, strict=True):
+        assert torch.equal(candidate, same)
+        assert len(pairs) == len(times) == len(pairs.unique(dim=0)) == len(rows.unique(dim=0))
