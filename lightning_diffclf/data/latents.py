@@ -264,6 +264,18 @@ class Latents(Dataset[dict[str, Tensor]]):
         self.__dict__.update(state)
         self._open()
 
+    def check(self, shape: tuple[int, ...], vae: str | None) -> None:
+        """Raise ValueError unless a network can work on these.
+
+        Args:
+            shape: What it takes (C, h, w).
+            vae: Its autoencoder; None if it has none.
+        """
+        if self.index.shape != shape:
+            raise UserError(f"latents: {self.root!r} has {self.index.shape}, the network takes {shape}")
+        if vae not in (None, self.index.vae):
+            raise UserError(f"latents: {self.root!r} was made with {self.index.vae!r}, expected {vae!r} (model.vae)")
+
     def __len__(self) -> int:
         return self.index.count
 

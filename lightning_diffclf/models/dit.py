@@ -116,7 +116,7 @@ class DiT(nn.Module):
         num_classes: Labels are 0 … num_classes - 1.
         learn_sigma: Whether to predict a variance next to the noise.
         class_blocks: How many of the blocks, the last ones, see the class; all if omitted. The others see the timestep
-            only, so that one run of them serves all classes; see :meth:`trunk`.
+            only, so that one run of them serves all classes; see :meth:`forward_pairs`.
 
     Attributes:
         input_size: (height, width); patch_size, in_channels, num_classes and class_dropout_prob are as given.
@@ -239,25 +239,41 @@ class DiT(nn.Module):
             ValueError: if a shape or dtype differs, ``drop`` is given to a network without null label or, on the CPU
                 and outside torch.compile, a label is out of range.
         """
-        self._check(x, t, y, drop)
+        self._check_input(x, t)
+        self._check_classes(y, len(x), drop)
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(len(y), device=y.device) < self.class_dropout_prob  # (N,)
-        return self.head(*self.trunk(x, t), self._embedding(y, drop))
+        return self._head(*self._trunk(x, t), self._embedding(y, drop))
 
-    def trunk(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What does not depend on the class, of noisy inputs (N, C, H, W) and timesteps (N,).
+    def forward_pairs(self, x: Tensor, t: Tensor, pair: Tensor, y: Tensor) -> Tensor:
+        """As ``forward(x[pair], t[pair], y)``, but the blocks that see no class run once for each pair.
 
-        Returns:
-            Tokens (N, L, D) after all blocks but the last :attr:`class_blocks`, and embeddings of the timesteps (N, D).
+        Labels are not dropped, whatever the mode.
+
+        Args:
+            x: Noisy inputs of M pairs of an image and a draw (M, C, H, W).
+            t: Their timesteps (M,).
+            pair: The pair of each row (N,), int64.
+            y: Of each row, as :meth:`forward` takes it.
+
+        Raises:
+            ValueError: as :meth:`forward`.
         """
+        self._check_input(x, t)
+        self._check_classes(y, len(pair), None)
+        tokens, time = self._trunk(x, t)  # (M, L, D), (M, D)
+        return self._head(tokens[pair], time[pair], self._embedding(y, None))
+
+    def _trunk(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What does not depend on the class: tokens (N, L, D) and the embedded timesteps (N, D)."""
         time = self.t_embedder(t)  # (N, D)
         tokens = self.x_embedder(x) + self.pos_embed  # (N, L, D)
-        return self._through(self.blocks[: len(self.blocks) - self.class_blocks], tokens, time), time
+        return self._through([*self.blocks][: len(self.blocks) - self.class_blocks], tokens, time), time
 
-    def head(self, tokens: Tensor, time: Tensor, embedding: Tensor) -> Tensor:
-        """The rest of :meth:`forward`: of what :meth:`trunk` returns, and embeddings of classes (N, D)."""
+    def _head(self, tokens: Tensor, time: Tensor, embedding: Tensor) -> Tensor:
+        """The output for what :meth:`_trunk` returns, and embeddings of classes (N, D)."""
         condition = time + embedding  # (N, D)
-        tokens = self._through(self.blocks[len(self.blocks) - self.class_blocks :], tokens, condition)
+        tokens = self._through([*self.blocks][len(self.blocks) - self.class_blocks :], tokens, condition)
         patches = self.final_layer(tokens, condition)  # (N, L, p * p * 2C)
         h, p = self.input_size[0] // self.patch_size, self.patch_size
         return rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", h=h, p=p, q=p)  # (N, 2C, H, W)
@@ -313,22 +329,23 @@ class DiT(nn.Module):
         epsilon = null[:, :guided].lerp(conditional[:, :guided], guidance_scale)  # (N, guided, H, W)
         return torch.cat([epsilon, conditional[:, guided:]], dim=1)  # (N, 2C, H, W)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None) -> None:
+    def _check_input(self, x: Tensor, t: Tensor) -> None:
         if x.shape[1:] != (self.in_channels, *self.input_size):
             c, (h, w) = self.in_channels, self.input_size
             raise UserError(f"x: shape {tuple(x.shape)}, expected (N, {c}, {h}, {w})")
         if t.shape != x.shape[:1]:
             raise UserError(f"t: shape {tuple(t.shape)}, expected ({len(x)},)")
-        width = self.y_embedder.embedding_table.embedding_dim
-        labels = y.shape == x.shape[:1] and y.dtype == torch.int64
-        embeddings = y.shape == (len(x), width) and y.is_floating_point()
-        if not labels and not embeddings and not (y.shape == (len(x), self.num_classes) and y.dtype == torch.bool):
-            kinds = f"({len(x)},), or embeddings ({len(x)}, {width}), or torch.bool ({len(x)}, {self.num_classes})"
-            raise UserError(f"y: {y.dtype} {tuple(y.shape)}, expected torch.int64 {kinds}")
+
+    def _check_classes(self, y: Tensor, rows: int, drop: Tensor | None) -> None:
+        kind, width = (y.dtype, tuple(y.shape)), self.y_embedder.embedding_table.embedding_dim
+        labels, sets = kind == (torch.int64, (rows,)), kind == (torch.bool, (rows, self.num_classes))
+        if not labels and not sets and not (y.is_floating_point() and y.shape == (rows, width)):
+            others = f"or embeddings ({rows}, {width}), or torch.bool ({rows}, {self.num_classes})"
+            raise UserError(f"y: {y.dtype} {tuple(y.shape)}, expected torch.int64 ({rows},), {others}")
         if drop is not None and self.null_label is None:
             raise UserError("drop: given, but there is no null label: class_dropout_prob is 0, expected above 0")
-        if drop is not None and (drop.shape != x.shape[:1] or drop.dtype != torch.bool):
-            raise UserError(f"drop: {drop.dtype} {tuple(drop.shape)}, expected torch.bool ({len(x)},)")
+        if drop is not None and (drop.shape != (rows,) or drop.dtype != torch.bool):
+            raise UserError(f"drop: {drop.dtype} {tuple(drop.shape)}, expected torch.bool ({rows},)")
         if labels and y.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
             highest = self.y_embedder.embedding_table.num_embeddings - 1
             if bool(((y < 0) | (y > highest)).any()):

@@ -176,11 +176,7 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
             if self.hparams["compile"]:
                 self.net.compile()
         for one in data.latents(stage) if isinstance(data, HasLatents) else []:
-            if one.index.shape != self.image_shape:
-                raise UserError(f"latents: {one.root!r} has {one.index.shape}, the network takes {self.image_shape}")
-            if self.hparams["vae"] not in (None, one.index.vae):
-                vae = self.hparams["vae"]
-                raise UserError(f"latents: {one.root!r} was made with {one.index.vae!r}, expected {vae!r} (model.vae)")
+            one.check(self.image_shape, self.hparams["vae"])
 
     def configure_model(self) -> None:
         """Shard the weights over processes, block by block, where the Trainer's strategy asks for it (FSDP).
@@ -263,6 +259,12 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Output of the network (N, C or 2C, H, W) for noisy inputs (N, C, H, W), times (N,) and classes (N,)."""
         return self.net(x_t.to(self.dtype), t, self._labels(candidate))
+
+    def predict_shared(self, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
+        """As :meth:`predict` for ``x_t[pair]`` and ``t[pair]``; blocks that see no class run once for each pair."""
+        if self.net.class_blocks == len(self.net.blocks):
+            return self.predict(x_t[pair], t[pair], candidate)
+        return self.net.forward_pairs(x_t.to(self.dtype), t, pair, self._labels(candidate))
 
     def conditions(self, candidate: Tensor) -> Tensor:
         """Class embeddings (N, D) of candidates (N,)."""
