@@ -1,5 +1,6 @@
 """DiT against the published numbers, and each promise of its docstrings."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
@@ -180,6 +181,61 @@ def test_guidance_in_training_mode_drops_no_label():
     assert torch.equal(dit.train().forward_with_cfg(x, t, y, 2.0), dit.eval().forward_with_cfg(x, t, y, 2.0))
 
 
+# --- sets of classes, and blocks that see none -----------------------------------------------------------------------
+
+
+def test_a_set_of_classes_is_its_mean_embedding():
+    dit = tiny()
+    x, t, y = batch()
+    sets = [{0}, {3, 4}, set(range(10)), {9, 1, 5}, {5}]
+    members = torch.tensor([[k in one for k in range(10)] for one in sets])
+    table = dit.y_embedder.embedding_table.weight.numpy().astype(np.float64)
+    means = np.stack([np.mean([table[k] for k in one], axis=0) for one in sets])
+    expected = dit(x, t, torch.from_numpy(means.astype(np.float32)))
+    torch.testing.assert_close(dit(x, t, members), expected, atol=1e-6, rtol=1e-5)
+    single = torch.zeros(5, 10, dtype=torch.bool).scatter(1, y[:, None], True)
+    assert torch.equal(dit(x, t, single), dit(x, t, y))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dit(x, t, single), dit(x, t, y))
+    drop = torch.tensor([True, False, True, False, False])
+    assert torch.equal(dit(x, t, single, drop=drop), dit(x, t, y, drop=drop))
+    with pytest.raises(ValueError, match=r"y: torch.bool \(5, 9\), expected .* or torch.bool \(5, 10\)"):
+        dit(x, t, members[:, 1:])
+
+
+@pytest.mark.parametrize("class_blocks", [1, 2, 3])
+def test_only_the_last_blocks_see_the_class(class_blocks):
+    dit = tiny(depth=3, class_blocks=class_blocks)
+    x, t, y = batch()
+    seen: list[Tensor] = []
+    for block in dit.blocks:
+        block.register_forward_pre_hook(lambda block, args: seen.append(args[1]))
+    dit(x, t, y)
+    time = dit.t_embedder(t)
+    both = time + dit.y_embedder.embedding_table.weight[y]
+    for i, condition in enumerate(seen):
+        assert torch.equal(condition, both if i >= 3 - class_blocks else time)
+    ordinary = tiny(depth=3)
+    ordinary.load_state_dict(dit.state_dict())
+    assert torch.equal(dit(x, t, y), ordinary(x, t, y)) == (class_blocks == 3)
+
+
+def test_blocks_that_see_no_class_run_once_for_each_pair():
+    dit = tiny(depth=3, class_blocks=1)
+    x, t, _ = batch()
+    pair, y = torch.tensor([0, 0, 0, 4, 4, 2]), torch.tensor([0, 7, 9, 9, 3, 3])
+    rows = [[] for _ in dit.blocks]
+    for block, seen in zip(dit.blocks, rows, strict=True):
+        block.register_forward_pre_hook(lambda block, args, seen=seen: seen.append(len(args[0])))
+    shared = dit.forward_pairs(x, t, pair, y)
+    assert rows == [[5], [5], [6]]
+    torch.testing.assert_close(shared, dit(x[pair], t[pair], y), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"y: labels 0 … 11"):
+        dit.forward_pairs(x, t, pair, y + (y == 9) * 2)
+    with pytest.raises(ValueError, match=r"y: torch.int64 \(5,\), expected torch.int64 \(6,\)"):
+        dit.forward_pairs(x, t, pair, y[:5])
+
+
 # --- shapes and dtypes ---------------------------------------------------------------------------------------------
 
 
@@ -257,6 +313,8 @@ def test_wrong_shapes_and_labels_raise_one_clear_error():
         ({"input_size": (8, 9)}, r"input_size: 8 x 9, expected multiples of the patch size 2"),
         ({"hidden_size": 30}, r"hidden_size: 30, expected a multiple of 4 and of the 4 heads"),
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob: 1.5, expected a probability"),
+        ({"class_blocks": 0}, r"class_blocks: 0, expected 1 … 2"),
+        ({"class_blocks": 3}, r"class_blocks: 3, expected 1 … 2"),
     ],
 )
 def test_impossible_sizes_raise(arguments, message):

@@ -6,20 +6,22 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from lightning_diffclf import ClassConditionalDiT, DiT
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, DiT, Draws, GradientSearch, LikelihoodRatio
 from lightning_diffclf.cli import read_checkpoint
 from lightning_diffclf.commands.data import encode_command
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.denoiser import Candidates
+from lightning_diffclf.modules.checkpoints import check_checkpoint, trained_module
 from lightning_diffclf.modules.conditions import Conditions
-from lightning_diffclf.modules.training import keyed_generator
+from lightning_diffclf.modules.training import StepRandom, class_sets, keyed_generator
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder, photos
 
@@ -79,6 +81,33 @@ def test_a_resumed_run_draws_and_learns_what_it_would_have(tmp_path):
     assert not torch.equal(whole.drawn[0][0], whole.drawn[1][0])
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_random_sets_have_the_own_class_and_sizes_of_every_scale():
+    rows, num_classes, share = 40_000, 50, 0.5
+    labels = torch.arange(rows) % num_classes
+    random = StepRandom(keyed_generator(torch.device("cpu"), 7), rows, slice(None))
+    members = class_sets(labels, num_classes, share, random)
+    assert members.gather(1, labels[:, None]).all()
+    sizes = torch.bincount(members.sum(1), minlength=num_classes + 1)[1:] / rows
+    m = np.arange(1, num_classes + 1)
+    expected = share * np.log1p(1 / m) / np.log(num_classes + 1) + (1 - share) * (m == 1)
+    np.testing.assert_allclose(sizes, expected, atol=5 * (expected.max() / rows) ** 0.5)
+    others = members.double().mean(0)  # no class is favoured
+    assert (others - others.mean()).abs().max() < 5 * (0.25 / rows) ** 0.5
+    assert class_sets(labels, num_classes, 0.0, random).sum() == rows
+    again = StepRandom(keyed_generator(torch.device("cpu"), 7), rows, slice(1, None, 2))
+    assert torch.equal(class_sets(labels[1::2], num_classes, share, again), members[1::2])
+
+
+def test_without_sets_a_step_draws_what_it_always_drew():
+    module = Recording(**TINY)
+    trainer(2).fit(module, DigitsDataModule(batch_size=40))
+    for step, (t, noise, drop) in enumerate(module.drawn):
+        generator = keyed_generator(torch.device("cpu"), 0, step)
+        assert torch.equal(t, torch.randint(1000, (40,), generator=generator))
+        assert torch.equal(noise, torch.randn(40, 1, 8, 8, generator=generator))
+        assert torch.equal(drop, torch.rand(40, generator=generator) < 0.1)
 
 
 @pytest.mark.ddp
@@ -216,6 +245,8 @@ def test_published_sizes_by_name():
         ({"lr": 0.0}, "lr: 0.0"),
         ({"model": "DiT-H/2"}, "DiT-H/2"),
         ({"num_heads": 3}, "hidden_size: 16"),
+        ({"class_sets": 1.5}, r"class_sets: 1.5, expected a share in \[0, 1\]"),
+        ({"class_blocks": 2}, "class_blocks: 2, expected 1 … 1"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):
@@ -352,7 +383,7 @@ def test_data_must_fit_the_network(tmp_path):
 def test_checkpointing_and_compile_change_nothing(tmp_path):
     def weights(**settings):
         torch.manual_seed(0)
-        module = ClassConditionalDiT(**TINY, **settings)
+        module = ClassConditionalDiT(**TINY | {"depth": 2, "class_blocks": 1, "class_sets": 0.5}, **settings)
         trainer(3).fit(module, DigitsDataModule(batch_size=64))
         return [p.detach().clone() for p in module.parameters()], module
 
@@ -383,3 +414,41 @@ def test_class_embeddings_predict_as_classes_do():
     torch.testing.assert_close(dropped, module.net(x_t, t, torch.tensor([4, 2, 1]), drop=drop))
     with pytest.raises(ValueError, match=r"expected torch.int64 \(3,\), or embeddings \(3, 8\)"):
         module.net(x_t, t, conditions[:, :7])
+
+
+@pytest.mark.parametrize("class_blocks", [1, 3])
+@pytest.mark.parametrize("search", [None, GradientSearch(2)])
+def test_candidates_share_the_blocks_that_see_no_class(class_blocks, search):
+    module = ClassConditionalDiT(**TINY | {"depth": 3}, **FLOW, class_blocks=class_blocks).eval()
+    for i, parameter in enumerate(module.parameters()):
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
+
+    class Plain:
+        schedule, candidates, encode = module.schedule, module.candidates, module.encode
+        predict, conditions, predict_from = module.predict, module.conditions, module.predict_from
+
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    settings = {"elimination": LikelihoodRatio(0.1), "microbatch": 16, "proposal": search}
+    rows: list[int] = []
+    ours = DiffusionClassifier(module, Draws(8), **settings)
+    handle = module.net.blocks[0].register_forward_hook(lambda block, args, output: rows.append(len(output)))
+    shared = ours(images)
+    count, _ = sum(rows), rows.clear()
+    plain = DiffusionClassifier(Plain(), Draws(8), **settings)(images)
+    handle.remove()
+    for a, b in zip(shared, plain, strict=True):
+        assert (a.label, a.nfe, a.draws_K.tolist()) == (b.label, b.nfe, b.draws_K.tolist())
+        torch.testing.assert_close(a.scores_K, b.scores_K, rtol=1e-6, atol=0)
+    assert count < sum(rows) if class_blocks == 1 else count == sum(rows)
+
+
+def test_a_checkpoint_says_how_many_blocks_see_the_class(tmp_path):
+    fitting = trainer(1)
+    fitting.fit(ClassConditionalDiT(**TINY | {"depth": 2}, class_blocks=1, class_sets=0.5), DigitsDataModule())
+    fitting.save_checkpoint(tmp_path / "x.ckpt")
+    assert trained_module(tmp_path / "x.ckpt").net.class_blocks == 1
+    checkpoint = read_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="was trained with class_blocks 1, but class_blocks is configured as None"):
+        check_checkpoint(ClassConditionalDiT(**TINY | {"depth": 2}), checkpoint, "x.ckpt")
+    del checkpoint["hyper_parameters"]["class_blocks"]  # of an earlier version: all blocks see it
+    check_checkpoint(ClassConditionalDiT(**TINY | {"depth": 2}, class_sets=0.2), checkpoint, "x.ckpt")
