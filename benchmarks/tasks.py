@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_diffclf import ClassConditionalDiT, ConditionalDenoiser, GradientSearch, Stages, ZeroShotStableDiffusion
 from lightning_diffclf.commands.configs import CONFIGS
 from lightning_diffclf.data.digit_scenes import caption_of_two
-from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
+from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[1]
@@ -101,14 +101,6 @@ TASKS = {
             GradientSearch(),
             500,
             top=20,
-        ),
-        Task(
-            "digit_triples",
-            lambda: DigitTriplesDataModule(train_triples=1000, test_triples=500),
-            64,
-            Stages((4, 8, 16, 64), (100, 20, 5, 1)),
-            GradientSearch(draws=16),
-            100,
         ),
         Task(
             "captions",
