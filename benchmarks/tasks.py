@@ -46,19 +46,14 @@ class Task:
     pipeline: str | None = None
 
     def network(self) -> ConditionalDenoiser:
-        """The network, without weights of its own where these are stored."""
+        """The trained network."""
         if self.pipeline:
-            names = [f"{caption_of_two(*divmod(label, 10))}".removeprefix("a photo of ") for label in range(100)]
-            return ZeroShotStableDiffusion(str(ROOT / self.pipeline), "a photo of {}", names, dtype="float32")
+            captions = [caption_of_two(*divmod(label, 10)) for label in range(100)]
+            return ZeroShotStableDiffusion(str(ROOT / self.pipeline), "{}", captions, dtype="float32")
         config = yaml.safe_load((CONFIGS / f"dit_{self.name}.yaml").read_text())
-        return ClassConditionalDiT(**config["model"]["init_args"]).eval()
-
-    def trained(self) -> ConditionalDenoiser:
-        """The network with its weights."""
-        network = self.network()
-        if isinstance(network, ClassConditionalDiT):
-            network.load_state_dict(load_file(DATA / f"{self.name}.safetensors"))
-        return network
+        network = ClassConditionalDiT(**config["model"]["init_args"])
+        network.load_state_dict(load_file(DATA / f"{self.name}.safetensors"))
+        return network.eval()
 
     def test(self) -> tuple[Tensor, Tensor, list[int]]:
         """Test images, labels and ids."""
@@ -82,11 +77,6 @@ def compress(errors_BKS: np.ndarray) -> dict[str, np.ndarray]:
     least_BS, range_BS = errors_BKS.min(1), np.ptp(errors_BKS, 1)
     codes = np.rint(255 * np.sqrt((errors_BKS - least_BS[:, None]) / range_BS[:, None]))
     return {"codes": codes.astype(np.uint8), "least": least_BS.astype(np.float32), "range": range_BS.astype(np.float32)}
-
-
-def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights rounded to float16."""
-    return {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
 
 
 TASKS = {
