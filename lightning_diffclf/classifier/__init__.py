@@ -1,5 +1,6 @@
 """The method: turns any conditional denoiser into a classifier. Needs torch and numpy only."""
 
+from lightning_diffclf.classifier.cascade import Cascade
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.draws import Draws
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, Round, Stages
@@ -11,6 +12,7 @@ from lightning_diffclf.classifier.search import GradientSearch
 from lightning_diffclf.classifier.sequential import LikelihoodRatio, PairedTest
 
 __all__ = [
+    "Cascade",
     "Classification",
     "DiffusionClassifier",
     "Draws",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_diffclf.classifier.draws import nested_order
-from lightning_diffclf.denoiser import ConditionVectors, SearchableDenoiser
+from lightning_diffclf.denoiser import ConditionalDenoiser, ConditionVectors, SearchableDenoiser
 from lightning_diffclf.errors import UserError, WrongType
 from lightning_diffclf.noise import KeyedNoise
 from lightning_diffclf.schedule import NoiseSchedule
@@ -105,13 +105,10 @@ class GradientSearch(Search):
     microbatch: int = 64
 
     def __post_init__(self) -> None:
-        for name, value in (("draws", self.draws), ("least", self.least), ("microbatch", self.microbatch)):
+        for name, value in (("draws", self.draws), ("microbatch", self.microbatch)):
             if value < 1:
                 raise UserError(f"search: {name} {value}, expected at least 1")
-        if self.most < self.least:
-            raise UserError(f"search: most {self.most}, expected at least the {self.least} of least")
-        if not 0 < self.miss < 1:
-            raise UserError(f"search: miss {self.miss}, expected a share between 0 and 1")
+        check_kept("search", self.miss, self.least, self.most)
         if not 0 < self.temper < math.inf:
             raise UserError(f"search: temper {self.temper}, expected a number above 0")
         if not 0 <= self.fall < math.inf:
@@ -153,8 +150,7 @@ class GradientSearch(Search):
         if not searched:
             return Found(found, nfe, dropped)
         cost = cost_of(classifier, x0[:1])
-        mean_of = classifier.recipe.ensemble == "mean"  # whole classes stay or go
-        group_K = np.array(denoiser.candidates.classes) if mean_of else np.arange(len(denoiser.candidates))
+        group_K = groups_of(classifier)
 
         keyed = KeyedNoise(classifier.draws.seed)
         keys = [keyed.key(image_id) for image_id in ids]
@@ -178,7 +174,7 @@ class GradientSearch(Search):
         for b in searched:
             nfe[b] = math.ceil(cost * self.draws)
             if dropped[b] < self.draws:
-                found[b] = self.keep(w_BK[b, candidates[b]], candidates[b], group_K)
+                found[b] = heaviest(w_BK[b, candidates[b]], candidates[b], group_K, self.miss, self.least, self.most)
         if any(dropped):
             worst = max(range(len(ids)), key=dropped.__getitem__)
             warnings.warn(
@@ -197,20 +193,42 @@ class GradientSearch(Search):
         place = low + (high - low) * (nested_order(self.draws) + 0.5) / self.draws
         return grid[(place * len(grid)).long()]
 
-    def keep(self, weights_K: np.ndarray, candidates_K: np.ndarray, group_of: np.ndarray) -> np.ndarray:
-        """Those of ``candidates_K`` whose groups have most of the weight.
 
-        Args:
-            weights_K: Weight of each.
-            candidates_K: Their indices.
-            group_of: What stays or goes together: the group of each candidate that there is.
-        """
-        group_K = np.unique(group_of[candidates_K], return_inverse=True)[1]
-        weights_G = np.bincount(group_K, weights=weights_K)
-        order = np.argsort(-weights_G, kind="stable")
-        left = weights_G.sum() - np.cumsum(weights_G[order])  # after so many
-        count = int(np.clip(1 + (left >= self.miss).sum(), self.least, self.most))
-        return np.sort(candidates_K[np.isin(group_K, order[:count])])
+def check_kept(name: str, miss: float, least: int, most: int) -> None:
+    """Raise ValueError unless these say how many candidates the search called ``name`` keeps."""
+    if least < 1:
+        raise UserError(f"{name}: least {least}, expected at least 1")
+    if most < least:
+        raise UserError(f"{name}: most {most}, expected at least the {least} of least")
+    if not 0 < miss < 1:
+        raise UserError(f"{name}: miss {miss}, expected a share between 0 and 1")
+
+
+def heaviest(
+    weights_K: np.ndarray, candidates_K: np.ndarray, group_of: np.ndarray, miss: float, least: int, most: int
+) -> np.ndarray:
+    """Those of ``candidates_K`` whose groups have most of the weight, ascending.
+
+    Args:
+        weights_K: Weight of each, of a total of 1.
+        candidates_K: Their indices.
+        group_of: What stays or goes together: the group of each candidate that there is.
+        miss: Groups are kept until the weight of all others is below this.
+        least: Groups to keep at least.
+        most: Groups to keep at most.
+    """
+    group_K = np.unique(group_of[candidates_K], return_inverse=True)[1]
+    weights_G = np.bincount(group_K, weights=weights_K)
+    order = np.argsort(-weights_G, kind="stable")
+    left = weights_G.sum() - np.cumsum(weights_G[order])  # after so many
+    count = int(np.clip(1 + (left >= miss).sum(), least, most))
+    return np.sort(candidates_K[np.isin(group_K, order[:count])])
+
+
+def groups_of(classifier: DiffusionClassifier) -> np.ndarray:
+    """What a search keeps or drops together (K,): classes where their candidates' mean counts, or else candidates."""
+    candidates = classifier.denoiser.candidates
+    return np.array(candidates.classes) if classifier.recipe.ensemble == "mean" else np.arange(len(candidates))
 
 
 def _conditions(denoiser: SearchableDenoiser, device: torch.device) -> Iterator[tuple[slice, ConditionVectors]]:
@@ -300,9 +318,15 @@ def cost_of(classifier: DiffusionClassifier, x0: Tensor) -> float:
                 f"search: {type(denoiser).__name__} cannot be differentiated by its conditions ({reason}); quantised "
                 "networks and some kernels have no derivative: classify without a search"
             ) from error
-        with FlopCounterMode(display=False) as forward:
-            denoiser.predict(*denoiser.schedule.network_rows(x0, t.to(x0.device)), first)
-        total = forward.get_total_flops()
+        total = flops_of(denoiser, x0)
         # A backward pass is at most two forward ones, if nothing is counted.
         _COSTS[classifier] = both.get_total_flops() / total if total else 3.0
     return _COSTS[classifier]
+
+
+def flops_of(denoiser: ConditionalDenoiser, x0: Tensor) -> int:
+    """FLOPs of one prediction, measured on ``x0`` (1, C, h, w): matrix products, convolutions and attention."""
+    t, first = denoiser.schedule.timesteps(1).to(x0.device), torch.zeros(1, dtype=torch.int64, device=x0.device)
+    with FlopCounterMode(display=False) as counter:
+        denoiser.predict(*denoiser.schedule.network_rows(x0, t), first)
+    return counter.get_total_flops()

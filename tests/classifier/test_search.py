@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_diffclf import Candidates, DiffusionClassifier, Draws, NoiseSchedule
 from lightning_diffclf.classifier.draws import KeyedNoise
-from lightning_diffclf.classifier.search import FIRST_DRAW, GradientSearch, cost_of, gradient
+from lightning_diffclf.classifier.search import FIRST_DRAW, GradientSearch, cost_of, gradient, heaviest
 from lightning_diffclf.denoiser import SearchableDenoiser
 from tests.classifier.gaussians import ExactGaussians, mixture
 from tests.classifier.toys import SHAPE, Toy, some_images
@@ -187,8 +187,8 @@ def test_whole_classes_stay_where_their_mean_counts():
     ],
 )
 def test_what_is_kept(weights, settings, kept):
-    search = GradientSearch(**settings)
-    assert search.keep(np.array(weights), np.arange(10, 14), np.arange(20)).tolist() == kept
+    limits = {"least": 2, "most": 64} | settings
+    assert heaviest(np.array(weights), np.arange(10, 14), np.arange(20), **limits).tolist() == kept
 
 
 def test_timesteps_are_of_the_part_asked_for_from_its_middle_on():

@@ -347,8 +347,8 @@ def test_training_on_pixels_is_keyed(tmp_path):
         trainer(1, accumulate_grad_batches=accumulate).fit(module, DataLoader(batches, batch_size=None))
         return [torch.cat(parts) for parts in zip(*seen, strict=True)]
 
-    for class_sets in (0.0, 0.5):
-        for one, other in zip(drawn(1, class_sets), drawn(2, class_sets), strict=True):
+    for share in (0.0, 0.5):
+        for one, other in zip(drawn(1, share), drawn(2, share), strict=True):
             assert len(one) == 4
             assert torch.equal(one, other)
     plain, sets = drawn(1, 0.0), drawn(1, 0.5)
