@@ -104,7 +104,8 @@ class Cascade(Search):
             return Found(found, nfe, dropped)
         small = DiffusionClassifier(self.denoiser, self.recipe, microbatch=classifier.microbatch)
         cost, group_of = cost_of(classifier, small, images[:1]), groups_of(classifier)
-        results = small(images[searched], [f"cascade: {ids[b]}" for b in searched], [candidates[b] for b in searched])
+        lists = [candidates[b].tolist() for b in searched]
+        results = small(images[searched], [f"cascade: {ids[b]}" for b in searched], lists)
         for b, result in zip(searched, results, strict=True):
             nfe[b] = math.ceil(cost * result.nfe)
             if result.candidate is None:
@@ -116,7 +117,7 @@ class Cascade(Search):
 
     def weights(self, result: Classification) -> np.ndarray:
         """Weight of each candidate of a decided image (K,), of a total of 1; 0 where the network returned NaN."""
-        winner = (result.candidates_K == result.candidate).nonzero()[0, 0]
+        winner = result.candidates_K.tolist().index(result.candidate)
         error = max(float(result.scores_K[winner]), 1e-300)
         nats_K = result.draws_K * result.dims * result.differences_K / (2 * error)
         return (-self.temper * nats_K).softmax(0).numpy()
