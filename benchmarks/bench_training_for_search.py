@@ -54,6 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "class_sets 0.25, class_blocks 2": {"class_sets": 0.25, "class_blocks": 2},
     "small": {"hidden_size": 32, "depth": 2, "num_heads": 2},
     "shipped": {},
+    "shipped, then ordinary": {"lr": 1e-3},
+    "shipped, then class_blocks 2": {"class_blocks": 2, "lr": 1e-3},
     "shipped, then class_sets 0.5": {"class_sets": 0.5, "lr": 1e-3},
 }
 
