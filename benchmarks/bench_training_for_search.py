@@ -1,16 +1,18 @@
-"""Training for the search: python benchmarks/bench_training_for_search.py [--variant ordinary] [--seed 0].
+"""Training for the search: python benchmarks/bench_training_for_search.py [--variant ordinary] [--steps 1200].
 
-Digit pairs (100 classes), networks of `dit_digit_pairs.yaml` trained anew for equally many steps: an ordinary one, ones
-that see sets of classes (`class_sets`), ones whose first blocks see no class (`class_blocks`); about 10 minutes each on
-one core. Weights are kept in runs/training_for_search/ and used again.
+Digit pairs (100 classes), networks of `dit_digit_pairs.yaml` trained for equally many steps, anew or from the shipped
+weights on: an ordinary one, ones that see sets of classes (`class_sets`), ones whose first blocks see no class
+(`class_blocks`), a small one. Weights are averaged, kept in runs/training_for_search/ every 100 steps, and used again.
 
-The first table is about the networks: accuracy and calls of LikelihoodRatio(0.002) alone on all 500 test images,
-agreement with all 64 draws of all candidates on the first ones (`--exhaustive`), the loss on test images without sets,
-and how good samples are: the Fréchet distance between the pixels of 2,000 samples and those of 2,000 training images,
-and the share of samples whose digits a support vector machine, trained on the single scans, reads as asked.
+The first table is about the networks: accuracy and calls of LikelihoodRatio(0.002) alone on the first test images, and
+accuracy of all candidates with a few draws (`--exhaustive`, 0 for none), the loss on all test images without sets, and
+how good samples are: the Fréchet distance between the pixels of samples and those of 2,000 training images, and the
+share of samples whose digits a support vector machine, trained on the single scans, reads as asked.
 
 The second one is about GradientSearch before LikelihoodRatio(0.002), for several numbers of draws and tempers. "Kept"
 is the share of images whose decision by LikelihoodRatio alone is among the candidates that the search keeps.
+
+The third one, if both networks are asked for, is about the small one as Cascade before the shipped one.
 """
 
 import argparse
@@ -32,13 +34,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_diffclf import EMA, ClassConditionalDiT, DiffusionClassifier, Draws, GradientSearch, LikelihoodRatio
+from lightning_diffclf.classifier import Cascade, Recipe
 from lightning_diffclf.commands.configs import CONFIGS
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
 from lightning_diffclf.results.sample_quality import Reference, frechet_distance
 
 RULE = LikelihoodRatio(0.002)
-DRAWS, MICROBATCH, SAMPLES = 64, 256, 2000
-SEARCHES = [(draws, temper) for draws in (2, 3, 4, 6) for temper in (0.03, 0.06, 0.12)]
+DRAWS, MICROBATCH = 64, 256
+SEARCHES = [(draws, temper) for draws in (3, 6) for temper in (0.03, 0.06)]
+CASCADES = [(miss, temper) for miss in (0.1, 0.3) for temper in (0.05, 0.1)]
 EMA_DECAY = 0.995  # a short training has forgotten its beginning then
 SHORT = {
     "lr": 2e-3,
@@ -107,11 +111,10 @@ def validation_loss(module: ClassConditionalDiT) -> float:
     return trainer.validate(module, DigitPairsDataModule(eval_batch_size=250), verbose=False)[0]["val/loss"]
 
 
-def sample_quality(module: ClassConditionalDiT, train: Tensor) -> tuple[float, float]:
+def sample_quality(module: ClassConditionalDiT, train: Tensor, count: int) -> tuple[float, float]:
     """Fréchet distance of pixels to training images, and the share of samples that show the digits asked for."""
-    labels = torch.arange(SAMPLES) % 100
-    parts = range(0, SAMPLES, 250)
-    samples = torch.cat([module.sample(labels[i : i + 250], seed=i) for i in parts])
+    labels = torch.arange(count) % 100
+    samples = torch.cat([module.sample(labels[i : i + 250], seed=i) for i in range(0, count, 250)])
     digits = DigitsDataModule()
     digits.setup()
     scans = digits.train.parts
@@ -124,11 +127,46 @@ def sample_quality(module: ClassConditionalDiT, train: Tensor) -> tuple[float, f
 
 def run(module: ClassConditionalDiT, images: Tensor, ids: Sequence[int], **settings: Any) -> tuple[list[Any], float]:
     """Results, and FLOPs of one decision."""
-    classifier = DiffusionClassifier(module, Draws(DRAWS), microbatch=MICROBATCH, **settings)
+    settings = {"draws": Draws(DRAWS), "elimination": RULE} | settings
+    classifier = DiffusionClassifier(module, microbatch=MICROBATCH, **settings)
     classifier(images[:1], ids[:1])  # a search measures its cost first
     with FlopCounterMode(display=False) as counter:
         results = classifier(images, ids)
     return results, counter.get_total_flops() / len(images)
+
+
+def labels_of(results: Sequence[Any]) -> np.ndarray:
+    return np.array([result.label for result in results])
+
+
+def after_proposal(
+    module: ClassConditionalDiT,
+    images: Tensor,
+    ids: Sequence[int],
+    truth: np.ndarray,
+    alone: Sequence[Any],
+    proposal: Any,
+) -> list[str]:
+    """Cells about a proposal before the rule, beside the rule alone."""
+    results, flops = run(module, images, ids, proposal=proposal)
+    kept = np.mean([a.candidate in r.candidates_K for a, r in zip(alone, results, strict=True)])
+    return [
+        f"{kept:.1%}",
+        f"{np.mean([len(r.candidates_K) for r in results]):.1f}",
+        f"{np.mean([r.nfe for r in results]):.1f}",
+        f"{flops / 1e6:.0f}",
+        f"{(labels_of(results) == truth).mean():.1%}",
+        f"{(labels_of(results) == labels_of(alone)).mean():.1%}",
+    ]
+
+
+AFTER = ["kept", "candidates", "NFE", "MFLOPs", "accuracy", "as alone"]
+
+
+def table(*head: str) -> None:
+    print()
+    row(*head)
+    row(*["---"] * len(head))
 
 
 def row(*cells: object) -> None:
@@ -141,66 +179,55 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help=f"a multiple of {EVERY}")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--exhaustive", type=int, default=200, help="images with all draws of all candidates")
+    parser.add_argument("--images", type=int, default=500, help="test images to classify")
+    parser.add_argument("--exhaustive", type=int, default=16, help="draws of all candidates")
+    parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--folder", type=Path, default=Path("runs/training_for_search"), help="for weights")
     args = parser.parse_args()
     print(
         f"{date.today()}, {platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}; {args.steps} steps of {args.batch}, seed {args.seed}\n"
+        f"Python {platform.python_version()}; {args.steps} steps of {args.batch}, seed {args.seed}; {args.images} images"
     )
     data = DigitPairsDataModule()
     data.setup()
-    images, labels, ids = (data.test.parts[name] for name in ("image", "label", "id"))
-    ids, truth, first = ids.tolist(), labels.numpy(), args.exhaustive
+    images, labels, ids = (data.test.parts[name][: args.images] for name in ("image", "label", "id"))
+    ids, truth, train = ids.tolist(), labels.numpy(), data.train.parts["image"][:2000]
     names = args.variant or list(VARIANTS)
-    rows_of: dict[str, list[list[object]]] = {}
-    head = ["network", "accuracy", "NFE", "MFLOPs", f"agreement ({first})", "loss", "Fréchet distance", "read as asked"]
-    row(*head, "training, s")
-    row(*["---"] * (len(head) + 1))
+    modules, decided = {}, {}
+    exhaustive = f"accuracy, {args.exhaustive} draws of all"
+    table(
+        "network", "accuracy", exhaustive, "NFE", "MFLOPs", "loss", "Fréchet distance", "read as asked", "training, s"
+    )
     for name in names:
-        module, seconds = trained(name, args.steps, args.batch, args.seed, args.folder)
-        every, _ = run(module, images[:first], ids[:first])
-        alone, flops = run(module, images, ids, elimination=RULE)
-        reference, decided = (np.array([r.label for r in results]) for results in (every, alone))
-        distance, right = sample_quality(module, data.train.parts["image"][:SAMPLES])
+        modules[name], seconds = trained(name, args.steps, args.batch, args.seed, args.folder)
+        decided[name], flops = run(modules[name], images, ids)
+        every = "–"
+        if args.exhaustive:
+            results, _ = run(modules[name], images, ids, draws=Draws(args.exhaustive), elimination=None)
+            every = f"{(labels_of(results) == truth).mean():.1%}"
+        distance, right = sample_quality(modules[name], train, args.samples)
         row(
             name,
-            f"{(decided == truth).mean():.1%}",
-            f"{np.mean([r.nfe for r in alone]):.1f}",
+            f"{(labels_of(decided[name]) == truth).mean():.1%}",
+            every,
+            f"{np.mean([r.nfe for r in decided[name]]):.1f}",
             f"{flops / 1e6:.0f}",
-            f"{(decided[:first] == reference).mean():.1%}",
-            f"{validation_loss(module):.4f}",
+            f"{validation_loss(modules[name]):.4f}",
             f"{distance:.2f}",
             f"{right:.1%}",
             f"{seconds:.0f}",
         )
-        rows_of[name] = []
+    table("network", "draws", "temper", *AFTER)
+    for name in names:
         for draws, temper in SEARCHES:
             search = GradientSearch(draws=draws, temper=temper)
-            results, flops = run(module, images, ids, elimination=RULE, proposal=search)
-            found = np.array([r.label for r in results])
-            kept = np.mean([a.candidate in r.candidates_K for a, r in zip(alone, results, strict=True)])
-            rows_of[name].append(
-                [
-                    name,
-                    draws,
-                    temper,
-                    f"{kept:.1%}",
-                    f"{np.mean([len(r.candidates_K) for r in results]):.1f}",
-                    f"{np.mean([r.nfe for r in results]):.1f}",
-                    f"{flops / 1e6:.0f}",
-                    f"{(found == truth).mean():.1%}",
-                    f"{(found[:first] == reference).mean():.1%}",
-                    f"{(found == decided).mean():.1%}",
-                ]
-            )
-    print()
-    head = ["network", "draws", "temper", "kept", "candidates", "NFE", "MFLOPs", "accuracy", f"agreement ({first})"]
-    row(*head, "as alone (500)")
-    row(*["---"] * (len(head) + 1))
-    for name in names:
-        for cells in rows_of[name]:
-            row(*cells)
+            row(name, draws, temper, *after_proposal(modules[name], images, ids, truth, decided[name], search))
+    if {"small", "shipped"} <= set(names):
+        table("network", "miss", "temper", *AFTER)
+        for miss, temper in CASCADES:
+            cascade = Cascade(modules["small"], Recipe(draws=DRAWS, elimination=RULE), miss=miss, temper=temper)
+            cells = after_proposal(modules["shipped"], images, ids, truth, decided["shipped"], cascade)
+            row("small, then shipped", miss, temper, *cells)
 
 
 if __name__ == "__main__":
