@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_diffclf import EMA, ClassConditionalDiT, DiffusionClassifier, Draws, GradientSearch, LikelihoodRatio
 from lightning_diffclf.classifier import Cascade, Recipe
+from lightning_diffclf.classifier.search import Search
 from lightning_diffclf.commands.configs import CONFIGS
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
 from lightning_diffclf.results.sample_quality import Reference, frechet_distance
@@ -145,7 +146,7 @@ def after_proposal(
     ids: Sequence[int],
     truth: np.ndarray,
     alone: Sequence[Any],
-    proposal: Any,
+    proposal: Search,
 ) -> list[str]:
     """Cells about a proposal before the rule, beside the rule alone."""
     results, flops = run(module, images, ids, proposal=proposal)
@@ -186,7 +187,8 @@ def main() -> None:
     args = parser.parse_args()
     print(
         f"{date.today()}, {platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}; {args.steps} steps of {args.batch}, seed {args.seed}; {args.images} images"
+        f"Python {platform.python_version()}; {args.steps} steps of {args.batch}, seed {args.seed}; "
+        f"{args.images} images"
     )
     data = DigitPairsDataModule()
     data.setup()
