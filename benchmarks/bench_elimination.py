@@ -30,11 +30,11 @@ from lightning_diffclf import (
     Exhaustive,
     GradientSearch,
     LikelihoodRatio,
+    LinearProbe,
     PairedTest,
     Stages,
 )
 from lightning_diffclf.data.digits import DigitsDataModule
-from lightning_diffclf.linear_probe import LinearProbe
 from lightning_diffclf.results.errors import ErrorsInfo, ErrorsWriter, StoredErrors
 from lightning_diffclf.results.replay import replay
 
@@ -106,7 +106,7 @@ def probe(module: ClassConditionalDiT, data: DigitsDataModule, top: int) -> Line
     """Fitted to the images that the network was trained on."""
     train = data.train.parts
     batches = zip(train["image"][:20_000].split(500), train["label"][:20_000].split(500), strict=True)
-    return LinearProbe(module, "net.blocks.2", timestep=0.2, top=top).fit(batches)
+    return LinearProbe("net.blocks.2", timestep=0.2, top=top).fit(module, batches)
 
 
 def main() -> None:
@@ -137,8 +137,8 @@ def run_task(task: str, timed_rows: int) -> None:
     reference = np.array([r.label for r in exhaustive.results])
     stages_nfe = replays[PAPER[task]].nfe_per_image
     small = probe(module, data, top=3 if task == "digits" else 20)
-    recall = small.recall(images, labels.tolist())
-    agreeing = small.recall(images, reference.tolist())
+    recall = small.recall(module, images, labels.tolist())
+    agreeing = small.recall(module, images, reference.tolist())
     print(
         f"\n{task}: {len(images)} images, {len(module.candidates)} candidates, {draws} draws. The linear probe's top "
         f"{small.top} hold the right class of {recall:.2%}, the class that all draws decide for of {agreeing:.2%}.\n"
