@@ -257,10 +257,8 @@ class Plan:
         if self.proposal is not None and self.nfe is not None:
             search = sum(m.search_nfe_sum for m in self.ranks) / self.tried
             kept = sum(m.kept_sum for m in self.ranks) / self.tried
-            row(
-                "of the estimate", f"{search:.4g} by the proposal, {self.nfe - search:.4g} by the contest of those kept"
-            )
-            row("candidates kept, estimate", f"{kept:.4g}")
+            row("NFE/image, of the proposal", f"{search:.4g}")
+            row("NFE/image, of the contest", f"{self.nfe - search:.4g}, of {kept:.4g} candidates kept")
         if not self.exact:
             tried = f"{self.tried} images" if self.tried else "none: the first image takes longer than the plan"
             row("estimated from", tried)

@@ -108,7 +108,10 @@ def _search_lines(numbers: dict[str, float]) -> list[tuple[str, str, str]]:
     if "search_nfe_per_image" not in numbers:
         return [*lines, ("NFE of the search", "unknown", "decided by an earlier version, which did not store it")]
     search, contest = numbers["search_nfe_per_image"], numbers["contest_nfe_per_image"]
-    lines.append(("NFE of the search", f"{search:,.1f}", f"of an image; {contest:,.1f} for the contest of those kept"))
+    lines += [
+        (f"NFE of the {name}", f"{value:,.1f}", f"of an image, {value / (search + contest):.1%} of all")
+        for name, value in (("search", search), ("contest", contest))
+    ]
     if numbers["dropped_draws"]:
         note = "draws of the search, whose gradient was NaN or infinite"
         lines.append(("dropped", f"{numbers['dropped_draws']:,}", note))
