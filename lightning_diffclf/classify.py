@@ -106,16 +106,14 @@ def classify(
             differences_1C = class_differences(result.differences_K[None], torch.tensor([classes]), len(names))
             p_C = recipe.posterior(differences_1C, result.dims)[0]
             order = p_C.argsort(descending=True, stable=True).tolist()
-            tried = {
-                c: min((i for i, own in enumerate(classes) if own == c), key=result.ranking.index) for c in classes
-            }
+            best = {classes[i]: i for i in reversed(result.ranking)}  # the best candidate of each label
             now = time.perf_counter()
             yield Answer(
                 image=str(waiting.pop(0)),
                 label=None if result.label is None else names[result.label],
                 probabilities={names[c]: float(p_C[c]) for c in order},
-                behind={names[c]: float(result.differences_K[tried[c]]) if c in tried else None for c in order},
-                draws={names[c]: int(result.draws_K[tried[c]]) if c in tried else 0 for c in order},
+                behind={names[c]: float(result.differences_K[best[c]]) if c in best else None for c in order},
+                draws={names[c]: int(result.draws_K[best[c]]) if c in best else 0 for c in order},
                 margin=result.margin,
                 nfe=result.nfe,
                 search_nfe=result.search_nfe,

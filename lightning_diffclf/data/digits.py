@@ -126,7 +126,7 @@ class DigitPairsDataModule(DigitsDataModule):
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
         **DigitsDataModule.CANNOT_CHANGE_RESULTS,
-        "train_pairs": "evaluations do not see them",
+        "train_pairs": "of training; an evaluation that fits a probe to them says so itself",
     }
 
     num_classes = 100
@@ -168,7 +168,7 @@ class DigitTriplesDataModule(DigitsDataModule):
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
         **DigitsDataModule.CANNOT_CHANGE_RESULTS,
-        "train_triples": "evaluations do not see them",
+        "train_triples": "of training; an evaluation that fits a probe to them says so itself",
     }
 
     num_classes = 1000

@@ -133,7 +133,7 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
     """
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
-        "train": "evaluations do not see it",
+        "train": "of training; an evaluation that fits a probe to it says so itself",
         "batch_size": "of training",
         "eval_batch_size": "results do not depend on how images are batched",
         "num_workers": "nor on how fast they are read",

@@ -115,8 +115,8 @@ class Summary:
 
     Attributes:
         sums: By name, each of which adds up over parts: ``images`` and ``nfe`` (), ``answered``, ``answered_right``,
-            ``top5`` and ``proposed`` (), ``kept`` candidates (), ``search_nfe`` and ``dropped_draws`` () of the ``split``
-            images that say so, all int64; ``chance`` (), float64; ``seconds_R`` by rank, float64;
+            ``top5``, ``proposed`` and ``kept`` (candidates), ``search_nfe`` and ``dropped_draws`` of the ``split``
+            images that say so, all int64 (); ``chance`` (), float64; ``seconds_R`` by rank, float64;
             ``confusion_CA`` (C, C + 1), int64, rows are true classes; ``nfe_C`` by true class, int64; ``right_S`` of
             ``judged_S`` images were right by draw s alone, int64; and those of
             :class:`~lightning_diffclf.results.statistics.Scores`.
