@@ -169,6 +169,6 @@ def _told(value: Any) -> Any:
         if any(one is None for one in told):
             return None
         return identity_of(dict(zip(value, told, strict=True)) if isinstance(value, Mapping) else told)
-    plain = (bool, int, float, str, bytes, Path, np.generic, np.ndarray, Tensor, torch.dtype)
+    plain = (bool, int, float, str, bytes, range, Path, np.generic, np.ndarray, Tensor, torch.dtype)
     compares = isinstance(value, plain) or says(value) or (callable(value) and not inspect.isclass(value))
     return identity_of(value) if compares else None
