@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -152,6 +153,10 @@ def read_probe(path: Path, run: str) -> dict[str, Tensor] | None:
             described, weight = file.metadata() or {}, file.get_tensor("weight")
     except (SafetensorError, OSError) as error:
         raise UserError(f"probe: {str(path)!r} cannot be read ({error}); remove it to fit it anew") from error
+    if weight.dtype != torch.float32 or weight.ndim != 2:
+        raise UserError(
+            f"probe: {str(path)!r} holds {weight.dtype} {tuple(weight.shape)}, expected a matrix of float32"
+        )
     for name, expected in (("run", run), ("checksum", digest_of_tensor(weight))):
         if described.get(name) != expected:
             raise UserError(

@@ -142,6 +142,7 @@ def test_a_probe_that_was_changed_is_refused(tmp_path):
     for contents, message in (
         (bytes(changed), "has checksum .* was changed or is of another run"),
         (other, "has run other, expected"),
+        (save({"weight": torch.zeros(13)}), r"holds torch\.float32 \(13,\), expected a matrix of float32"),
         (save({"weights": torch.zeros(2)}), "cannot be read"),
         (whole[:-9], "cannot be read"),
         (pickle.dumps(print), "cannot be read"),
