@@ -28,9 +28,9 @@ from lightning_diffclf import (
     Draws,
     Exhaustive,
     LikelihoodRatio,
+    LinearProbe,
     PairedTest,
 )
-from lightning_diffclf.linear_probe import LinearProbe
 from lightning_diffclf.results.errors import ErrorsInfo, ErrorsWriter, StoredErrors
 from lightning_diffclf.results.replay import replay
 
@@ -102,7 +102,7 @@ def probe(task: Task, classifier: DiffusionClassifier) -> LinearProbe:
     data.setup()
     train = data.train.parts
     batches = zip(train["image"][:20_000].split(500), train["label"][:20_000].split(500), strict=True)
-    return LinearProbe(classifier.denoiser, "net.blocks.2", timestep=0.2, top=task.top).fit(batches)
+    return LinearProbe("net.blocks.2", timestep=0.2, top=task.top).fit(classifier.denoiser, batches)
 
 
 def main() -> None:
@@ -133,7 +133,8 @@ def run_task(task: Task, timed_rows: int) -> None:
     proposals = {"": None}
     if task.top:
         small = proposals["probe"] = probe(task, everything)
-        recall, agreeing = small.recall(images, labels.tolist()), small.recall(images, reference.tolist())
+        denoiser = everything.denoiser
+        recall, agreeing = (small.recall(denoiser, images, of.tolist()) for of in (labels, reference))
         print(
             f"The linear probe's top {small.top} hold the right class of {recall:.2%}, the class that all draws decide "
             f"for of {agreeing:.2%}."

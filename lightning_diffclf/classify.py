@@ -40,19 +40,22 @@ class Answer:
         label: The most probable label; None if the network returned nothing finite.
         probabilities: Of each label, the most probable first.
         behind: How much larger the mean error of each label is than the winner's; see docs/results.md (differences).
-        draws: Draws that each label saw.
+            None for those that a search left out.
+        draws: Draws that each label saw; 0 for those.
         margin: Evidence for the label against its closest rival, in nats.
         nfe: Network calls.
+        search_nfe: Those of them that a search took.
         seconds: Time since the answer before.
     """
 
     image: str
     label: str | None
     probabilities: dict[str, float]
-    behind: dict[str, float]
+    behind: dict[str, float | None]
     draws: dict[str, int]
     margin: float
     nfe: int
+    search_nfe: int
     seconds: float
 
 
@@ -103,16 +106,17 @@ def classify(
             differences_1C = class_differences(result.differences_K[None], torch.tensor([classes]), len(names))
             p_C = recipe.posterior(differences_1C, result.dims)[0]
             order = p_C.argsort(descending=True, stable=True).tolist()
-            best = {c: min((i for i, own in enumerate(classes) if own == c), key=result.ranking.index) for c in order}
+            best = {classes[i]: i for i in reversed(result.ranking)}  # the best candidate of each label
             now = time.perf_counter()
             yield Answer(
                 image=str(waiting.pop(0)),
                 label=None if result.label is None else names[result.label],
                 probabilities={names[c]: float(p_C[c]) for c in order},
-                behind={names[c]: float(result.differences_K[best[c]]) for c in order},
-                draws={names[c]: int(result.draws_K[best[c]]) for c in order},
+                behind={names[c]: float(result.differences_K[best[c]]) if c in best else None for c in order},
+                draws={names[c]: int(result.draws_K[best[c]]) if c in best else 0 for c in order},
                 margin=result.margin,
                 nfe=result.nfe,
+                search_nfe=result.search_nfe,
                 seconds=now - start,
             )
             start = now
@@ -138,8 +142,10 @@ def show(answer: Answer, top: int, console: Console) -> None:
     for name in ("label", "probability", "behind", "draws"):
         table.add_column(name, justify="left" if name == "label" else "right")
     for name, p in list(answer.probabilities.items())[:top]:
-        table.add_row(escape(name), f"{p:.1%}", f"{answer.behind[name]:.5f}", str(answer.draws[name]))
-    table.caption = f"{answer.nfe} NFE, {answer.seconds:.1f} s"
+        behind = answer.behind[name]
+        table.add_row(escape(name), f"{p:.1%}", "" if behind is None else f"{behind:.5f}", str(answer.draws[name]))
+    search = f" ({answer.search_nfe} search)" if answer.search_nfe else ""
+    table.caption = f"{answer.nfe} NFE{search}, {answer.seconds:.1f} s"
     console.print(table)
 
 

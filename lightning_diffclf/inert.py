@@ -45,7 +45,9 @@ CLASSES: Mapping[str, frozenset[str]] = {
         for folder in ("", "classifier.", f"classifier.{file}.")
     ),
     "classifier.proposal": frozenset(
-        f"lightning_diffclf.{folder}GradientSearch" for folder in ("", "classifier.", "classifier.search.")
+        f"lightning_diffclf.{folder}{name}"
+        for file, name in (("search", "GradientSearch"), ("linear_probe", "LinearProbe"))
+        for folder in ("", "classifier.", f"classifier.{file}.")
     ),
 }  # that settings of others may name, and where
 

@@ -72,6 +72,26 @@ def test_several_templates_and_another_rule(scenes, capsys):
     assert found["nfe"] == 20 * 8
 
 
+def test_a_search_leaves_labels_out(scenes, capsys):
+    folder, truth = scenes
+    found = answers(capsys, folder, *COMMON, "--search")
+    assert {one["image"]: one["label"] for one in found} == truth
+    left_out = 0
+    for one in found:
+        kept = [label for label in one["draws"] if one["draws"][label]]
+        assert one["nfe"] == one["search_nfe"] + sum(one["draws"].values())
+        assert 6 < one["search_nfe"] < 30  # six gradients
+        for label, behind in one["behind"].items():
+            assert (behind is None) == (label not in kept)
+            assert label in kept or one["probabilities"][label] == 0
+        left_out += 10 - len(kept)
+    assert left_out > 8
+    main(["classify", str(folder / "2.png"), *COMMON, "--search", "--top", "10"])
+    printed = capsys.readouterr().out
+    assert f"({found[2]['search_nfe']} search)" in printed
+    assert all(word in printed for word in WORDS)
+
+
 def test_bad_images_are_named_or_skipped(scenes, capsys, tmp_path):
     folder, _ = scenes
     (tmp_path / "a.png").write_bytes(b"")

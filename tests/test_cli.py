@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, cli
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, LinearProbe, cli
 from lightning_diffclf.classifier.checks import resolve_candidates
 from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
 from lightning_diffclf.data.digits import DigitsDataModule
@@ -377,6 +377,38 @@ def test_a_plan_writes_nothing(run_dir, capsys):
     assert "accuracy" not in shown
     assert sorted(run_dir.rglob("*")) == before
     assert not list(Path().iterdir())
+
+
+def test_proposals_by_name(run_dir, tmp_path, capsys):
+    flags = [f"--ckpt={last(run_dir)}", "--trainer.enable_progress_bar=false", "--trainer.limit_test_batches=1"]
+    probe = ["--classifier.proposal=LinearProbe", "--classifier.proposal.top=3", "--classifier.proposal.images=700"]
+    evaluate([*flags, *probe, "--out=probe"])
+    assert "probe: fitted to 700 training images" in capsys.readouterr().out
+    evaluate([*flags, *probe, "--out=probe", "--trainer.limit_test_batches=2"])
+    assert "fitted" not in capsys.readouterr().out
+    rows = pq.read_table("probe/predictions.parquet").to_pydict()
+    assert (len(rows["id"]), set(map(len, rows["candidates_K"])), set(rows["search_nfe"])) == (120, {3}, {1})
+    data = DigitsDataModule()
+    data.setup()
+    module, train = trained_module(last(run_dir)), data.training_images(700)
+    fitted = LinearProbe(top=3).fit(module, ((batch["image"], batch["label"]) for batch in train))
+    images, labels = (data.test.parts[name][:120] for name in ("image", "label"))
+    recall = json.loads(Path("probe/metrics.json").read_text())["metrics"]["proposal_recall"]
+    assert recall == fitted.recall(module, images, labels.tolist()) > 0.3
+    evaluate([*flags, "--classifier.proposal=GradientSearch", "--classifier.proposal.most=4", "--out=search"])
+    numbers = json.loads(Path("search/metrics.json").read_text())["metrics"]
+    assert numbers["nfe_per_image"] == numbers["search_nfe_per_image"] + 3 * numbers["kept_per_image"]
+    main(["report", "search"])
+    assert "NFE of the search" in Path("search/report.html").read_text()
+    capsys.readouterr()
+    evaluate([*flags, "--classifier.proposal=GradientSearch", "--plan"])
+    shown = capsys.readouterr().out
+    assert "NFE/image, of the proposal" in shown
+    assert "GradientSearch(draws=6" in shown
+    words = ["--config=sd_digits.yaml", "--classifier.proposal=LinearProbe", "--data=ZeroShotDataModule"]
+    told = fails(capsys, evaluate, [*words, f"--data.root={tmp_path}", "--out=none"])
+    assert "ZeroShotDataModule" in told
+    assert not Path("none").exists()
 
 
 @pytest.mark.slow

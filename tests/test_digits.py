@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from lightning_diffclf.data.digit_scenes import DigitScenesDataModule
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
 from tests.trainers import FakeTrainer
 
@@ -135,3 +136,12 @@ def test_bad_numbers_of_triples():
         DigitTriplesDataModule(train_triples=0)
     with pytest.raises(ValueError, match="test_triples: -1"):
         DigitTriplesDataModule(test_triples=-1)
+
+
+@pytest.mark.parametrize("data", [DigitsDataModule(), DigitPairsDataModule(900), DigitScenesDataModule()])
+def test_images_to_learn_from_are_none_of_those_that_are_evaluated(data):
+    data.setup("test")
+    (test, *_), (train, *_) = data.test_dataloader(), data.training_images(50)
+    assert train["image"].shape == (50, *test["image"].shape[1:])
+    scans = data.test.parts["image"].flatten(1)
+    assert torch.cdist(train["image"].flatten(1), scans).min() > 0.1

@@ -14,7 +14,6 @@ LAYERS = {
     "classifier": {"denoiser"},
     "models": {"denoiser"},
     "results": {"data", "denoiser", "classifier"},
-    "linear_probe": {"denoiser"},
     "sampling": GROUND,
     "modules": {"data", "denoiser", "models", "sampling"},
     "callbacks": {"data", "denoiser", "classifier", "models", "results", "modules", "sampling"},

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lightning_diffclf import Candidates, DiffusionClassifier, LikelihoodRatio, NoiseSchedule
-from lightning_diffclf.linear_probe import LinearProbe
+from lightning_diffclf import Candidates, DiffusionClassifier, Draws, LikelihoodRatio, LinearProbe, NoiseSchedule
 from lightning_diffclf.results.error_maps import error_map
 from lightning_diffclf.sampling import denoise
 from tests.classifier.toys import SHAPE, some_images
@@ -112,12 +112,14 @@ def test_classifying_takes_no_float64_to_the_device(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_probes_take_no_float64_to_the_device(name):
-    def propose(device: torch.device) -> list[list[int]]:
+    def propose(device: torch.device) -> list[Any]:
         schedule = SCHEDULES[name]()
         denoiser, images = Denoiser(schedule), some_images(30).to(device)
         denoiser.table = denoiser.table.to(device)
-        probe = LinearProbe(denoiser, "layer", float(schedule.timesteps(1)), top=1)
-        return probe.fit([(images, torch.arange(30).to(device) % 3)])(images)
+        probe = LinearProbe("layer", float(schedule.timesteps(1)), top=1)
+        probe.fit(denoiser, [(images, torch.arange(30).to(device) % 3)])
+        classifier = DiffusionClassifier(denoiser, Draws(2), proposal=probe)
+        return [one.tolist() for one in probe.propose(classifier, images, range(30), [np.arange(3)] * 30).candidates]
 
     here = propose(CPU)
     with Device():

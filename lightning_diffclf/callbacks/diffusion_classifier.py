@@ -10,6 +10,7 @@ import lightning as L
 
 from lightning_diffclf.callbacks.pictures import log_picture
 from lightning_diffclf.callbacks.plan import Planner
+from lightning_diffclf.callbacks.probe import ProbeFitting
 from lightning_diffclf.callbacks.rank_evaluation import RankEvaluation
 from lightning_diffclf.callbacks.run_settings import run_settings
 from lightning_diffclf.callbacks.run_writer import RunWriter
@@ -36,7 +37,11 @@ class DiffusionClassifierCallback(L.Callback):
     ``brier`` and ``ece`` of the posterior (natural logarithm; 15 bins), ``nfe_per_image``, ``images``, ``seconds`` and
     ``images_per_second``. With ``abstain`` also ``coverage``, the share of images with an answer, and
     ``answered_accuracy`` among them; with a ``proposal`` also ``proposal_recall``, the share of images whose class it
-    named.
+    named, ``kept_per_image``, ``search_nfe_per_image``, ``contest_nfe_per_image`` and ``dropped_draws``.
+
+    A :class:`~.linear_probe.LinearProbe` that was not fitted is fitted to the training images of the data module
+    (:class:`~lightning_diffclf.data.protocols.HasTrainingImages`) before the first image, and kept in ``output_dir``;
+    validation during ``fit`` does without it.
 
     Args:
         microbatch: Rows (image, candidate, draw) of one network call. Does not change results.
@@ -68,6 +73,7 @@ class DiffusionClassifierCallback(L.Callback):
             candidate; empty where they were written, which is to be read with
             :func:`~lightning_diffclf.results.store.scan`.
         metrics: Metrics of the last evaluation over all ranks; empty without labels.
+        fitting: What fits the probe of the recipe to training images, where it has to be.
         planned: What the last evaluation would have cost, after a run with ``plan``; else None.
 
     Raises:
@@ -117,6 +123,7 @@ class DiffusionClassifierCallback(L.Callback):
         self.metrics: dict[str, float] = {}
         self.planned: Plan | None = None
         self._validations = 0  # seen in this fit
+        self.fitting: ProbeFitting | None = None
         self._planner: Planner | None = None
         self._evaluation: RankEvaluation | None = None  # that is running
         self._writer: RunWriter | None = None  # of the last evaluation
@@ -135,7 +142,7 @@ class DiffusionClassifierCallback(L.Callback):
         if not isinstance(pl_module, ConditionalDenoiser):
             missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(pl_module, m)]
             raise WrongType(f"{type(pl_module).__name__} lacks {missing}, expected a ConditionalDenoiser")
-        recipe, candidates = self.recipe, pl_module.candidates
+        (recipe, self.fitting), candidates = ProbeFitting.of(self.recipe, trainer, stage), pl_module.candidates
         if recipe.candidates is not None and not all(0 <= c < len(candidates) for c in recipe.candidates):
             raise UserError(f"candidates: {recipe.candidates}, expected indices in 0 … {len(candidates) - 1}")
         self.classifier = DiffusionClassifier(
@@ -156,7 +163,8 @@ class DiffusionClassifierCallback(L.Callback):
         self._metrics = ClassifierMetrics(Outline.of_classifier(self.classifier))
         # On the module, so that Lightning moves them to its device. They have no parameters and save nothing.
         pl_module.add_module(f"{self.name}_metrics", self._metrics)
-        self._planner = Planner(self.classifier, recipe.candidates) if self.plan and stage != "fit" else None
+        calls = 0 if self.fitting is None else self.fitting.calls
+        self._planner = Planner(self.classifier, recipe.candidates, calls) if self.plan and stage != "fit" else None
         if self._planner is not None:
             self._planner.limit_batches(trainer)
 
@@ -175,6 +183,8 @@ class DiffusionClassifierCallback(L.Callback):
             self._planner.begin(trainer, loader, images, 1 if part is None else part[1])
         elif not fits:
             self._writer = self._open_writer(trainer, pl_module, loader)
+        if self.fitting is not None:
+            self.fitting.prepare(trainer, self.classifier.denoiser, self._writer, briefly=self._planner is not None)
         self._evaluation = RankEvaluation(
             trainer, self.classifier, self._metrics, images, part, self._planner, self._writer
         )

@@ -12,9 +12,9 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_diffclf.callbacks.sharding import BATCH_LIMITS, batches_within_limit
-from lightning_diffclf.classifier import DiffusionClassifier, Exhaustive
+from lightning_diffclf.classifier import DiffusionClassifier
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results.plan import Measurement, Plan, measure
+from lightning_diffclf.results.plan import Measurement, Plan, measure, spends_the_same
 
 
 class Planner:
@@ -23,10 +23,11 @@ class Planner:
     Args:
         classifier: What would classify.
         candidates: Indices of the candidates in play; all if omitted.
+        fitting: Network calls that fitting a probe takes beforehand.
     """
 
-    def __init__(self, classifier: DiffusionClassifier, candidates: Sequence[int] | None) -> None:
-        self.classifier, self.candidates = classifier, candidates
+    def __init__(self, classifier: DiffusionClassifier, candidates: Sequence[int] | None, fitting: int = 0) -> None:
+        self.classifier, self.candidates, self.fitting = classifier, candidates, fitting
         self._limits: dict[str, int | float] = {}  # of the Trainer, where they were set to one batch
 
     def limit_batches(self, trainer: L.Trainer) -> None:
@@ -74,7 +75,9 @@ class Planner:
         """
         c, m = self.classifier, self._measured
         images = math.nan if self._images is None else self._images
-        mine = [0.0] * 5 if m is None else [images, m.rows_per_second, m.flops_per_row, m.nfe_sum, m.nfe_images]
+        mine = [0.0] * 7
+        if m is not None:
+            mine = [images, m.rows_per_second, m.flops_per_row, m.nfe_sum, m.nfe_images, m.search_nfe_sum, m.kept_sum]
         gathered = [mine]
         if trainer.world_size > 1:
             tensor = torch.tensor(mine, dtype=torch.float64, device=trainer.strategy.root_device)
@@ -84,10 +87,12 @@ class Planner:
             raise UserError("plan: no image to measure on")
         shared = len(self.candidates or c.denoiser.candidates), len(c.timesteps_S), c.microbatch
         return Plan(
-            ranks=[Measurement(*shared, rate, flops, int(spent), int(tried)) for _, rate, flops, spent, tried in used],
+            ranks=[Measurement(*shared, rate, flops, *map(int, sums)) for _, rate, flops, *sums in used],
             images=[None if math.isnan(images) else int(images) for images, *_ in used],
             rule=repr(c.rule),
-            exact=type(c.rule) is Exhaustive and c.recipe.budget is None,
+            exact=spends_the_same(c),
+            proposal=None if c.recipe.proposal is None else repr(c.recipe.proposal),
+            fitting=self.fitting,
         )
 
     @staticmethod

@@ -109,8 +109,10 @@ class RankEvaluation:
             for i in due:
                 picture = None if self._writer is None else self._writer.picture(images[i], known[i])
                 self._waiting.append(_Waiting(ids[i], known[i], picture))
+            start = time.perf_counter()
             with forward():  # a proposal may call the network
                 self._run.add(images[due], [keys[i] for i in due], candidates)
+            self._worked += time.perf_counter() - start
             self._decide(self._run.work())
         # What does not fill a micro-batch waits for the next batch, but not for the end of the epoch: hooks of other
         # callbacks may change the weights there.

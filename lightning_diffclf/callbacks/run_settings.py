@@ -40,11 +40,13 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
     identity = {
         "recipe": identity_of(_resolved(callback)),
         "module": module_identity(pl_module),
-        "data": data_identity(_data_module(trainer), loader),
+        "data": data_identity(data_module(trainer), loader),
         "precision": str(trainer.precision),
         "keep_errors": callback.keep_errors,
         "keep_distances": callback.keep_distances,
     }
+    if callback.fitting is not None:
+        identity["fitted_to"] = callback.fitting.identity()
     cuda = trainer.strategy.root_device.type == "cuda"
     info = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -70,7 +72,7 @@ def _resolved(callback: Any) -> Recipe:
     return replace(c.recipe, draws=draws, seed=c.draws.seed, elimination=c.rule)
 
 
-def _data_module(trainer: L.Trainer) -> Any:
+def data_module(trainer: L.Trainer) -> Any:
     """The data module of this evaluation: ``trainer.datamodule`` may be that of one before."""
     selector = trainer._data_connector._datahook_selector
     return None if selector is None else selector.datamodule
@@ -167,6 +169,6 @@ def _told(value: Any) -> Any:
         if any(one is None for one in told):
             return None
         return identity_of(dict(zip(value, told, strict=True)) if isinstance(value, Mapping) else told)
-    plain = (bool, int, float, str, bytes, Path, np.generic, np.ndarray, Tensor, torch.dtype)
+    plain = (bool, int, float, str, bytes, range, Path, np.generic, np.ndarray, Tensor, torch.dtype)
     compares = isinstance(value, plain) or says(value) or (callable(value) and not inspect.isclass(value))
     return identity_of(value) if compares else None

@@ -108,6 +108,11 @@ class RunWriter:
         for table in scan(self.folder, ["rank", *columns], self._store.settings):
             yield table.filter(pa.array(table["rank"].to_numpy() % self._ranks == self._rank))
 
+    @property
+    def run(self) -> str:
+        """Short name of what results depend on."""
+        return self._store.settings.digest
+
     def decided_before(self) -> Iterator[pa.Table]:
         """What counts on this rank of that which was decided before, a few megabytes at a time."""
         return self._mine(Summary.COLUMNS)

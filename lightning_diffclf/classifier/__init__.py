@@ -5,6 +5,7 @@ from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.draws import Draws
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive, Round, Stages
 from lightning_diffclf.classifier.engine import DiffusionClassifier
+from lightning_diffclf.classifier.linear_probe import LinearProbe
 from lightning_diffclf.classifier.posterior import Posterior
 from lightning_diffclf.classifier.recipe import Proposal, Recipe
 from lightning_diffclf.classifier.score import Loss
@@ -20,6 +21,7 @@ __all__ = [
     "Exhaustive",
     "GradientSearch",
     "LikelihoodRatio",
+    "LinearProbe",
     "Loss",
     "PairedTest",
     "Posterior",

@@ -35,9 +35,11 @@ class Classification:
             likewise. So these are comparable, unlike scores over different draws. Infinite where the score is, and for
             all candidates if there is no winner.
         draws_K: Number of draws that each saw (K,), int64.
-        nfe: Network calls spent on the image.
+        nfe: Network calls spent on the image, ``search_nfe`` of them to find its candidates.
         dims: Number of values of x0, D; what a posterior needs besides the scores.
         timesteps_S: Timestep of each draw, in the order spent (S,).
+        search_nfe: Network calls of the proposal that named its candidates; 0 without.
+        dropped_draws: Draws of its search that did not count, since there was no finite gradient.
         errors_KS: Every single error (K, S), float32, NaN where not evaluated; None unless ``keep_errors``.
         distances_SKK: Mean squared differences between the noise that two candidates predict (S, K, K), float32, NaN
             where not evaluated; None unless ``keep_distances``.
@@ -55,6 +57,8 @@ class Classification:
     nfe: int
     dims: int
     timesteps_S: Tensor
+    search_nfe: int = 0
+    dropped_draws: int = 0
     errors_KS: Tensor | None = None
     distances_SKK: Tensor | None = None
 
@@ -68,6 +72,7 @@ class Classification:
         abstain: float,
         dims: int,
         timesteps_S: Tensor,
+        dropped_draws: int = 0,
         errors_KS: np.ndarray | None = None,
         distances_SKK: np.ndarray | None = None,
     ) -> Classification:
@@ -87,6 +92,8 @@ class Classification:
             nfe=contest.nfe,
             dims=dims,
             timesteps_S=timesteps_S,
+            search_nfe=contest.spent,
+            dropped_draws=dropped_draws,
             errors_KS=None if errors_KS is None else torch.from_numpy(errors_KS),
             distances_SKK=None if distances_SKK is None else torch.from_numpy(distances_SKK),
         )

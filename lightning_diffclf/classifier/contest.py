@@ -67,10 +67,11 @@ class Contest:
         scores_K: Mean weighted error of each candidate over its draws (K,), float64; infinite if it is out by NaN.
         draws_K: Draws that each candidate saw (K,), int64.
         nfe: Network calls spent on the image.
+        spent: Those of them before the first round: of a search, or another proposal.
     """
 
     def __init__(self, terms: Terms, num_candidates: int, class_K: np.ndarray | None = None, spent: int = 0) -> None:
-        self.terms, self.nfe = terms, spent
+        self.terms, self.nfe, self.spent = terms, spent, spent
         self._contestant_K = np.arange(num_candidates)
         if class_K is not None and len(np.unique(class_K)) < num_candidates:
             self._contestant_K = np.unique(class_K, return_inverse=True)[1]

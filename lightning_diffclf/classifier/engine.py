@@ -28,7 +28,7 @@ from lightning_diffclf.classifier.elimination import Elimination, Exhaustive
 from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut, measure_distances
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
-from lightning_diffclf.classifier.search import Search
+from lightning_diffclf.classifier.search import Found, Search
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating, predict_rows
 from lightning_diffclf.errors import UserError, WrongType
 
@@ -204,35 +204,32 @@ class Packer:
         numbers = range(self._added, self._added + len(images))
         id_list: list[int | str] = ids.tolist() if isinstance(ids, Tensor) else list(numbers if ids is None else ids)
         check_images(images, id_list)
-        lists, spent_B = self._candidates_of(images, id_list, candidates)
-        for image_id, one, spent in zip(id_list, lists, spent_B, strict=True):
+        found = self._candidates_of(images, id_list, candidates)
+        for image_id, one, spent in zip(id_list, found.candidates, found.nfe, strict=True):
             c.terms.check_budget(image_id, len(one), spent)
         classes, pools = np.array(c.denoiser.candidates.classes), c.recipe.ensemble == "mean"
-        for number, image, image_id, one, spent in zip(numbers, images, id_list, lists, spent_B, strict=True):
+        for number, image, image_id, one, spent, dropped in zip(numbers, images, id_list, *found, strict=True):
             contest = Contest(c.terms, len(one), classes[one] if pools else None, spent)
-            self._waiting.append(Flight(number, image, image_id, one, self._noise.key(image_id), contest))
+            self._waiting.append(Flight(number, image, image_id, one, self._noise.key(image_id), contest, dropped))
         self._added += len(images)
 
-    def _candidates_of(
-        self, images: Tensor, ids: list[int | str], candidates: Any
-    ) -> tuple[list[np.ndarray], list[int]]:
-        """Candidates in play of each image, and the network calls that it took to find them."""
+    def _candidates_of(self, images: Tensor, ids: list[int | str], candidates: Any) -> Found:
+        """Candidates in play of each image, and what it took to find them."""
         c = self._classifier
         origin, spent, proposal = "candidates", 0, c.recipe.proposal
         candidates = c.recipe.candidates if candidates is None else candidates
         if isinstance(proposal, Search):
             lists = resolve_candidates(candidates, len(images), len(c.denoiser.candidates))
             if len(images) == 0:
-                return lists, []
+                return Found(lists, [], [])
             with evaluating(c.denoiser):
-                found = proposal.propose(c, images, ids, lists)
-            return found.candidates, found.nfe
+                return proposal.propose(c, images, ids, lists)
         if candidates is None and proposal is not None and len(images):
             with evaluating(c.denoiser), torch.no_grad():
                 candidates = proposal(images)
             origin, spent = "proposal", int(getattr(proposal, "nfe", 0))
         lists = resolve_candidates(candidates, len(images), len(c.denoiser.candidates), origin)
-        return lists, [spent] * len(images)
+        return Found(lists, [spent] * len(images), [0] * len(images))
 
     def work(self) -> Iterator[Classification]:
         """Call the network while all added images can fill micro-batches; yields what is decided."""
@@ -387,6 +384,7 @@ class Packer:
             c.recipe.abstain,
             self._slots.dims,
             c.timesteps_S,
+            flight.dropped,
             flight.errors_KS,
             flight.distances_SKK,
         )

@@ -28,6 +28,7 @@ class Flight:
         candidates_K: Indices of its candidates (K,), int64.
         key: Key of its noise.
         contest: The decision about it.
+        dropped: Draws of its search that did not count.
         slot: Where its x0 lies.
         taken: Rows of this round that were given to micro-batches.
         landed: Rows of this round whose errors are back.
@@ -45,6 +46,7 @@ class Flight:
     candidates_K: np.ndarray
     key: np.ndarray
     contest: Contest
+    dropped: int = 0
     slot: int = -1
     taken: int = 0
     landed: int = 0

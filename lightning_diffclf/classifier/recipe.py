@@ -40,9 +40,9 @@ class Recipe:
         ensemble: What counts where a class has several candidates (prompts): its ``best`` one, or the ``mean`` of their
             errors; its candidates then stay or go together.
         candidates: Indices of the candidates in play; all if omitted.
-        proposal: Names the candidates to try for each image: :class:`~.search.GradientSearch`, in Python also
-            :class:`~.cascade.Cascade`, or, where nothing else does, any callable from images (B, C, H, W) to indices
-            (B, m).
+        proposal: Names the candidates to try for each image: :class:`~.search.GradientSearch`,
+            :class:`~.linear_probe.LinearProbe`, in Python also :class:`~.cascade.Cascade`, or, where nothing else does,
+            any callable from images (B, C, H, W) to indices (B, m).
         reduction: ``mean`` or ``sum``: how probabilities are read off scores; see :class:`~.posterior.Posterior`.
         temperature: Temperature of the probabilities.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from lightning_diffclf.classifier import Recipe
+from lightning_diffclf.classifier import GradientSearch, Recipe
 from lightning_diffclf.classify import RECIPE, classify, report
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.data.images import find_images
@@ -35,6 +35,12 @@ def classify_command(args: Sequence[str]) -> None:
     parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the repository")
     parser.add_argument("--top", type=int, default=5, help="labels to show")
     parser.add_class_arguments(Recipe, as_group=False, skip={"candidates", "proposal"})
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="first find the labels worth trying, by the gradient of the error by the prompts (GradientSearch): pays "
+        "where labels are many; a label that it leaves out has probability 0",
+    )
     parser.set_defaults(draws=RECIPE.draws, ensemble=RECIPE.ensemble)
     parser.add_argument("--microbatch", type=int, default=32, help="rows of a network call")
     parser.add_argument("--size", type=int | None, default=None, help="side of the images (default: the model's own)")
@@ -51,6 +57,8 @@ def classify_command(args: Sequence[str]) -> None:
     recipe = replace(RECIPE, **{field.name: given[field.name] for field in fields(Recipe) if field.name in given})
     if recipe.elimination is None:
         recipe = replace(recipe, elimination=RECIPE.elimination)
+    if given.search:
+        recipe = replace(recipe, proposal=GradientSearch())
     settings = ("model", "revision", "microbatch", "size", "device", "dtype")
     answers = classify(
         given.images,

@@ -88,10 +88,15 @@ class DigitScenesDataModule(DigitsDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
-        parts = self.test.parts
-        offset = torch.randint(WIDTH - HEIGHT + 1, (len(parts["id"]),), generator=torch.Generator().manual_seed(0))
-        self.test = InMemoryImages(one_digit(parts["image"], offset), parts["label"], parts["id"])
+        self.train, self.test = _in_scenes(self.train, seed=1), _in_scenes(self.test, seed=0)
 
     def train_dataloader(self) -> Any:
         """Not for training: raises."""
         raise NotImplementedError("digit scenes are trained on by scripts/make_sd_digits.py")
+
+
+def _in_scenes(digits: InMemoryImages, seed: int) -> InMemoryImages:
+    """Each digit in a scene of its own, at a place that ``seed`` keys."""
+    parts = digits.parts
+    offset = torch.randint(WIDTH - HEIGHT + 1, (len(digits),), generator=torch.Generator().manual_seed(seed))
+    return InMemoryImages(one_digit(parts["image"], offset), parts["label"], parts["id"])

@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_diffclf.data.stream import evaluation_loader, training_loader
+from lightning_diffclf.data.stream import evaluation_loader, some_images, training_loader
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
 
@@ -92,6 +92,10 @@ class DigitsDataModule(ByArguments, L.LightningDataModule):
 
         return training_loader(len(train), take, self.batch_size, self.seed, self.trainer)
 
+    def training_images(self, count: int) -> DataLoader[dict[str, Tensor]]:
+        """See :class:`~.protocols.HasTrainingImages`."""
+        return some_images(self.train, count, self.eval_batch_size)
+
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return evaluation_loader(self.test, self.eval_batch_size, self.trainer)
 
@@ -122,7 +126,7 @@ class DigitPairsDataModule(DigitsDataModule):
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
         **DigitsDataModule.CANNOT_CHANGE_RESULTS,
-        "train_pairs": "evaluations do not see them",
+        "train_pairs": "of training; an evaluation that fits a probe to them says so itself",
     }
 
     num_classes = 100
@@ -164,7 +168,7 @@ class DigitTriplesDataModule(DigitsDataModule):
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
         **DigitsDataModule.CANNOT_CHANGE_RESULTS,
-        "train_triples": "evaluations do not see them",
+        "train_triples": "of training; an evaluation that fits a probe to them says so itself",
     }
 
     num_classes = 1000

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_diffclf.data.images import published_crop, stacked, to_tensor, transform
 from lightning_diffclf.data.latents import Latents, is_latents
 from lightning_diffclf.data.shards import ShardImages, Shards, ShardStream, is_remote
-from lightning_diffclf.data.stream import Share, evaluation_loader, next_step, training_loader
+from lightning_diffclf.data.stream import Share, evaluation_loader, next_step, some_images, training_loader
 from lightning_diffclf.data.zero_shot import IMAGENET_NAMES, FolderImages, ImageNetFolders
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.identity import ByArguments
@@ -133,7 +133,7 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
     """
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
-        "train": "evaluations do not see it",
+        "train": "of training; an evaluation that fits a probe to it says so itself",
         "batch_size": "of training",
         "eval_batch_size": "results do not depend on how images are batched",
         "num_workers": "nor on how fast they are read",
@@ -243,6 +243,20 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+    def training_images(self, count: int) -> DataLoader[Any]:
+        """See :class:`~.protocols.HasTrainingImages`; of tar shards the first images, which are mixed in ours."""
+        source = self.source("train")
+        here, there = classes_of(source), classes_of(self.source("val"))
+        if here and there and here != there:
+            found = f"{len(here)} classes in {self.paths['train']!r}, {len(there)} in {self.paths['val']!r}"
+            raise UserError(f"data: {found}, expected the same ones to learn from")
+        if isinstance(source, Shards):
+            images = ShardImages(source, transform(self.size, self.size, "published"))
+            return DataLoader(images, self.eval_batch_size, num_workers=0, collate_fn=stacked)  # workers take turns
+        if isinstance(source, Latents):
+            return some_images(source, count, self.eval_batch_size)
+        return some_images(_Photos(source, self.size), count, self.eval_batch_size, self.num_workers, stacked)
 
     def val_dataloader(self) -> DataLoader[Any]:
         source, share = self.source("val"), Share.of(self.trainer)

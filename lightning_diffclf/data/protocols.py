@@ -7,9 +7,10 @@ A data module that has the members of one of these protocols is asked for them b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from lightning_diffclf.data.latents import Latents
 from lightning_diffclf.data.prompts import PromptSet
@@ -61,6 +62,23 @@ class HasLatents(Protocol):
 
     def latents(self, stage: str | None) -> Sequence[Latents]:
         """The folders of latents that a stage reads."""
+        ...
+
+
+@runtime_checkable
+class HasTrainingImages(Protocol):
+    """Asked by an evaluation whose proposal learns from labelled images (:class:`~.classifier.LinearProbe`)."""
+
+    def training_images(self, count: int) -> DataLoader[Any]:
+        """Labelled images to learn from, on one process: not those that are evaluated, but prepared as they are.
+
+        Args:
+            count: At most so many: of more, some of all classes, the same ones each time. A loader that gives more is
+                read until there are enough.
+
+        Returns:
+            Loader of batches with labels, as :func:`~.batch.unpack` takes them; not shuffled.
+        """
         ...
 
 

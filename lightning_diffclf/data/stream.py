@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from lightning_diffclf.errors import UserError
 
@@ -226,6 +226,28 @@ def evaluation_loader(
         num_workers=num_workers,
         collate_fn=collate or as_it_is,
     )
+
+
+def some_images(
+    data: Dataset[Any],
+    count: int,
+    batch_size: int,
+    num_workers: int = 0,
+    collate: Callable[[Any], Any] | None = None,
+) -> DataLoader[Any]:
+    """Loader of ``count`` images picked at random, the same ones each time, in their order; of all if there are fewer.
+
+    Args:
+        data: The images.
+        count: How many at most.
+        batch_size: Images in a batch.
+        num_workers: Processes that read images.
+        collate: As of :func:`evaluation_loader`.
+    """
+    size = len(data)  # type: ignore[arg-type]
+    chosen = np.sort(np.random.default_rng(0).permutation(size)[:count])  # evenly spaced ones may miss classes in turn
+    some = Subset(data, chosen.tolist())
+    return DataLoader(some, batch_size=batch_size, num_workers=num_workers, collate_fn=collate or as_it_is)
 
 
 def as_it_is(batch: Any) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.markup import escape
 from rich.table import Table
@@ -33,6 +34,9 @@ class Comparison:
         neither: Images that neither gets right.
         p_value: Of McNemar's exact test: of such a difference, or a larger one, between equally accurate classifiers.
         missing: Images that only one of them decided.
+        first_kept: Share of the images whose class in the second run is among the candidates that the proposal of the
+            first kept: its recall of decisions, if the second decides without one. None if the first has no proposal.
+        second_kept: The same of the second.
     """
 
     images: int
@@ -46,10 +50,13 @@ class Comparison:
     neither: int
     p_value: float
     missing: int
+    first_kept: Interval | None = None
+    second_kept: Interval | None = None
 
     def summary(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self) | {"agreement": self.agreement._asdict()}
+        shares = {name: value._asdict() for name, value in vars(self).items() if isinstance(value, Interval)}
+        return asdict(self) | shares
 
 
 def compare(first: Evaluation, second: Evaluation) -> Comparison:
@@ -83,7 +90,24 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
         neither=int((~a & ~b).sum()),
         p_value=mcnemar(only_first, only_second),
         missing=len(ours) + len(theirs) - 2 * len(common),
+        first_kept=_kept(first, common["answer_second"]),
+        second_kept=_kept(second, common["answer_first"]),
     )
+
+
+def _kept(run: Evaluation, answers: pd.Series) -> Interval | None:
+    """How often the class of an image in ``answers``, by id, is among the candidates that the run's proposal kept."""
+    if not run.outline.proposes:
+        return None
+    hits = images = 0
+    for chunk in run.chunks(("id", "candidates_K"), list(answers.index)):
+        for columns in Columns(chunk, ("id", "candidates_K")).pieces(run.outline.together):
+            answer_B = answers.loc[columns.strings("id")].to_numpy()
+            kept_BC = columns.candidate_classes(run.outline.classes, run.outline.num_classes)
+            known = np.flatnonzero(answer_B >= 0)
+            hits += int(kept_BC[known, answer_B[known]].sum())
+            images += len(known)
+    return wilson(hits, images) if images else None
 
 
 def _answers(run: Evaluation) -> pd.DataFrame:
@@ -102,8 +126,11 @@ def to_table(found: Comparison, first: str, second: str) -> Table:
     if found.missing:
         table.caption = f"{found.missing} images are in one of them only"
     table.add_row("agreement", str(found.agreement), "")
-    for name in [name for name in found.first if name in found.second]:
-        table.add_row(name, *(f"{run[name]:.4g}" for run in (found.first, found.second)))
+    for name in dict.fromkeys([*found.first, *found.second]):
+        table.add_row(name, *(f"{run[name]:.4g}" if name in run else "" for run in (found.first, found.second)))
+    if found.first_kept or found.second_kept:
+        kept = (str(one) if one else "" for one in (found.first_kept, found.second_kept))
+        table.add_row("keeps the other's decision", *kept)
     if found.labelled:
         table.add_row("right in this one only", str(found.only_first), str(found.only_second))
         table.add_row("right in both / neither", f"{found.both} / {found.neither}", "")

@@ -73,10 +73,10 @@ class Costs:
         draws: Draws spent on the image that took most.
     """
 
-    COLUMNS = ("label", "draws_K", "leader_S")
+    COLUMNS = ("label", "draws_K", "leader_S", "search_nfe")
 
     def __init__(self, outline: Outline) -> None:
-        self.labelled = self.draws = 0
+        self.labelled = self.draws = self._searches = 0
         self._right_S, self._alive_S = (np.zeros(len(outline.timesteps_S), dtype=np.int64) for _ in range(2))
 
     def update(self, chunk: Chunk) -> None:
@@ -86,6 +86,7 @@ class Costs:
         columns = columns.take(columns.numbers("label") >= 0)
         label_B, draws, leader = columns.numbers("label"), columns.lists("draws_K"), columns.lists("leader_S")
         self.labelled += len(columns)
+        self._searches += int(columns.numbers("search_nfe").clip(min=0).sum())  # spent before the first draw
         total = len(self._right_S)
         self._alive_S += seen_by(draws.values, total)
         hit = leader.values == label_B[leader.row]
@@ -102,7 +103,7 @@ class Costs:
     @property
     def nfe_S(self) -> np.ndarray:
         """Network calls for an image until then, on average (S,)."""
-        return self._alive_S[: self.draws].cumsum() / max(self.labelled, 1)
+        return (self._searches + self._alive_S[: self.draws].cumsum()) / max(self.labelled, 1)
 
 
 class Survivors:

@@ -34,6 +34,8 @@ class Measurement:
             convolutions and attention; 0 if it has none of these.
         nfe_sum: Network calls that the elimination rule spent on the images that it was tried on.
         nfe_images: Number of these images; 0 if there was no time to decide one.
+        search_nfe_sum: Of the network calls on them, those that a search or another proposal took.
+        kept_sum: Candidates that it kept of them.
     """
 
     num_candidates: int
@@ -43,6 +45,8 @@ class Measurement:
     flops_per_row: float
     nfe_sum: int
     nfe_images: int
+    search_nfe_sum: int = 0
+    kept_sum: int = 0
 
     @property
     def exhaustive_nfe(self) -> int:
@@ -86,6 +90,7 @@ class _Speed(_Probe):
     def __init__(self, classifier: DiffusionClassifier, seconds: float) -> None:
         super().__init__(classifier, _KeepAll(classifier.rule))
         self.terms = replace(self.terms, budget=None)
+        self.recipe = replace(self.recipe, proposal=None)  # whose calls, between two others, are not theirs
         self.flops_per_row = 0.0
         self._seconds = seconds
         self._rows: list[int] = []
@@ -148,22 +153,27 @@ def measure(
     except _Enough:
         pass
     num_candidates, draws = len(candidates or classifier.denoiser.candidates), len(classifier.timesteps_S)
-    spent = [num_candidates * draws]
-    if (
-        type(classifier.rule) is not Exhaustive
-        or classifier.terms.budget is not None
-        or classifier.recipe.proposal is not None
-    ):
-        spent = [result.nfe for result in _tried(classifier, images, ids, candidates, rule_seconds)]
+    spent = [(num_candidates * draws, 0, num_candidates)]
+    if not spends_the_same(classifier):
+        tried = _tried(classifier, images, ids, candidates, rule_seconds)
+        spent = [(one.nfe, one.search_nfe, len(one.candidates_K)) for one in tried]
     return Measurement(
         num_candidates=num_candidates,
         draws=draws,
         microbatch=classifier.microbatch,
         rows_per_second=speed.rows_per_second,
         flops_per_row=speed.flops_per_row,
-        nfe_sum=sum(spent),
+        nfe_sum=sum(nfe for nfe, _, _ in spent),
         nfe_images=len(spent),
+        search_nfe_sum=sum(search for _, search, _ in spent),
+        kept_sum=sum(kept for _, _, kept in spent),
     )
+
+
+def spends_the_same(classifier: DiffusionClassifier) -> bool:
+    """Whether every image costs the same, every draw of every candidate, so that nothing needs to be tried."""
+    recipe = classifier.recipe
+    return type(classifier.rule) is Exhaustive and recipe.budget is None and recipe.proposal is None
 
 
 def _tried(
@@ -194,12 +204,16 @@ class Plan:
         images: Images that each process has to classify; None where unknown.
         rule: The elimination rule, as ``repr`` has it.
         exact: Whether the rule spends the same on every image, so that nothing is estimated.
+        proposal: What names the candidates of each image, as ``repr`` has it; None if all are tried.
+        fitting: Network calls that fitting it takes beforehand, at most.
     """
 
     ranks: list[Measurement]
     images: list[int | None]
     rule: str
     exact: bool
+    proposal: str | None = None
+    fitting: int = 0
 
     @property
     def total_images(self) -> int | None:
@@ -208,10 +222,14 @@ class Plan:
         return sum(known) if len(known) == len(self.images) else None
 
     @property
+    def tried(self) -> int:
+        """Images that estimates are made from."""
+        return sum(m.nfe_images for m in self.ranks)
+
+    @property
     def nfe(self) -> float | None:
         """Estimated network calls for an image under the rule; None if no image could be decided in time."""
-        tried = sum(m.nfe_images for m in self.ranks)
-        return sum(m.nfe_sum for m in self.ranks) / tried if tried else None
+        return sum(m.nfe_sum for m in self.ranks) / self.tried if self.tried else None
 
     def hours(self, nfe: float) -> float | None:
         """Duration at ``nfe`` network calls for an image, by the process that needs longest; None if unknown."""
@@ -224,7 +242,8 @@ class Plan:
         """For the terminal."""
         table, first = Table(title="plan of the evaluation", show_header=False), self.ranks[0]
         flops = max(m.flops_per_row for m in self.ranks)
-        costs = [("without elimination", float(first.exhaustive_nfe))]
+        everything = "without elimination" if self.proposal is None else "without elimination and proposal"
+        costs = [(everything, float(first.exhaustive_nfe))]
         if not self.exact and self.nfe is not None:
             costs.append(("estimate", self.nfe))
 
@@ -235,11 +254,20 @@ class Plan:
         row("candidates", first.num_candidates)
         row("draws", first.draws)
         row("elimination", self.rule)
+        if self.proposal is not None:
+            row("proposal", self.proposal)
         for name, nfe in costs:
             row(f"NFE/image, {name}", f"{nfe:.6g}")
+        if self.proposal is not None and self.nfe is not None:
+            search = sum(m.search_nfe_sum for m in self.ranks) / self.tried
+            kept = sum(m.kept_sum for m in self.ranks) / self.tried
+            row("NFE/image, of the proposal", f"{search:.4g}")
+            row("NFE/image, of the contest", f"{self.nfe - search:.4g}, of {kept:.4g} candidates kept")
         if not self.exact:
-            tried = sum(m.nfe_images for m in self.ranks)
-            row("estimated from", f"{tried} images" if tried else "none: the first image takes longer than the plan")
+            tried = f"{self.tried} images" if self.tried else "none: the first image takes longer than the plan"
+            row("estimated from", tried)
+        if self.fitting:
+            row("fitting the proposal, once", f"at most {self.fitting:,} network calls")
         row("micro-batch", f"{first.microbatch} rows")
         row("rows per second", f"{sum(m.rows_per_second for m in self.ranks):.4g} on {len(self.ranks)} ranks")
         row("FLOPs per row", f"{flops:.4g}" if flops else "not counted: no matrix product, convolution or attention")

@@ -30,7 +30,7 @@ class Record:
         scores_K: Mean error of each.
         differences_K: :attr:`Classification.differences_K`.
         draws_K: Draws that each saw.
-        nfe: Network calls.
+        nfe: Network calls, those of a search or another proposal included.
         dims: Number of values of x0.
         choice_S: Class with the lowest error at each draw spent, among the candidates then in play (S,); -1 where the
             network returned nothing finite.
@@ -40,6 +40,8 @@ class Record:
         thumbnail: A small picture of the image, in WebP; None if it has no pixels.
         error_map: Where the class decided for fits better (positive) or worse than the right one (h, w); None where
             not made.
+        search_nfe: Network calls that finding the candidates took; None in files of earlier versions.
+        dropped_draws: Draws of the search without a finite gradient; likewise.
     """
 
     id: str
@@ -60,6 +62,8 @@ class Record:
     rank: int
     thumbnail: bytes | None = None
     error_map: np.ndarray | None = None
+    search_nfe: int | None = 0
+    dropped_draws: int | None = 0
 
     @classmethod
     def of(
@@ -109,6 +113,8 @@ class Record:
             dims=result.dims,
             choice_S=choice_S.astype(np.int32),
             leader_S=leader_S.astype(np.int32),
+            search_nfe=result.search_nfe,
+            dropped_draws=result.dropped_draws,
             **others,
         )
 
@@ -173,6 +179,8 @@ SCHEMA = pa.schema(
         ("rank", pa.int32()),
         ("thumbnail", pa.binary()),
         ("error_map", pa.list_(pa.list_(pa.float32()))),
+        ("search_nfe", pa.int64()),
+        ("dropped_draws", pa.int32()),
     ]
 )
 

@@ -22,6 +22,11 @@ from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.predictions import Record
 from lightning_diffclf.results.summary import NO_ANSWER
 
+RECALL = (
+    "the right class is among the candidates kept. Whether the class that all draws of all candidates decide for is, a "
+    "run with a proposal cannot know: diffclf compare with one without"
+)
+
 REPORT = "report.html"
 FIGURES = "figures"
 
@@ -76,7 +81,7 @@ def headline(run: Evaluation) -> list[tuple[str, str, str]]:
         lines.append(("mean per class", f"{numbers['mean_per_class']:.2%}", f"over the {occurring} classes that occur"))
         for name, title, note in (
             ("top5", "top 5", "the right class is among the best five"),
-            ("proposal_recall", "proposal recall", "the right class is among the candidates"),
+            ("proposal_recall", "proposal recall", RECALL),
             ("coverage", "coverage", "images with an answer of the margin asked for"),
             ("answered_accuracy", "accuracy of these", "among the images with such an answer"),
         ):
@@ -90,8 +95,26 @@ def headline(run: Evaluation) -> list[tuple[str, str, str]]:
             lines.append((f"ECE, {name}", f"{found['ece']:.4f}", note))
     lines.append(("images", f"{summary.images:,}", f"{summary.labelled:,} with a label"))
     lines.append(("NFE / image", f"{numbers['nfe_per_image']:,.1f}", "network calls"))
+    if run.outline.proposes:
+        lines += _search_lines(numbers)
     rate = f"{numbers['images_per_second']:,.2f} images / s"
     lines.append(("time", f"{numbers['seconds']:,.1f} s", rate))
+    return lines
+
+
+def _search_lines(numbers: dict[str, float]) -> list[tuple[str, str, str]]:
+    """What a search or another proposal cost, and left to decide between."""
+    lines = [("candidates kept", f"{numbers['kept_per_image']:,.1f}", "of an image, by the proposal")]
+    if "search_nfe_per_image" not in numbers:
+        return [*lines, ("NFE of the search", "unknown", "decided by an earlier version, which did not store it")]
+    search, contest = numbers["search_nfe_per_image"], numbers["contest_nfe_per_image"]
+    lines += [
+        (f"NFE of the {name}", f"{value:,.1f}", f"of an image, {value / (search + contest):.1%} of all")
+        for name, value in (("search", search), ("contest", contest))
+    ]
+    if numbers["dropped_draws"]:
+        note = "draws of the search, whose gradient was NaN or infinite"
+        lines.append(("dropped", f"{numbers['dropped_draws']:,}", note))
     return lines
 
 
@@ -155,6 +178,7 @@ def _card(run: Evaluation, number: int, row: Record) -> dict[str, Any]:
         "right": row.label == row.prediction,
         "margin": row.margin,
         "nfe": row.nfe,
+        "search_nfe": row.search_nfe or 0,
         "picture": None if row.thumbnail is None else _data_uri("webp", row.thumbnail),
     }
 

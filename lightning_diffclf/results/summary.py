@@ -115,7 +115,8 @@ class Summary:
 
     Attributes:
         sums: By name, each of which adds up over parts: ``images`` and ``nfe`` (), ``answered``, ``answered_right``,
-            ``top5`` and ``proposed`` (), all int64; ``chance`` (), float64; ``seconds_R`` by rank, float64;
+            ``top5``, ``proposed`` and ``kept`` (candidates), ``search_nfe`` and ``dropped_draws`` of the ``split``
+            images that say so, all int64 (); ``chance`` (), float64; ``seconds_R`` by rank, float64;
             ``confusion_CA`` (C, C + 1), int64, rows are true classes; ``nfe_C`` by true class, int64; ``right_S`` of
             ``judged_S`` images were right by draw s alone, int64; and those of
             :class:`~lightning_diffclf.results.statistics.Scores`.
@@ -123,7 +124,7 @@ class Summary:
 
     COLUMNS = (
         *("label", "prediction", "top5", "abstained", "candidates_K", "differences_K", "draws_K", "nfe", "dims"),
-        *("choice_S", "seconds", "rank"),
+        *("choice_S", "seconds", "rank", "search_nfe", "dropped_draws"),
     )
 
     def __init__(self, outline: Outline, sums: dict[str, np.ndarray] | None = None) -> None:
@@ -142,6 +143,7 @@ class Summary:
         """Count some more images."""
         for columns in Columns(chunk, self.COLUMNS).pieces(self.outline.together):
             self._add(images=len(columns), nfe=columns.numbers("nfe").sum())
+            self._add_search(columns)
             np.add.at(self.sums["seconds_R"], columns.numbers("rank"), columns.numbers("seconds"))
             labelled = columns.take(columns.numbers("label") >= 0)
             if len(labelled):
@@ -152,6 +154,15 @@ class Summary:
     def _add(self, **sums: Any) -> None:
         for name, value in sums.items():
             np.add(self.sums[name], value, out=self.sums[name])
+
+    def _add_search(self, columns: Columns) -> None:
+        search_nfe, dropped = columns.numbers("search_nfe"), columns.numbers("dropped_draws")
+        self._add(
+            kept=columns.lists("candidates_K").length.sum(),
+            split=(search_nfe >= 0).sum(),  # unknown in files of earlier versions
+            search_nfe=search_nfe.clip(min=0).sum(),
+            dropped_draws=dropped.clip(min=0).sum(),
+        )
 
     def _add_decisions(self, columns: Columns) -> None:
         outline = self.outline
@@ -236,6 +247,8 @@ class Summary:
             numbers |= self.scores.numbers()
         numbers |= {"images": images, "nfe_per_image": int(self.sums["nfe"]) / images}
         numbers |= {"images_per_second": images / seconds if seconds else float("nan"), "seconds": seconds}
+        if self.outline.proposes:
+            numbers |= self._search_numbers()
         if self.accuracy is not None:
             if self.outline.num_classes > 5:
                 numbers["top5"] = int(self.sums["top5"]) / self.labelled
@@ -248,11 +261,23 @@ class Summary:
                 numbers["answered_accuracy"] = right / answered if answered else float("nan")
         return numbers
 
+    def _search_numbers(self) -> dict[str, float]:
+        numbers = {"kept_per_image": int(self.sums["kept"]) / self.images}
+        if self.sums["split"] == self.images:
+            search, whole = int(self.sums["search_nfe"]), int(self.sums["nfe"])
+            numbers["search_nfe_per_image"] = search / self.images
+            numbers["contest_nfe_per_image"] = (whole - search) / self.images
+            numbers["dropped_draws"] = int(self.sums["dropped_draws"])
+        return numbers
+
 
 def zeros(outline: Outline) -> dict[str, np.ndarray]:
     """The sums of a :class:`Summary` over no image."""
     classes, draws = outline.num_classes, len(outline.timesteps_S)
-    counts = ("images", "nfe", "answered", "answered_right", "top5", "proposed")
+    counts = (
+        *("images", "nfe", "answered", "answered_right", "top5", "proposed"),
+        *("kept", "split", "search_nfe", "dropped_draws"),
+    )
     return (
         {name: np.zeros((), dtype=np.int64) for name in counts}
         | {"chance": np.zeros(()), "seconds_R": np.zeros(MOST_RANKS)}

@@ -29,6 +29,7 @@ from lightning_diffclf import (
     ClassConditionalDiT,
     DiffusionClassifierCallback,
     Draws,
+    LinearProbe,
     NoiseSchedule,
     PairedTest,
     ZeroShotStableDiffusion,
@@ -42,7 +43,6 @@ from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.identity import identity_of
-from lightning_diffclf.linear_probe import LinearProbe
 from lightning_diffclf.models.pipeline import load
 from tests.gaussians import Gaussians, Samples
 from tests.photos import autoencoder, photos
@@ -337,7 +337,7 @@ def test_what_a_proposal_has_learnt_is_part_of_the_recipe(tmp_path):
     module.predict = lambda x_t, t, candidate: module.layer(whole(x_t, t, candidate))
 
     def identity(count: int) -> dict:
-        probe = LinearProbe(module, "layer", 100, top=2).fit([(samples.images[:count], samples.labels[:count])])
+        probe = LinearProbe("layer", 100, top=2).fit(module, [(samples.images[:count], samples.labels[:count])])
         found: dict = Recipe(proposal=probe).identity()
         return found
 

@@ -12,6 +12,7 @@ from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.data.images import open_image, published_crop
 from lightning_diffclf.modules.conditions import conditions
 from tests.photos import autoencoder, photos
+from tests.trainers import FakeTrainer
 
 WNIDS = ImageNetInfo().label_names()
 
@@ -78,6 +79,24 @@ def test_folders_shards_and_latents_evaluate_alike(forms):
             for i, (latent, _) in latents.items():
                 mean = vae.encode(folders[i][0][None]).latent_dist.mean[0]
                 torch.testing.assert_close(latent, (mean - 0.1) * 0.5, rtol=2e-3, atol=2e-3)
+
+
+def test_images_to_learn_from_are_seen_as_those_that_are_evaluated(forms, tmp_path):
+    for name in ("photos", "shards", "latents_of_photos"):
+        data = data_of(forms / name, forms / name, FakeTrainer(1, 2), stage="test")  # whatever the rank
+        expected, found = evaluated(data_of(forms / name, forms / name)), {}
+        for batch in data.training_images(9):
+            images = zip(batch["id"], batch["image"], batch["label"], strict=True)
+            found |= {int(i): (image, int(label)) for i, image, label in images}
+        assert len(found) == (15 if name == "shards" else 9)
+        assert all(
+            torch.equal(image, expected[i][0]) and label == expected[i][1] for i, (image, label) in found.items()
+        )
+    photos(tmp_path / "others", classes=("ant", "bee"), each=2)
+    with pytest.raises(ValueError, match=r"2 classes in '.*others', 3 in '.*photos', expected the same ones"):
+        data_of(tmp_path / "others", forms / "photos", stage="test").training_images(9)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        data_of(tmp_path / "nothing", forms / "photos", stage="test").training_images(9)
 
 
 @pytest.mark.parametrize("name", ["photos", "latents_of_photos"])

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_diffclf import ClassConditionalDiT
-from lightning_diffclf.data.digits import DigitsDataModule
-from lightning_diffclf.data.stream import Endless, Positions, Share, evaluation_loader, training_loader
+from lightning_diffclf.data.digits import DigitsDataModule, InMemoryImages
+from lightning_diffclf.data.stream import Endless, Positions, Share, evaluation_loader, some_images, training_loader
 from tests.trainers import FakeTrainer
 
 
@@ -173,3 +173,16 @@ def test_endless_data_are_not_cut_into_epochs(tmp_path):
     with pytest.raises(ValueError, match="limit_train_batches: 3, expected none: training data have no epochs"):
         fit(tmp_path / "cut", 6, 1, limit_train_batches=3)
     assert len(fit(tmp_path / "one", 3, 2, limit_train_batches=6)[0]) == 3
+
+
+def test_some_images_are_the_same_ones_each_time_and_of_all_classes():
+    labels = torch.arange(1000) % 10
+    data = InMemoryImages(torch.zeros(1000, 1, 1, 1), labels, torch.arange(1000))
+    found = list(some_images(data, 200, batch_size=30))
+    ids = torch.cat([batch["id"] for batch in found])
+    assert [len(batch["id"]) for batch in found] == [30] * 6 + [20]
+    assert len(set(ids.tolist())) == 200
+    assert torch.equal(ids, ids.sort().values)
+    assert torch.equal(ids, torch.cat([batch["id"] for batch in some_images(data, 200, batch_size=200)]))
+    assert torch.bincount(labels[ids]).min() > 10
+    assert len(torch.cat([batch["id"] for batch in some_images(data, 5000, batch_size=300)])) == 1000

@@ -1,6 +1,7 @@
 """Made-up runs: decisions without a network."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +55,27 @@ def made_up_rows(count: int, classes: int, seed: int = 0, draws: int = 20, label
         )
 
 
-def made_up_outline(classes: int, draws: int = 20) -> Outline:
+def proposed_rows(rows, seed: int = 0):
+    """The same decisions, as if a search had left out some candidates, never that decided for."""
+    rng = np.random.default_rng(seed)
+    for i, row in enumerate(rows):
+        kept = rng.random(len(row.candidates_K)) < 0.5
+        kept[row.candidates_K == row.prediction] = True
+        lists = {name: getattr(row, name)[kept] for name in ("candidates_K", "scores_K", "differences_K", "draws_K")}
+        search = 7 + i % 3
+        spent = {"nfe": search + int(lists["draws_K"].sum()), "search_nfe": search, "dropped_draws": i % 2}
+        yield replace(row, **lists, **spent)
+
+
+def made_up_outline(classes: int, draws: int = 20, **settings) -> Outline:
     """Of made-up decisions."""
     names = tuple(f"kind {c} <&>" for c in range(classes))
     timesteps = tuple(np.random.default_rng(0).permutation(draws).tolist())
-    return Outline(tuple(range(classes)), names, timesteps)
+    return Outline(tuple(range(classes)), names, timesteps, **settings)
 
 
-def made_up_run(folder: Path, rows, classes: int, draws: int = 20, **identity) -> Path:
-    outline = made_up_outline(classes, draws)
+def made_up_run(folder: Path, rows, classes: int, draws: int = 20, proposes: bool = False, **identity) -> Path:
+    outline = made_up_outline(classes, draws, proposes=proposes)
     info = outline.to_info() | {
         "candidate_names": list(outline.class_names),
         "log_snr_S": list(range(draws)),

@@ -7,7 +7,7 @@ from lightning_diffclf.cli import main
 from lightning_diffclf.results.compare import compare
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.statistics import mcnemar, wilson
-from tests.results.made_up import made_up_rows, made_up_run
+from tests.results.made_up import made_up_rows, made_up_run, proposed_rows
 
 
 @pytest.fixture
@@ -77,3 +77,23 @@ def test_runs_without_labels(two):
     assert (found.images, found.labelled, found.p_value) == (190, 0, 1.0)
     assert "accuracy" not in found.second
     main(["compare", str(folder / "a"), str(folder / "p"), "--out", str(folder / "plots")])
+
+
+def test_how_often_a_proposal_keeps_what_the_other_run_decides(two, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    folder, rows, others = two
+    kept = list(proposed_rows(rows))
+    made_up_run(folder / "s", kept[:190], 5, proposes=True)
+    found = compare(Evaluation.read(folder / "s"), Evaluation.read(folder / "b"))
+    hits = [b.prediction in a.candidates_K for a, b in zip(kept, others, strict=True)][20:190]
+    assert found.first_kept == wilson(sum(hits), 170)
+    assert 140 < sum(hits) < 170
+    assert found.second_kept is None
+    assert compare(Evaluation.read(folder / "b"), Evaluation.read(folder / "s")).second_kept == found.first_kept
+    main(["compare", str(folder / "s"), str(folder / "b"), "--out", str(folder / "out")])
+    printed = capsys.readouterr().out
+    assert "keeps the other's decision" in printed
+    assert "search_nfe_per_image" in printed
+    numbers = json.loads((folder / "out" / "comparison.json").read_text())
+    assert numbers["first_kept"]["value"] == sum(hits) / 170
+    assert numbers["second_kept"] is None

@@ -18,7 +18,8 @@ from lightning_diffclf import (
     Stages,
 )
 from lightning_diffclf.callbacks import plan as callbacks_plan
-from lightning_diffclf.results.plan import Measurement, Plan, measure
+from lightning_diffclf.results import plan as results_plan
+from lightning_diffclf.results.plan import Measurement, Plan, measure, spends_the_same
 from lightning_diffclf.results.store import read_table
 from tests.classifier.toys import Toy, some_images
 from tests.gaussians import CLASSES, Gaussians, loader
@@ -78,6 +79,49 @@ def test_candidates_and_budget_count():
     m = measure(classifier, some_images(2), range(2), candidates=[0, 3], seconds=0.01)
     assert (m.num_candidates, m.exhaustive_nfe) == (2, 20)
     assert (m.nfe_sum, m.nfe_images) == (24, 2)
+
+
+def first_two(images):
+    """A proposal that costs three calls."""
+    time.sleep(0.02)
+    return [[0, 1]] * len(images)
+
+
+first_two.nfe = 3
+
+
+@pytest.mark.parametrize("rule", [None, PairedTest()])
+def test_what_a_proposal_costs_is_part_of_the_estimate(rule):
+    module, data = Gaussians(), loader(12).dataset
+    classifier = DiffusionClassifier(module, Draws(10), elimination=rule, proposal=first_two, microbatch=16)
+    m = measure(classifier, data.images, range(100, 112), seconds=0.01)
+    expected = list(classifier(data.images[:8], range(100, 108)))
+    assert (m.nfe_sum, m.search_nfe_sum, m.kept_sum) == (sum(r.nfe for r in expected), 8 * 3, 8 * 2)
+    assert m.exhaustive_nfe == CLASSES * 10
+    plan = Plan([m, m], [10, 10], "a rule", spends_the_same(classifier), "a search", fitting=1234)
+    text = " ".join(shown(plan).replace("│", " ").split())
+    for part in (
+        "proposal a search",
+        f"NFE/image, without elimination and proposal {CLASSES * 10} ",
+        f"NFE/image, estimate {plan.nfe:.6g} ",
+        "NFE/image, of the proposal 3 ",
+        f"NFE/image, of the contest {plan.nfe - 3:.4g}, of 2 candidates kept",
+        "estimated from 16 images",
+        "fitting the proposal, once at most 1,234 network calls",
+    ):
+        assert part in text
+
+
+def test_a_proposal_is_not_asked_while_network_calls_are_timed(monkeypatch):
+    def refused(images):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(results_plan, "_tried", lambda *arguments: [])
+    network = Slow()
+    classifier = DiffusionClassifier(network, Draws(10), microbatch=20, proposal=refused)
+    m = measure(classifier, some_images(3), range(3), seconds=0.01)
+    assert (m.rows_per_second > 0, m.nfe_images) == (True, 0)
+    assert {len(x) for x, _, _ in network.calls} == {20}
 
 
 def shown(plan: Plan) -> str:

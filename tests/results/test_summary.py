@@ -7,6 +7,7 @@ import re
 import lightning as L
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.special import softmax
@@ -17,11 +18,13 @@ from lightning_diffclf.results import charts, tables
 from lightning_diffclf.results.compare import compare
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.metrics import ClassifierMetrics
-from lightning_diffclf.results.predictions import SCHEMA, to_table
+from lightning_diffclf.results.predictions import SCHEMA, to_table, write_table
 from lightning_diffclf.results.report import headline, make_figures, write_report
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import SETTINGS_KEY, claim, finish
 from lightning_diffclf.results.summary import Outline, Summary
 from tests.gaussians import CLASSES, Gaussians, Samples
-from tests.results.made_up import made_up_outline, made_up_rows, made_up_run
+from tests.results.made_up import made_up_outline, made_up_rows, made_up_run, proposed_rows
 
 PROMPTS = [0] * 5 + [c for c in range(1, CLASSES) for _ in range(2)]  # the first class has many
 
@@ -104,6 +107,66 @@ def test_another_temperature_on_resumption_is_that_of_all_numbers(tmp_path):
     evaluated(run, draws=3, temperature=1.0)
     _, live = evaluated(run, draws=3, temperature=4.0)
     assert Evaluation.read(run).summary.numbers() == pytest.approx(live, rel=1e-12)
+
+
+# --- what a search cost, and left ----------------------------------------------------------------------------------
+
+
+def test_calls_of_search_and_contest_add_up(tmp_path):
+    rows = list(proposed_rows(made_up_rows(90, 6)))
+    rows[4] = dataclasses.replace(rows[4], label=None)
+    run = Evaluation.read(made_up_run(tmp_path / "run", rows, 6, proposes=True))
+    numbers = run.summary.numbers()
+    search, contest = sum(row.search_nfe for row in rows), sum(int(row.draws_K.sum()) for row in rows)
+    assert numbers["search_nfe_per_image"] == search / 90
+    assert numbers["contest_nfe_per_image"] == contest / 90
+    assert numbers["nfe_per_image"] == (search + contest) / 90
+    assert numbers["kept_per_image"] == sum(len(row.candidates_K) for row in rows) / 90
+    assert numbers["dropped_draws"] == 45
+    recall = [row.label in row.candidates_K for row in rows if row.label is not None]
+    assert numbers["proposal_recall"] == np.mean(recall)
+    shown = {name: (value, note) for name, value, note in headline(run)}
+    assert shown["NFE of the search"] == (
+        f"{search / 90:.1f}",
+        f"of an image, {search / (search + contest):.1%} of all",
+    )
+    assert shown["NFE of the contest"][0] == f"{contest / 90:.1f}"
+    assert shown["proposal recall"][0] == f"{np.mean(recall):.2%}"
+    assert shown["dropped"][0] == "45"
+    cost = tables.costs(run.costs)
+    labelled = [row for row in rows if row.label is not None]
+    assert cost["nfe"].iloc[-1] == pytest.approx(np.mean([row.nfe for row in labelled]))
+    assert cost["nfe"].iloc[0] == pytest.approx(np.mean([row.search_nfe + len(row.candidates_K) for row in labelled]))
+    live = ClassifierMetrics(run.outline)
+    live.update(rows)
+    assert live.compute().numbers() == pytest.approx(numbers, rel=1e-12)
+
+
+def test_decisions_of_earlier_versions_are_read_and_their_split_is_unknown(tmp_path):
+    rows = list(proposed_rows(made_up_rows(60, 6)))
+    settings = Settings(
+        {"draws": 20}, made_up_outline(6, proposes=True).to_info() | {"candidate_names": list("abcdef")}
+    )
+    run = claim(tmp_path / "run", settings)
+    described = {SETTINGS_KEY: settings.digest.encode()}
+    old = to_table(rows[:40]).drop_columns(["search_nfe", "dropped_draws"]).replace_schema_metadata(described)
+    write_table(old, run / "predictions.parquet")
+    evaluation = Evaluation.read(run)
+    numbers = evaluation.summary.numbers()
+    assert numbers["nfe_per_image"] == np.mean([row.nfe for row in rows[:40]])
+    assert numbers["proposal_recall"] == np.mean([row.label in row.candidates_K for row in rows[:40]])
+    assert "search_nfe_per_image" not in numbers
+    assert {row.search_nfe for row in evaluation.gallery(3)} == {None}
+    assert ("NFE of the search", "unknown") in [line[:2] for line in headline(evaluation)]
+    write_report(run)
+    # and resumed: images that come now do not make it known
+    new = to_table(rows[40:]).replace_schema_metadata(described)
+    write_table(new, run / "parts" / "00000-new-000000.parquet")
+    resumed = Evaluation.read(run)
+    assert resumed.images == 60
+    assert "search_nfe_per_image" not in resumed.summary.numbers()
+    finish(run, settings)
+    assert pq.read_table(run / "predictions.parquet")["search_nfe"].null_count == 40
 
 
 # --- images without an answer --------------------------------------------------------------------------------------

@@ -1,0 +1,166 @@
+"""The LinearProbe of an evaluation: fitted to training images of the data module, once, and kept with the run."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_diffclf.callbacks.run_settings import data_module, dataset_identity
+from lightning_diffclf.callbacks.run_writer import RunWriter
+from lightning_diffclf.classifier import LinearProbe, Recipe
+from lightning_diffclf.data.batch import unpack
+from lightning_diffclf.data.protocols import HasTrainingImages
+from lightning_diffclf.denoiser import ConditionalDenoiser
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import write_bytes
+from lightning_diffclf.identity import digest_of_tensor
+
+PROBE = "probe.safetensors"
+
+PLAN_SECONDS = 20.0  # that a plan fits at most
+
+
+class ProbeFitting:
+    """Gives an evaluation a fitted probe. Made on all ranks before long work.
+
+    Args:
+        probe: What the recipe has; it stays as it is.
+        data: The data module.
+
+    Attributes:
+        probe: The one to use; not fitted until :meth:`prepare`.
+
+    Raises:
+        UserError: if ``data`` has no training images.
+    """
+
+    def __init__(self, probe: LinearProbe, data: Any) -> None:
+        if not isinstance(data, HasTrainingImages):
+            name = "no data module" if data is None else f"{type(data).__name__} has no training_images(count)"
+            raise UserError(
+                f"proposal: {probe!r} is fitted to labelled training images, but {name}, expected a data module with "
+                "them (see HasTrainingImages); or fit it in Python, or take GradientSearch, which needs none"
+            )
+        self.probe, self._loader = copy.copy(probe), data.training_images(probe.images)
+
+    @classmethod
+    def of(cls, recipe: Recipe, trainer: L.Trainer, stage: str) -> tuple[Recipe, ProbeFitting | None]:
+        """The recipe of an evaluation, and what fits the probe in it, if there is one that was not fitted yet.
+
+        In validations during ``fit``, all candidates are tried instead: weights change, each would have to fit anew.
+        """
+        probe = recipe.proposal
+        if not isinstance(probe, LinearProbe) or probe.fitted:
+            return recipe, None
+        if stage == "fit":
+            return replace(recipe, proposal=None), None
+        fitting = cls(probe, data_module(trainer))
+        return replace(recipe, proposal=fitting.probe), fitting
+
+    @property
+    def calls(self) -> int:
+        """Network calls that fitting takes, at most."""
+        images = self._loader.dataset
+        return min(self.probe.images, len(images)) if hasattr(images, "__len__") else self.probe.images
+
+    def identity(self) -> dict[str, Any]:
+        """Which images it is fitted to, in place of the map that comes of it."""
+        return dataset_identity(self._loader.dataset)
+
+    def prepare(
+        self, trainer: L.Trainer, denoiser: ConditionalDenoiser, writer: RunWriter | None, briefly: bool
+    ) -> None:
+        """Fit on rank 0, or read what was fitted before, and give it to all ranks; call it on all of them.
+
+        Args:
+            trainer: The Trainer that evaluates.
+            denoiser: The network.
+            writer: Says which run keeps the map; None if nothing is written.
+            briefly: Fit to as many images as there is time for: to find out what decisions will cost.
+
+        Raises:
+            UserError: on all ranks, if images have no labels, or the file cannot be read or written.
+        """
+        outcome: dict[str, Tensor] | Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                outcome = None if writer is None else read_probe(writer.folder / PROBE, writer.run)
+                if outcome is None:
+                    outcome = self._fit(trainer, denoiser, PLAN_SECONDS if briefly else math.inf)
+                    if writer is not None:
+                        write_probe(outcome, writer.folder / PROBE, writer.run)
+            except (ValueError, OSError) as error:
+                outcome = error
+        outcome = trainer.strategy.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert outcome is not None
+        self.probe.load_state_dict(outcome)
+
+    def _fit(self, trainer: L.Trainer, denoiser: ConditionalDenoiser, seconds: float) -> dict[str, Tensor]:
+        """The map as it is saved; fitted to what batches there are in so many seconds, one at least."""
+        most, end, count = self.probe.images, time.perf_counter() + seconds, 0
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal count
+            for batch in self._loader:
+                images, labels, *_ = unpack(batch)
+                if labels is None:
+                    raise UserError("probe: training images without labels, expected a label for each")
+                images = trainer.precision_plugin.convert_input(images[: most - count])
+                count += len(images)
+                yield images.to(trainer.strategy.root_device), labels[: len(images)]
+                if count == most or time.perf_counter() > end:
+                    break
+
+        with trainer.precision_plugin.forward_context():
+            self.probe.fit(denoiser, batches())
+        print(f"probe: fitted to {count:,} training images, a network call each")
+        return {name: value.cpu() for name, value in self.probe.state_dict().items()}
+
+
+def write_probe(state: dict[str, Tensor], path: Path, run: str) -> None:
+    """Keep a fitted map: safetensors, with what it belongs to and its checksum.
+
+    Raises:
+        FailedWrite: if it cannot be written.
+    """
+    described = {"run": run, "checksum": digest_of_tensor(state["weight"])}
+    write_bytes(save(state, described), path, "probe")
+
+
+def read_probe(path: Path, run: str) -> dict[str, Tensor] | None:
+    """What :func:`write_probe` kept; None if there is no file.
+
+    Raises:
+        UserError: if it cannot be read, was changed, or belongs to another run.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            described, weight = file.metadata() or {}, file.get_tensor("weight")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"probe: {str(path)!r} cannot be read ({error}); remove it to fit it anew") from error
+    if weight.dtype != torch.float32 or weight.ndim != 2:
+        raise UserError(
+            f"probe: {str(path)!r} holds {weight.dtype} {tuple(weight.shape)}, expected a matrix of float32"
+        )
+    for name, expected in (("run", run), ("checksum", digest_of_tensor(weight))):
+        if described.get(name) != expected:
+            raise UserError(
+                f"probe: {str(path)!r} has {name} {described.get(name)}, expected {expected}: it was changed or is of "
+                "another run; remove it to fit it anew"
+            )
+    return {"weight": weight}
