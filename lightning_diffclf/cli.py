@@ -32,6 +32,7 @@ from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
+from lightning_diffclf.commands.open_settings import complete
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
@@ -136,6 +137,7 @@ class DiffClfCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self._get(self.config, EXTENDS) is not None:
             raise UserError(f"{EXTENDS}: only files say what they extend; expected --config, which may be repeated")
+        complete(self.config[self.subcommand] if self.subcommand else self.config)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the base class would let a checkpoint's hyperparameters override flags and YAML in silence."""

@@ -39,6 +39,22 @@ def open_image(path: str | Path) -> Image.Image:
     return decode_image(path, f"image: {str(path)!r}")
 
 
+def size_of_image(path: Path) -> tuple[int, int]:
+    """Width and height of an image by its header, before it is turned as its camera says.
+
+    Raises:
+        ValueError: if the file is empty or no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as file:
+                return file.size
+    except Exception as error:  # of a damaged file Pillow raises what comes, by format
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise UserError(f"image: {str(path)!r} cannot be read ({reason})") from error
+
+
 def decode_image(source: Path | IO[bytes], what: str) -> Image.Image:
     """An image in RGB, turned as its camera says.
 
