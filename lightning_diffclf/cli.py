@@ -39,7 +39,7 @@ from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
-from lightning_diffclf.modules.checkpoints import check_checkpoint, read_checkpoint
+from lightning_diffclf.modules.checkpoints import check_checkpoint, check_classes, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
@@ -194,7 +194,9 @@ class DiffClfCLI(LightningCLI):
                 self._load_weights(path)
                 self.config_init[subcommand]["ckpt_path"] = None
             else:
-                check_checkpoint(self.model, read_checkpoint(path), path)
+                checkpoint = read_checkpoint(path)
+                check_classes(self.model, checkpoint, path)
+                check_checkpoint(self.model, checkpoint, path)
         elif path is None and self._fits and (start := self._get(self.config, "warm_start")) is not None:
             self._load_weights(start)
         super()._run_subcommand(subcommand)

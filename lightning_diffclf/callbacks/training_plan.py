@@ -91,10 +91,10 @@ class TrainingPlan:
         passes = f" ({self.steps * self.batch_size / self.images:.3g} passes)" if self.images else ""
         table = Table(
             title="plan of the training",
-            caption=f"{self.images or '?'} images of {self.classes or '?'} classes; {self.steps} steps of "
+            caption=f"{self.images or '?'} images of {self.classes or '?'} classes to train on; {self.steps} steps of "
             f"{self.batch_size} images{passes}, {self.at_once} at once in a process, whose loader gives "
-            f"{_shown(self.load_rate)} images/s. GFLOP: of an image. Memory in GiB: weights, AdamW, average "
-            "and activations in float32, or the peak on a GPU (*). ≈: by the operations, at the speed of the size above. "
+            f"{_shown(self.load_rate)} images/s. GFLOP: of an image. Memory in GiB: weights, AdamW, average and "
+            "activations in float32, or the peak on a GPU (*). ≈: by the operations, at the speed of the size above. "
             "Other sizes: --model.model",
         )
         for name in ("size", "weights, M", "GFLOP", "memory", "s/step", "images/s", "hours"):

@@ -108,17 +108,18 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
     both. Classes are numbered in the order of the folders' names.
 
     Images are of any format, size and mode; they are resized and cropped at their centre
-    (:func:`~lightning_diffclf.data.images.published_crop`). Batches are mappings with ``image`` (B, channels, size,
-    size) in [-1, 1], or latents (B, C, h, w), ``label`` (B,) and ``id``: paths, such as ``cat/1.png``. Training has no
-    epochs (:mod:`~lightning_diffclf.data.stream`): what is seen depends on (seed, step) only.
+    (:func:`~lightning_diffclf.data.images.published_crop`), with a warning where small ones are enlarged. Batches are
+    mappings with ``image`` (B, channels, size, size) in [-1, 1], or latents (B, C, h, w), ``label`` (B,) and ``id``:
+    paths, such as ``cat/1.png``. Training has no epochs (:mod:`~lightning_diffclf.data.stream`): what is seen depends
+    on (seed, step) only.
 
     Args:
         root: Folder of the images.
-        size: Side of the images in pixels, after resizing. Smaller images are refused.
+        size: Side of the images in pixels, after resizing.
         channels: 3 for RGB, 1 for grey; images are converted.
         classes: Names of the classes' folders in the order of the network's classes; those that are there, in the order
-            of their names, if omitted. The command line keeps them with the checkpoint, so that another folder may be
-            evaluated which has not all of them.
+            of their names, at least two, if omitted. The command line keeps them with the checkpoint, so that another
+            folder may be evaluated which has not all of them.
         val_share: Share of each class to validate on, where ``root`` has no ``train``.
         test_share: Share of each class to test on, where ``root`` has no ``train``.
         batch_size: Images in one optimizer step, over all processes and accumulated batches.
@@ -171,6 +172,8 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
                 raise UserError(f"{what}: {value}, expected at least {least}")
         if channels not in (1, 3):
             raise UserError(f"channels: {channels}, expected 3 (RGB) or 1 (grey)")
+        if classes is not None and len(set(classes)) < max(len(classes), 1):
+            raise UserError(f"classes: {classes}, expected different names")
         if not 0 <= skip_bad < 1:
             raise UserError(f"skip_bad: {skip_bad}, expected a share in [0, 1)")
         if min(val_share, test_share) < 0 or not 0 < val_share + test_share <= 1:
@@ -194,6 +197,8 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
         """
         if not self._parts:
             self._parts = self._given() if self._is_divided() else self._divided()
+        if part not in self._parts:
+            raise UserError(f"data: {self.root!r} has no {part!r}, expected it beside {sorted(self._parts)}")
         return self._parts[part]
 
     def _is_divided(self) -> bool:
@@ -250,7 +255,12 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
         if self.classes is not None:
             return list(self.classes)
         source = self.source("train")
-        return list(source.index.classes if isinstance(source, Latents) else source.classes)
+        names = list(source.index.classes if isinstance(source, Latents) else source.classes)
+        if len(names) < 2:
+            raise UserError(
+                f"data: only one folder, {names[0]!r}, in {source.root!r}, expected two or more: one for each class"
+            )
+        return names
 
     @property
     def num_classes(self) -> int:
@@ -275,6 +285,8 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
         """Find the images, and look at the head of each file: what is wrong is said before long work."""
         for part in _of_stage(stage):
             source = self.source(part)
+            if isinstance(source, ClassFolders) and part == "train":
+                check_classes(source)
             if isinstance(source, ClassFolders) and (self.trainer is None or self.trainer.is_global_zero):
                 check_images(source, self.form.size, self.skip_bad if part == "train" else 0.0)
 
@@ -312,16 +324,24 @@ def _holds_a_set(folder: Path) -> bool:
     return folder.is_dir() and (is_latents(folder) or any(one.is_dir() for one in folder.iterdir()))
 
 
+def check_classes(source: ClassFolders) -> None:
+    """Raise ValueError, which names a class, unless each has an image."""
+    there = {label for _, label in source.files}
+    missing = [name for label, name in enumerate(source.classes) if label not in there]
+    if missing:
+        raise UserError(f"data: class {missing[0]!r} has no image in {source.root!r}, expected some to train on")
+
+
 def check_images(source: ClassFolders, size: int, skip_bad: float = 0.0) -> None:
     """Look at the head of each file.
 
     Args:
         source: The images.
-        size: Side in pixels that they need to have.
+        size: Side in pixels; where images are smaller, a warning says so.
         skip_bad: Share of damaged images that is only warned about.
 
     Raises:
-        ValueError: if a class has no image, images are too small, or more are damaged; names the first one.
+        ValueError: if there is none, or more are damaged; names the first one.
     """
     if not source.files:
         raise UserError(f"data: no images in {source.root!r}")
@@ -333,11 +353,6 @@ def check_images(source: ClassFolders, size: int, skip_bad: float = 0.0) -> None
         elif min(found) < size:
             small.append(f"{str(path)!r} ({found[0]} x {found[1]} pixels)")
     count = len(source.files)
-    if small:
-        raise UserError(
-            f"image: {small[0]} is too small, and {len(small)} of {count} are; expected at least {size} x {size}: give "
-            "a smaller size (--data.size), or take them away"
-        )
     if len(damaged) > skip_bad * count:
         raise UserError(
             f"{damaged[0]}; {len(damaged)} of {count} images are damaged, expected at most a share of {skip_bad:g} "
@@ -345,6 +360,12 @@ def check_images(source: ClassFolders, size: int, skip_bad: float = 0.0) -> None
         )
     for one in damaged:
         print(f"warning: {one}; skipped", file=sys.stderr)
+    if small:
+        print(
+            f"warning: {len(small)} of {count} images are enlarged to {size} x {size}, such as {small[0]}; a smaller "
+            "size (--data.size) costs less",
+            file=sys.stderr,
+        )
 
 
 def _sizes(paths: Sequence[Path]) -> Iterator[tuple[Path, tuple[int, int] | UserError]]:

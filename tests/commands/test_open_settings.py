@@ -1,6 +1,7 @@
 """What images.yaml leaves open is what the data say; the checkpoint says it from then on."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ from jsonargparse import Namespace
 
 from lightning_diffclf.cli import CONFIG_KEY, evaluate, main, train
 from lightning_diffclf.commands.open_settings import complete
-from lightning_diffclf.modules.checkpoints import read_checkpoint, trained_module
+from lightning_diffclf.modules.checkpoints import check_classes, read_checkpoint, trained_module
 from tests.photos import autoencoder, photos
 
 CLASSES = ("black cat", "dog", "owl")
@@ -69,6 +70,27 @@ def test_it_is_evaluated_on_its_test_images_or_on_another_folder(run_dir, tmp_pa
     photos(tmp_path / "others", ("yak",), each=2)
     with pytest.raises(SystemExit, match=r"folder 'yak' in .* is no class that was trained"):
         evaluate([f"--ckpt={path}", f"--out={tmp_path / 'no'}", QUIET, *flags])
+
+
+def test_a_run_keeps_to_its_classes(run_dir, root, tmp_path):
+    def resumed(folder):
+        with pytest.raises(SystemExit) as exit_info:
+            train([*QUICK, "--ckpt_path=last", f"--data.root={folder}", f"--run_dir={run_dir}"])
+        return str(exit_info.value.code)
+
+    shutil.copytree(root / "photos", tmp_path / "renamed")
+    (tmp_path / "renamed" / "dog").rename(tmp_path / "renamed" / "a dog")  # now the first class: all numbers change
+    assert "was trained on 3 classes, but there are 3 here: 'a dog' is new and 'dog' is gone. To train anew" in resumed(
+        tmp_path / "renamed"
+    )
+    shutil.copytree(root / "photos" / "dog", tmp_path / "renamed" / "dog")
+    assert "was trained on 3 classes, but there are 4 here: 'a dog' is new. To" in resumed(tmp_path / "renamed")
+    path = run_dir / "checkpoints" / "last.ckpt"
+    checkpoint, module = read_checkpoint(path), trained_module(path)
+    check_classes(module, checkpoint, path)
+    checkpoint["hyper_parameters"]["class_names"] = ["dog", "owl", "black cat"]
+    with pytest.raises(ValueError, match="3 classes, but there are 3 here: the same ones in another order"):
+        check_classes(module, checkpoint, path)
 
 
 def settings(root, data=None, **network) -> Namespace:

@@ -186,6 +186,14 @@ def test_latents_made_of_the_parts(given):
         data_of(given.parent / "latents" / "train")
 
 
+def test_small_images_are_enlarged_with_a_warning(root, capfd):
+    data = data_of(root, stage="test", size=11)
+    assert capfd.readouterr().err.startswith("warning: 6 of 6 images are enlarged to 11 x 11, such as ")
+    assert next(iter(data.test_dataloader()))["image"].shape == (4, 3, 11, 11)
+    data_of(root, stage="test", size=10)
+    assert capfd.readouterr().err == ""
+
+
 # --- what is wrong -------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +233,11 @@ def test_what_is_wrong_with_folders(root, given, tmp_path):
     fails(tmp_path / "own", "own/yak' has no image, expected files ending in")
     Image.new("RGB", (9, 9)).save(tmp_path / "own" / "yak" / "1.png")
     fails(tmp_path / "own", r"class 'yak' in .*own' has 1 images, expected at least 3, one for each part")
-    fails(root, r"png' \(12 x 10 pixels\) is too small, and 48 of 48 are; expected at least 11 x 11", size=11)
+    fails(root, "data: class 'yak' has no image in .*photos', expected some to train on", classes=[*CLASSES, "yak"])
+    photos(tmp_path / "one", ("a",))
+    data = data_of(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"only one folder, 'a', in .*one', expected two or more: one for each class"):
+        data.num_classes  # noqa: B018
     photos(given / "val" / "x", ("y",))
     fails(given, "folder 'x' in .*val' is no class that was trained, expected one of")
     shutil.rmtree(given / "val" / "x")
@@ -234,6 +246,8 @@ def test_what_is_wrong_with_folders(root, given, tmp_path):
     (given / "valid").rmdir()
     shutil.rmtree(given / "train")
     fails(given, r"has only \['val', 'test'\], expected 'train'")
+    fails(given, r"has no 'train', expected it beside \['test', 'val'\]", stage="fit", classes=list(CLASSES))
+    assert data_of(given, stage="test", classes=list(CLASSES)).num_classes == 3
     shutil.rmtree(given / "val")
     (given / "test").rename(given / "train")
     fails(given, "has only 'train', expected 'val' or 'test' as well")
@@ -244,6 +258,8 @@ def test_what_is_wrong_with_folders(root, given, tmp_path):
     [
         ({"size": 0}, "size: 0, expected at least 1"),
         ({"channels": 2}, r"channels: 2, expected 3 \(RGB\) or 1"),
+        ({"classes": ["a", "a"]}, r"classes: \['a', 'a'\], expected different names"),
+        ({"classes": []}, r"classes: \[\], expected different names"),
         ({"skip_bad": 1}, "skip_bad: 1, expected a share"),
         ({"val_share": 0, "test_share": 0}, "val_share, test_share: 0, 0, expected shares"),
         ({"val_share": 0.6, "test_share": 0.6}, "expected shares that are together above 0 and at most 1"),
