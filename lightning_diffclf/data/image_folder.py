@@ -356,7 +356,7 @@ def check_images(source: ClassFolders, size: int, skip_bad: float = 0.0) -> None
     if len(damaged) > skip_bad * count:
         raise UserError(
             f"{damaged[0]}; {len(damaged)} of {count} images are damaged, expected at most a share of {skip_bad:g} "
-            "(skip_bad)"
+            "(skip_bad, which is for training images only)"
         )
     for one in damaged:
         print(f"warning: {one}; skipped", file=sys.stderr)
