@@ -286,7 +286,7 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
         for part in _of_stage(stage):
             source = self.source(part)
             if isinstance(source, ClassFolders) and part == "train":
-                check_classes(source)
+                check_that_none_is_empty(source)
             if isinstance(source, ClassFolders) and (self.trainer is None or self.trainer.is_global_zero):
                 check_images(source, self.form.size, self.skip_bad if part == "train" else 0.0)
 
@@ -324,7 +324,7 @@ def _holds_a_set(folder: Path) -> bool:
     return folder.is_dir() and (is_latents(folder) or any(one.is_dir() for one in folder.iterdir()))
 
 
-def check_classes(source: ClassFolders) -> None:
+def check_that_none_is_empty(source: ClassFolders) -> None:
     """Raise ValueError, which names a class, unless each has an image."""
     there = {label for _, label in source.files}
     missing = [name for label, name in enumerate(source.classes) if label not in there]
