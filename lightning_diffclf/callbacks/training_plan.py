@@ -22,7 +22,7 @@ from lightning_diffclf.models.dit import NAMES, SIZES, DiT
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
 SECONDS = 4.0  # that one size is measured for, about
-FEW = 8  # images that a size is measured on at least: on fewer, reading the weights takes longer than computing
+FEW = 8  # images that sizes are measured on: on fewer, reading the weights takes longer than computing
 BYTES_OF_WEIGHT = 20  # float32: weight, gradient, two moments of AdamW, average
 
 
@@ -181,9 +181,7 @@ def plan_training(trainer: L.Trainer, module: L.LightningModule, data: L.Lightni
     for name in [None, *_other_sizes(module)]:
         cost = cost_of(name or "as configured", _arguments(module, name))
         found = None
-        if not rows or (
-            cost.memory(1) < _memory(trainer) and min(FEW, at_once) * cost.flops / _rate(rows, at_once) < SECONDS / 2
-        ):
+        if not rows or (cost.memory(1) < _memory(trainer) and is_quick(cost, rows, at_once)):
             made = ClassConditionalDiT(**arguments | {"model": name}) if name else module
             found = _measured(_Steps(made, trainer), batch, at_once)
         if found is not None:
@@ -275,6 +273,15 @@ def _loaded(loader: Any) -> tuple[tuple[Tensor, Tensor], float]:
     while count == 0 or time.perf_counter() - start < SECONDS / 4:
         count += len(unpack(next(batches)).images)
     return (images, labels), count / (time.perf_counter() - start)
+
+
+def is_quick(cost: Cost, rows: list[Row], at_once: int) -> bool:
+    """Whether a size can be measured, by those before it.
+
+    The first one is tried on one image only: a small network as configured says too little of the speed of larger ones.
+    """
+    images = 1 if len(rows) == 1 else min(FEW, at_once)
+    return images * cost.flops / _rate(rows, at_once) < SECONDS / 2
 
 
 def _rate(rows: list[Row], images: int) -> float:

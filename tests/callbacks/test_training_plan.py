@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_diffclf import ClassConditionalDiT
 from lightning_diffclf.callbacks import training_plan
-from lightning_diffclf.callbacks.training_plan import Cost, Row, TrainingPlan, cost_of, plan_training
+from lightning_diffclf.callbacks.training_plan import Cost, Row, TrainingPlan, cost_of, is_quick, plan_training
 from lightning_diffclf.cli import train
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.models.dit import DiT
@@ -69,6 +69,16 @@ def test_published_sizes_have_their_weights():
     for size, millions in published.items():
         arguments = training_plan._arguments(module, f"DiT-{size}/2")
         assert round(cost_of(size, arguments).parameters / 1e6) in (millions, millions - 1)
+
+
+def test_a_small_network_does_not_say_how_fast_larger_ones_are(monkeypatch):
+    monkeypatch.setattr(training_plan, "SECONDS", 4.0)
+    small = Row(Cost("as configured", 10**5, 3e6, 2**20), 0.064, True)  # 64 images: 3e9 operations a second
+    size_s, size_b = (Cost(name, 10**7, flops, 2**20) for name, flops in (("DiT-S/4", 2e9), ("DiT-B/4", 8e9)))
+    assert is_quick(size_s, [small], 64)  # an image in 0.7 s, though eight would take 5 s
+    assert not is_quick(size_b, [small, Row(size_s, 64 * 2e9 / 3e9, True)], 64)
+    assert is_quick(size_b, [small, Row(size_s, 64 * 2e9 / 5e10, True)], 64)  # eight images in 1.3 s
+    assert not is_quick(Cost("DiT-S/4", 10**7, 1e10, 2**20), [small], 64)
 
 
 def test_the_table_works_out_hours():
