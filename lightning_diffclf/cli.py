@@ -20,6 +20,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.console import Console
 
 import lightning_diffclf  # noqa: F401  (checkpoints may only name classes that are imported)
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -30,13 +31,15 @@ from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
+from lightning_diffclf.callbacks.training_plan import plan_training
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
+from lightning_diffclf.commands.open_settings import complete
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
-from lightning_diffclf.modules.checkpoints import check_checkpoint, read_checkpoint
+from lightning_diffclf.modules.checkpoints import check_checkpoint, check_classes, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
@@ -114,6 +117,11 @@ class DiffClfCLI(LightningCLI):
             default=None,
             help="Weights that fit begins with where run_dir has no checkpoint yet: a checkpoint, or published ones",
         )
+        parser.add_argument(
+            "--plan",
+            action="store_true",
+            help="Measure what training or evaluation would cost, print that, and write nothing",
+        )
         parser.add_lightning_class_args(DiffusionClassifierCallback, "classifier")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleGrid, "samples")
@@ -136,6 +144,10 @@ class DiffClfCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self._get(self.config, EXTENDS) is not None:
             raise UserError(f"{EXTENDS}: only files say what they extend; expected --config, which may be repeated")
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        complete(config)
+        if config["plan"] and not self._fits:
+            config["classifier.plan"] = True
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the base class would let a checkpoint's hyperparameters override flags and YAML in silence."""
@@ -167,6 +179,10 @@ class DiffClfCLI(LightningCLI):
         return str(last) if last.is_file() else None
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if self._fits and self._get(self.config, "plan"):
+            if self.trainer.is_global_zero:
+                Console().print(plan_training(self.trainer, self.model, self.datamodule).to_table())
+            return
         path = self._ckpt_path()
         if self.config[subcommand].get("ckpt_path") == "last":
             if path is None:
@@ -178,7 +194,9 @@ class DiffClfCLI(LightningCLI):
                 self._load_weights(path)
                 self.config_init[subcommand]["ckpt_path"] = None
             else:
-                check_checkpoint(self.model, read_checkpoint(path), path)
+                checkpoint = read_checkpoint(path)
+                check_classes(self.model, checkpoint, path)
+                check_checkpoint(self.model, checkpoint, path)
         elif path is None and self._fits and (start := self._get(self.config, "warm_start")) is not None:
             self._load_weights(start)
         super()._run_subcommand(subcommand)

@@ -30,6 +30,7 @@ CLASSES: Mapping[str, frozenset[str]] = {
             "lightning_diffclf.data.digits.DigitPairsDataModule",
             "lightning_diffclf.data.digits.DigitTriplesDataModule",
             "lightning_diffclf.data.digits.DigitsDataModule",
+            "lightning_diffclf.data.image_folder.ImageFolderDataModule",
             "lightning_diffclf.data.imagenet.ImageNetDataModule",
             "lightning_diffclf.data.winoground.WinogroundDataModule",
             "lightning_diffclf.data.zero_shot.ZeroShotDataModule",

@@ -12,14 +12,15 @@ from lightning_diffclf import cli
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
+
+def commands_of(code: str) -> list[str]:
+    """The commands of a block of bash, without comments."""
+    return [line.partition(" # ")[0].strip() for line in code.replace("\\\n", " ").splitlines()]
+
+
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [
-    line.partition(" # ")[0].strip()
-    for language, code in BLOCKS
-    if language == "bash"
-    for line in code.replace("\\\n", " ").splitlines()
-]
+COMMANDS = [command for language, code in BLOCKS if language == "bash" for command in commands_of(code)]
 SMALLER = {
     "train.py": "--trainer.max_steps=3 --trainer.val_check_interval=3 --checkpoint.every_n_train_steps=3 "
     "--model.hidden_size=16 --model.depth=1 --model.num_heads=2 --model.warmup_steps=1 --classifier.fit_images=2 "

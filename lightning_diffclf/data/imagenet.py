@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from lightning_diffclf.data.images import published_crop, stacked, to_tensor, transform
+from lightning_diffclf.data.labelled import (
+    Form,
+    Source,
+    labelled_evaluation_loader,
+    labelled_images,
+    labelled_training_loader,
+)
 from lightning_diffclf.data.latents import Latents, is_latents
-from lightning_diffclf.data.shards import ShardImages, Shards, ShardStream, is_remote
-from lightning_diffclf.data.stream import Share, evaluation_loader, next_step, some_images, training_loader
+from lightning_diffclf.data.shards import Shards, is_remote
 from lightning_diffclf.data.zero_shot import IMAGENET_NAMES, FolderImages, ImageNetFolders
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.identity import ByArguments
-
-Source = FolderImages | Shards | Latents
 
 
 def open_source(path: str, skip_bad: float = 0.0) -> Source:
@@ -66,43 +64,6 @@ def network_classes_of(source: Source) -> list[list[int]] | None:
     return None if groups == [[c] for c in range(len(IMAGENET_NAMES))] else groups
 
 
-class _Photos(Dataset[dict[str, Any]]):
-    """Images of a folder, cropped; the position in the folder is the id."""
-
-    def __init__(self, source: FolderImages, size: int) -> None:
-        self.source, self.size, self.root = source, size, source.root
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image, label = self.source[index]
-        return {"image": to_tensor(published_crop(image, self.size)), "label": label, "id": index}
-
-
-class _Take:
-    """Makes training batches of a finite source; see :class:`~lightning_diffclf.data.stream.Endless`."""
-
-    def __init__(self, source: FolderImages | Latents, size: int, flip: bool, seed: int) -> None:
-        self.source, self.size, self.flip, self.seed = source, size, flip, seed
-
-    def __call__(self, indices: list[int], positions: list[int]) -> dict[str, Any]:
-        if isinstance(self.source, Latents):
-            return self.source.sample(indices, [(self.seed, position) for position in positions], self.flip)
-        samples = []
-        for index, position in zip(indices, positions, strict=True):
-            image, label = self.source[index]
-            tensor = cropped(image, np.random.default_rng([self.seed, position]), self.size, self.flip)
-            samples.append({"image": tensor, "label": label, "id": index})
-        return stacked(samples)
-
-
-def cropped(image: Image.Image, rng: np.random.Generator, size: int, flip: bool) -> Tensor:
-    """The published crop as (3, size, size) in [-1, 1]; with ``flip``, every other time mirrored."""
-    image = published_crop(image, size)
-    return to_tensor(ImageOps.mirror(image) if flip and rng.integers(2) else image)
-
-
 class ImageNetDataModule(ByArguments, L.LightningDataModule):
     """ImageNet, or any labelled images in the same form, to train a class-conditional network on.
 
@@ -122,8 +83,8 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
         eval_batch_size: Images in an evaluation batch of one process.
         num_workers: Processes that read images, for each process that trains.
         flip: Mirror every other training image.
-        skip_bad: Share of damaged or missing shards, and of damaged images in shards, that training skips with a
-            warning; above it, an error. Evaluation skips nothing.
+        skip_bad: Share of damaged or missing shards, and of damaged images, that training skips with a warning; above
+            it, an error. Evaluation skips nothing.
         buffer: Images that each worker mixes when it trains from shards.
         seed: Key of order, flips and posterior samples.
 
@@ -219,29 +180,16 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
             self.source(part)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        source = self.source("train")
-        if not isinstance(source, Shards):
-            take = _Take(source, self.size, self.flip, self.seed)
-            return training_loader(len(source), take, self.batch_size, self.seed, self.trainer, self.num_workers)
-        share = Share.of(self.trainer)
-        stream = ShardStream(
-            source,
-            partial(cropped, size=self.size, flip=self.flip),
-            share.rank,
-            share.world_size,
+        return labelled_training_loader(
+            self.source("train"),
+            Form(self.size),
+            self.batch_size,
+            self.trainer,
+            flip=self.flip,
             seed=self.seed,
-            step=next_step(self.trainer),
-            buffer=self.buffer,
-            skip_bad=self.skip_bad,
-        )
-        batch_size = share.batch_size(self.batch_size)
-        return DataLoader(
-            stream,
-            batch_size=batch_size,
             num_workers=self.num_workers,
-            collate_fn=stacked,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            skip_bad=self.skip_bad,
+            buffer=self.buffer,
         )
 
     def training_images(self, count: int) -> DataLoader[Any]:
@@ -251,22 +199,11 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
         if here and there and here != there:
             found = f"{len(here)} classes in {self.paths['train']!r}, {len(there)} in {self.paths['val']!r}"
             raise UserError(f"data: {found}, expected the same ones to learn from")
-        if isinstance(source, Shards):
-            images = ShardImages(source, transform(self.size, self.size, "published"))
-            return DataLoader(images, self.eval_batch_size, num_workers=0, collate_fn=stacked)  # workers take turns
-        if isinstance(source, Latents):
-            return some_images(source, count, self.eval_batch_size)
-        return some_images(_Photos(source, self.size), count, self.eval_batch_size, self.num_workers, stacked)
+        return labelled_images(source, Form(self.size), count, self.eval_batch_size, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        source, share = self.source("val"), Share.of(self.trainer)
-        if isinstance(source, Shards):
-            images = ShardImages(source, transform(self.size, self.size, "published"), share.rank, share.world_size)
-            return DataLoader(images, batch_size=self.eval_batch_size, num_workers=self.num_workers, collate_fn=stacked)
-        if isinstance(source, Latents):
-            return evaluation_loader(source, self.eval_batch_size, self.trainer)
-        photos = _Photos(source, self.size)
-        return evaluation_loader(photos, self.eval_batch_size, self.trainer, self.num_workers, stacked)
+        source, form = self.source("val"), Form(self.size)
+        return labelled_evaluation_loader(source, form, self.eval_batch_size, self.trainer, self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()

@@ -39,6 +39,22 @@ def open_image(path: str | Path) -> Image.Image:
     return decode_image(path, f"image: {str(path)!r}")
 
 
+def size_of_image(path: Path) -> tuple[int, int]:
+    """Width and height of an image by its header, before it is turned as its camera says.
+
+    Raises:
+        ValueError: if the file is empty or no image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as file:
+                return file.size
+    except Exception as error:  # of a damaged file Pillow raises what comes, by format
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise UserError(f"image: {str(path)!r} cannot be read ({reason})") from error
+
+
 def decode_image(source: Path | IO[bytes], what: str) -> Image.Image:
     """An image in RGB, turned as its camera says.
 
@@ -125,6 +141,8 @@ def _prepare(image: Image.Image, height: int, width: int, crop: str) -> Tensor:
 def find_images(names: Iterable[str]) -> list[Path]:
     """Files that are named, those in folders that are named (and below), and what patterns match; each once, in order.
 
+    Of folders, what is hidden is left out: macOS puts files such as ``._1.jpg`` there, Jupyter copies of images.
+
     Raises:
         FileNotFoundError: if a name stands for no file.
         ValueError: if nothing is named, or a folder or a pattern has no image.
@@ -133,7 +151,7 @@ def find_images(names: Iterable[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            some = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES)
+            some = sorted(one for one in path.rglob("*") if _is_visible_image(one.relative_to(path)))
         elif path.is_file() or not has_magic(name):
             some = [path]
         else:
@@ -147,6 +165,10 @@ def find_images(names: Iterable[str]) -> list[Path]:
     if not found:
         raise UserError("image: none given, expected files, folders or patterns")
     return list(found)
+
+
+def _is_visible_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 
 def stacked(samples: list[Any]) -> dict[str, Any]:

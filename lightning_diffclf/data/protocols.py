@@ -37,6 +37,16 @@ class HasNumClasses(Protocol):
 
 
 @runtime_checkable
+class HasImageShape(Protocol):
+    """Asked by the command line, where the settings of a network leave open what it works on."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image or a latent of the training data."""
+        ...
+
+
+@runtime_checkable
 class HasNetworkClasses(Protocol):
     """Asked by networks with classes of their own, where the data have fewer (ImageNet-A, ObjectNet)."""
 

@@ -289,7 +289,7 @@ class ShardStream(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         consumer, consumers = _consumer(self.rank, self.world_size)
         rng = np.random.default_rng([self.seed, self.step, consumer])
-        tally = _Tally(self.skip_bad, len(self.shards.urls))
+        tally = Tally(self.skip_bad, len(self.shards.urls))
         waiting: list[dict[str, Any]] = []
         for sample in self._samples(consumer, consumers, tally):
             waiting.append(sample)
@@ -305,7 +305,7 @@ class ShardStream(IterableDataset[dict[str, Any]]):
             tally.images += 1
             yield {"image": self.prepare(image, rng), "label": label, "id": key}
 
-    def _samples(self, consumer: int, consumers: int, tally: _Tally) -> Iterator[dict[str, Any]]:
+    def _samples(self, consumer: int, consumers: int, tally: Tally) -> Iterator[dict[str, Any]]:
         urls, turn = self.shards.urls, consumer
         order, number = np.arange(0), -1
         while True:
@@ -319,21 +319,39 @@ class ShardStream(IterableDataset[dict[str, Any]]):
             turn += consumers
 
 
-class _Tally:
-    """Counts what is damaged, and stops when it is too much."""
+class Tally:
+    """Counts what is damaged, and stops when it is too much.
 
-    def __init__(self, tolerated: float, shards: int) -> None:
+    Args:
+        tolerated: Share that is skipped with a warning, in [0, 1).
+        shards: Number of shards, of which as large a share may be damaged.
+
+    Attributes:
+        images: Images that could be read.
+    """
+
+    def __init__(self, tolerated: float, shards: int = 0) -> None:
         self.tolerated, self.shards, self.images = tolerated, shards, 0
         self.bad_shards: set[str] = set()
         self.bad_images = 0
 
     def bad_shard(self, url: str, error: ValueError) -> None:
+        """Count a damaged shard.
+
+        Raises:
+            ValueError: if that is one too many.
+        """
         self.bad_shards.add(url)
         if len(self.bad_shards) > self.tolerated * self.shards:
             raise self._too_much(error, f"{len(self.bad_shards)} of {self.shards} shards")
         print(f"warning: {error}; the rest of it is skipped", file=sys.stderr)
 
     def bad_image(self, error: ValueError) -> None:
+        """Count a damaged image.
+
+        Raises:
+            ValueError: if that is one too many.
+        """
         self.bad_images += 1
         # The first one must not stop a run that tolerates one in a thousand.
         if self.bad_images > max(self.tolerated * self.images, 1 if self.tolerated else 0):

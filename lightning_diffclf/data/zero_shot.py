@@ -106,6 +106,10 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def id_of(self, index: int) -> int | str:
+        """Id of an image: its position."""
+        return index
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
         image = open_image(path)

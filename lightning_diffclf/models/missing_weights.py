@@ -36,8 +36,10 @@ def text_encoders(
 
     if "quantization_config" in others:  # applies to parts by rules of diffusers' own
         return {}
-    kinds = {name: getattr(transformers, value[1], None) for name, value in parts.items() if _is_loaded(value)}
-    loaded = {}
+    kinds: dict[str, Any] = {
+        name: getattr(transformers, value[1], None) for name, value in parts.items() if _is_loaded(value)
+    }
+    loaded: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name in others or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             continue

@@ -58,6 +58,24 @@ def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: 
     )
 
 
+def check_classes(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Raise ValueError where ``checkpoint`` was trained on classes of other names, or in another order.
+
+    Weights fit as long as there are as many, and would then be taken for those of other classes.
+    """
+    trained, configured = (h.get("class_names") for h in (checkpoint.get("hyper_parameters", {}), module.hparams))
+    if not isinstance(trained, list) or not isinstance(configured, list) or trained == configured:
+        return
+    new = [name for name in configured if name not in trained]
+    gone = [name for name in trained if name not in configured]
+    found = [f"{new[0]!r} is new"] if new else []
+    found += [f"{gone[0]!r} is gone"] if gone else []
+    raise UserError(
+        f"checkpoint: {str(path)!r} was trained on {len(trained)} classes, but there are {len(configured)} here: "
+        f"{' and '.join(found) or 'the same ones in another order'}. To train anew, give another --run_dir"
+    )
+
+
 def trained_module(path: str | Path, vae: str | None = None, raw: bool = False) -> ClassConditionalDiT:
     """The module of a checkpoint, with averaged weights where there are.
 

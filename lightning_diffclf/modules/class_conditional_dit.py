@@ -43,7 +43,8 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
 
     Args:
         model: A published size such as ``DiT-XL/2``, which then sets width, depth, heads and patch size.
-        input_size: Height and width of images or latents; one number if square.
+        input_size: Height and width of images or latents; one number if square. None, here and in the next two, is for
+            the command line, which asks the data.
         in_channels: Channels of images or latents.
         num_classes: Number of classes.
         class_names: Name of each class; "0", "1", … if omitted.
@@ -96,9 +97,9 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
     def __init__(
         self,
         model: str | None = None,
-        input_size: int | list[int] = 32,
-        in_channels: int = 4,
-        num_classes: int = 1000,
+        input_size: int | list[int] | None = 32,
+        in_channels: int | None = 4,
+        num_classes: int | None = 1000,
         class_names: list[str] | None = None,
         hidden_size: int = 384,
         depth: int = 12,
@@ -124,6 +125,8 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if input_size is None or in_channels is None or num_classes is None:
+            raise UserError("input_size, in_channels, num_classes: None, and the data do not say; expected numbers")
         self.schedule = schedule_named(schedule, prediction)
         if learn_sigma and not (isinstance(self.schedule, DiscreteSchedule) and self.schedule.prediction == "epsilon"):
             raise UserError(

@@ -39,6 +39,7 @@ from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.commands.data import encode_command
 from lightning_diffclf.data.digit_scenes import WORDS, DigitScenesDataModule
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
+from lightning_diffclf.data.image_folder import ImageFolderDataModule
 from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
@@ -124,6 +125,14 @@ def table(files: Path) -> dict[type, Changes]:
         "prediction": "v_prediction",
         "latents": False,
     }
+    own_images = {
+        "root": str(files / "photos"),
+        "size": 16,
+        "channels": 1,
+        "classes": ["2", "1", "0"],
+        "val_share": 0.3,
+        "test_share": 0.5,
+    }
     zero_shot_sd = {
         "pretrained": "assets/sd_digits",
         "prompts": "a {}",
@@ -153,6 +162,7 @@ def table(files: Path) -> dict[type, Changes]:
         DigitScenesDataModule: Changes({}, {}),
         ZeroShotDataModule: Changes({"root": str(files / "photos"), "size": 16}, zero_shot),
         ImageNetDataModule: Changes({"val": str(files / "photos")}, {"val": str(files / "more"), "size": 8}),
+        ImageFolderDataModule: Changes({"root": str(files / "more"), "size": 8, "val_share": 0}, own_images),
         WinogroundDataModule: Changes({}, {"source": str(files / "groups"), "size": 8}),
         ClassConditionalDiT: Changes(TINY | {"learn_sigma": False}, dit),
         ZeroShotStableDiffusion: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd),

@@ -81,8 +81,8 @@ def test_images_are_resized_and_cropped_in_the_centre(size, shape):
 
 
 def test_files_folders_and_patterns(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b.png", "a.JPG", "sub/c.webp", "notes.txt", "brackets[1].png"):
+    (tmp_path / "sub" / ".copies").mkdir(parents=True)
+    for name in ("b.png", "a.JPG", "sub/c.webp", "notes.txt", "brackets[1].png", "._b.png", "sub/.copies/c.webp"):
         (tmp_path / name).write_bytes(b"x")
     folder = str(tmp_path)
     assert [p.name for p in find_images([folder])] == ["a.JPG", "b.png", "brackets[1].png", "c.webp"]
