@@ -36,15 +36,16 @@ def text_encoders(
 
     if "quantization_config" in others:  # applies to parts by rules of diffusers' own
         return {}
-    kinds: dict[str, Any] = {
-        name: getattr(transformers, value[1], None) for name, value in parts.items() if _is_loaded(value)
+    kinds = {name: getattr(transformers, value[1], None) for name, value in parts.items() if _is_loaded(value)}
+    networks: dict[str, Any] = {
+        name: kind
+        for name, kind in kinds.items()
+        if name not in others and isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     }
     loaded: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        if name in others or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            continue
+    for name, network in networks.items():
         how = {key: others[key] for key in DOWNLOAD if key in others}
-        loaded[name], found = kind.from_pretrained(
+        loaded[name], found = network.from_pretrained(
             pretrained, subfolder=name, revision=revision, dtype=dtype, output_loading_info=True, **how
         )
         _refuse(sorted(found["missing_keys"]), name, pretrained)
