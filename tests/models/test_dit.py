@@ -69,7 +69,7 @@ def test_table_of_positions_is_saved_but_not_trained(golden_dit):
 
 @pytest.mark.parametrize("size", [4, 16])
 def test_positions_are_those_of_diffusers(size):
-    theirs = get_2d_sincos_pos_embed(64, size, base_size=size)
+    theirs = get_2d_sincos_pos_embed(64, size, base_size=size, output_type="pt")
     torch.testing.assert_close(positions_2d(size, size, 64), theirs.float(), atol=1e-5, rtol=0)
 
 
