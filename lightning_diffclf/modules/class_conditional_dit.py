@@ -43,11 +43,10 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
 
     Args:
         model: A published size such as ``DiT-XL/2``, which then sets width, depth, heads and patch size.
-        input_size: Height and width of images or latents; one number if square. None, here and in the next two, is for
-            the command line, which asks the data.
+        input_size: Height and width of images or latents, one number if square; null, here and below: as the data are.
         in_channels: Channels of images or latents.
         num_classes: Number of classes.
-        class_names: Name of each class; "0", "1", … if omitted.
+        class_names: Name of each class; if omitted, as the data call them, or "0", "1", …
         hidden_size: Width of the transformer.
         depth: Number of blocks.
         num_heads: Attention heads; must divide ``hidden_size``.
@@ -154,14 +153,11 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
             "num_classes": num_classes,
             "learn_sigma": learn_sigma,
         }
-        self.net = (
-            DiT.from_name(model, **shared)
-            if model
-            else DiT(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads, **shared)
-        )
+        if not model:
+            shared |= {"patch_size": patch_size, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
+        self.net = DiT.from_name(model, **shared) if model else DiT(**shared)
         self.net.checkpointing = checkpointing
-        height, width = (size, size) if isinstance(size, int) else size
-        self.image_shape = (in_channels, height, width)
+        self.image_shape = (in_channels, *self.net.input_size)
         # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
         self._autoencoder: list[Autoencoder] = []
         self._conditions: tuple[Callable[[], Any], Conditions] | None = None  # of one data module
@@ -201,6 +197,10 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
             found = found._replace(rows=found.rows.to(device))  # once: not in every call
             self._conditions = whose, found
         return found
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The names of the classes go with the weights, also where it was the data that said them."""
+        checkpoint["hyper_parameters"]["class_names"] = list(self.candidates.names)
 
     @property
     def candidates(self) -> Candidates:

@@ -4,14 +4,17 @@ import re
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pandas as pd
 import pytest
 import torch
 import yaml
 from jsonargparse import Namespace
 
+from lightning_diffclf import ClassConditionalDiT
 from lightning_diffclf.cli import CONFIG_KEY, evaluate, main, train
 from lightning_diffclf.commands.open_settings import complete
+from lightning_diffclf.data.image_folder import ImageFolderDataModule
 from lightning_diffclf.modules.checkpoints import check_classes, read_checkpoint, trained_module
 from tests.photos import autoencoder, photos
 
@@ -50,6 +53,24 @@ def test_a_run_knows_its_classes_and_sizes(run_dir, tmp_path):
     main(
         [*f"sample --ckpt {path} --per_class 1 --steps 1 --out {tmp_path / 's.png'} --classes".split(), "dog,black cat"]
     )
+
+
+def test_names_go_with_a_checkpoint_of_any_trainer(root, tmp_path):
+    module = ClassConditionalDiT(
+        input_size=8,
+        in_channels=3,
+        num_classes=3,
+        latents=False,
+        hidden_size=16,
+        depth=1,
+        num_heads=2,
+        learn_sigma=False,
+    )
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, **quiet)
+    trainer.fit(module, ImageFolderDataModule(str(root / "photos"), size=8, num_workers=0))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert trained_module(tmp_path / "a.ckpt").candidates.names == CLASSES
 
 
 def test_it_is_evaluated_on_its_test_images_or_on_another_folder(run_dir, tmp_path):
