@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.special import ndtr, stdtr
 
 from lightning_diffclf.classifier.elimination import Elimination, Needs, Round
 from lightning_diffclf.errors import UserError
@@ -156,6 +155,8 @@ class PairedTest(SequentialTest):
         pooled = np.square(changes_NA).sum() / (2 * (n - 1) * num_rivals)
         freedom = 2 * (n - 1) ** 2 / (3 * n - 4) * 4 * num_rivals / (num_rivals + 3)
         unseen = 1 - n / current.total
+        from scipy.special import stdtr  # slow to import
+
         return stdtr(freedom, -differences_NA.mean(0) / np.sqrt(pooled / n * unseen + TINY))
 
 
@@ -227,6 +228,8 @@ class LikelihoodRatio(SequentialTest):
         unseen_F = 1 - n_F / rounds[0].total
         scale_F = np.maximum(self.inflation, measured_F) * unseen_F
         difference_FA = n_F[:, None] * (scores_FA - scores_FA[images, best_F][:, None])
+        from scipy.special import ndtr  # slow to import
+
         return ndtr(-difference_FA / np.sqrt(scale_F[:, None] * variance_FA + TINY))
 
     def remember(self, states: Sequence[_Paired], rounds: Sequence[Round], survivors: Sequence[np.ndarray]) -> None:

@@ -1,19 +1,22 @@
-"""The parser of the commands that need no Trainer."""
+"""The parser of the commands: says what is wrong in a few words."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 
-class Parser(LightningArgumentParser):
+class Plain:
     """Reports what is wrong, without the hundreds of lines of usage before it."""
+
+    prog: str
 
     def parse_args(self, *args: Any, **settings: Any) -> Any:
         """As the base class; a place to write to must have a name."""
-        found = super().parse_args(*args, **settings)
+        found = super().parse_args(*args, **settings)  # type: ignore[misc]
         out = found.get("out")
         if isinstance(out, str) and (not out.strip() or "\0" in out):
             self.error(f"out: {out!r}, expected the name of a file or folder")
@@ -23,3 +26,11 @@ class Parser(LightningArgumentParser):
         """Print one message and exit with status 2."""
         print(f"error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
         raise SystemExit(2) from ex
+
+
+class Parser(Plain, ArgumentParser):
+    """Of the commands that need no Trainer."""
+
+    def read(self, args: Sequence[str]) -> Namespace:
+        """The values of arguments; those that are classes are made."""
+        return self.instantiate_classes(self.parse_args(list(args)))
