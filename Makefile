@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 PYTHONS ?= 3.10 3.11 3.12 3.13
-RUN_DIR := runs/dit_digits
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-versions lint format constraints clean
@@ -30,9 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: env ## Train a DiT on handwritten digits and classify with it
-	$(BIN)/python train.py --config dit_digits.yaml
-	$(BIN)/python evaluate.py --ckpt $(RUN_DIR)/checkpoints/last.ckpt
-	@echo "generated digits: $(RUN_DIR)/samples.png; results: $(RUN_DIR)/evaluation*"
+	$(BIN)/diffclf demo
 
 test: lint ## Lint, check types and run all tests (make test PYTEST_ARGS="-k schedule")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

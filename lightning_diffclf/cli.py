@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
-from lightning_diffclf.commands import main, run, telling
+from lightning_diffclf.commands import evaluate, main, telling
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
 from lightning_diffclf.commands.parser import Plain
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
+from lightning_diffclf.inert import CLASSES, check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
 from lightning_diffclf.modules.checkpoints import check_checkpoint, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
@@ -78,6 +79,8 @@ class DiffClfCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], default_subcommand: str | None = None) -> None:
         self._default_subcommand = default_subcommand
+        for path in sorted(set().union(*CLASSES.values())):
+            import_module(path.rpartition(".")[0])  # classes that are imported are known by their names alone
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -225,11 +228,6 @@ def evaluation_config(path: str | Path, trusted: bool = False) -> str:
 def train(args: Sequence[str] | None = None) -> None:
     """``train.py``: the command line with ``fit`` implied; ``args`` are those of the process if omitted."""
     telling(lambda: DiffClfCLI(sys.argv[1:] if args is None else args, default_subcommand="fit"))
-
-
-def evaluate(args: Sequence[str] | None = None) -> None:
-    """``evaluate.py``: ``diffclf evaluate``; ``args`` are those of the process if omitted."""
-    telling(lambda: run("evaluate", sys.argv[1:] if args is None else args))
 
 
 def evaluate_command(given: Namespace) -> None:

@@ -356,17 +356,6 @@ def test_bad_replays_give_one_clear_error(flags, message, kept, capsys):
     assert "Traceback" not in told
 
 
-def test_replay_is_in_the_help(capsys):
-    for args, word in (
-        (["--help"], "diffclf classify. Stored results: diffclf report, compare, merge and replay"),
-        (["replay", "--help"], "--elimination"),
-    ):
-        with pytest.raises(SystemExit) as exit_info:
-            main(args)
-        assert exit_info.value.code == 0
-        assert word in " ".join(capsys.readouterr().out.split())
-
-
 def test_a_plan_writes_nothing(run_dir, capsys):
     before = sorted(run_dir.rglob("*"))
     flags = ["--plan", "--classifier.elimination=PairedTest", "--trainer.enable_progress_bar=false"]

@@ -143,6 +143,8 @@ class PairedTest(SequentialTest):
         return np.stack([self._reversal(*one) for one in zip(states, rounds, best_F, strict=True)])
 
     def _reversal(self, state: _Paired, current: Round, best: int) -> np.ndarray:
+        from scipy.special import stdtr  # slow to import: only those who decide wait for it
+
         assert current.errors_RA is not None
         state.narrow(current.active_A)
         state.log_snr_N = np.concatenate([state.log_snr_N, current.log_snr_R])
@@ -155,8 +157,6 @@ class PairedTest(SequentialTest):
         pooled = np.square(changes_NA).sum() / (2 * (n - 1) * num_rivals)
         freedom = 2 * (n - 1) ** 2 / (3 * n - 4) * 4 * num_rivals / (num_rivals + 3)
         unseen = 1 - n / current.total
-        from scipy.special import stdtr  # slow to import
-
         return stdtr(freedom, -differences_NA.mean(0) / np.sqrt(pooled / n * unseen + TINY))
 
 
@@ -207,6 +207,8 @@ class LikelihoodRatio(SequentialTest):
             )
 
     def reversal(self, states: Sequence[_Paired], rounds: Sequence[Round], best_F: np.ndarray) -> np.ndarray:
+        from scipy.special import ndtr  # slow to import: only those who decide wait for it
+
         images = np.arange(len(states))
         e_FRA = np.array([current.errors_RA for current in rounds], dtype=np.float64)
         g_FRA = np.array(
@@ -228,8 +230,6 @@ class LikelihoodRatio(SequentialTest):
         unseen_F = 1 - n_F / rounds[0].total
         scale_F = np.maximum(self.inflation, measured_F) * unseen_F
         difference_FA = n_F[:, None] * (scores_FA - scores_FA[images, best_F][:, None])
-        from scipy.special import ndtr  # slow to import
-
         return ndtr(-difference_FA / np.sqrt(scale_F[:, None] * variance_FA + TINY))
 
     def remember(self, states: Sequence[_Paired], rounds: Sequence[Round], survivors: Sequence[np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+from lightning_diffclf import __version__
 from lightning_diffclf.errors import UserError
 
 
@@ -27,6 +29,10 @@ class Command(NamedTuple):
 
 
 GROUPS: dict[str, dict[str, Command]] = {
+    "Begin": {
+        "demo": Command("train on handwritten digits and classify with what was learnt: minutes", "commands.demo"),
+        "configs": Command("the experiments that come with this package, or a copy of one to edit", "commands.configs"),
+    },
     "Train and evaluate": {
         "fit": Command("train: --config dit_digits.yaml, and any value in it as a flag"),
         "evaluate": Command("classify a test set: --ckpt of a run, or --config of a network without training", "cli"),
@@ -60,14 +66,13 @@ COMMANDS: dict[str, Command] = {name: command for group in GROUPS.values() for n
 def help_text() -> str:
     """All commands, a line each."""
     width = max(map(len, COMMANDS))
-    groups = (
+    groups = [
         "\n".join([title, *(f"  {name:{width}}  {command.summary}" for name, command in group.items())])
         for title, group in GROUPS.items()
-    )
-    usage = (
-        "usage: diffclf COMMAND [options]\n\nDiffusion models as classifiers: train them, evaluate them, look at them."
-    )
-    return "\n\n".join([usage, *groups, "All options of a command: diffclf COMMAND --help"])
+    ]
+    usage = "usage: diffclf COMMAND [options]"
+    about = "Diffusion models as classifiers: train them, evaluate them, look at them."
+    return "\n\n".join([usage, about, *groups, "All options of a command: diffclf COMMAND --help"])
 
 
 def run(name: str, args: Sequence[str]) -> None:
@@ -87,14 +92,26 @@ def run(name: str, args: Sequence[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """``diffclf``: one of the commands; ``args`` are those of the process if omitted."""
-    args = sys.argv[1:] if args is None else list(args)
-    if not args or args[0] in ("-h", "--help"):
-        print(help_text(), file=sys.stdout if args else sys.stderr)
-        raise SystemExit(0 if args else 2)
-    telling(lambda: run(args[0], args[1:]))
+    name, *others = (sys.argv[1:] if args is None else args) or [""]
+    if name in ("-h", "--help"):
+        print(help_text())
+    elif name == "--version":
+        print(f"lightning_diffclf {__version__}")
+    elif name in COMMANDS:
+        telling(lambda: run(name, others))
+    else:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        wrong = f"error: no command {name!r}{f', did you mean {close[0]}?' if close else ''}\nAll: diffclf --help"
+        print(wrong if name else help_text(), file=sys.stderr)
+        raise SystemExit(2)
 
 
-def telling(command: Callable[[], None]) -> None:
+def evaluate(args: Sequence[str] | None = None) -> None:
+    """``evaluate.py``: ``diffclf evaluate``; ``args`` are those of the process if omitted."""
+    telling(lambda: run("evaluate", sys.argv[1:] if args is None else args))
+
+
+def telling(command: Callable[[], object]) -> None:
     """Run a command; what the user did wrong is told in one line instead of a traceback."""
     for harmless in (
         "isinstance\\(treespec, LeafSpec\\)",

@@ -17,6 +17,32 @@ from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.hub import AUTOENCODER, TEXT_TO_IMAGE
 
 
+def demo(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf demo``: its own, and ``flags``, which are those of ``fit``."""
+    own = argparse.ArgumentParser(
+        prog="diffclf demo",
+        description="Train a small DiT on scikit-learn's handwritten digits, and classify the test digits with it: "
+        "minutes on two CPU cores. The same command resumes where it was stopped.",
+        epilog="All other flags are those of `diffclf fit`, such as --trainer.max_steps 100.",
+        allow_abbrev=False,
+    )
+    own.add_argument("--run_dir", default="runs/dit_digits", help="folder for checkpoints, logs and results")
+    known, flags = own.parse_known_args(list(args))
+    return Namespace(**vars(known), flags=flags)
+
+
+def configs(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf configs``."""
+    parser = Parser(
+        prog="diffclf configs",
+        description="The configurations that come with this package: each is a whole experiment, which --config takes "
+        "by its name.",
+    )
+    parser.add_argument("--copy", metavar="NAME", type=str | None, default=None, help="write one to a file, to edit it")
+    parser.add_argument("--out", type=str | None, default=None, help="the file (default: NAME, in this folder)")
+    return parser.read(args)
+
+
 def classify(args: Sequence[str]) -> Namespace:
     """Of ``diffclf classify``."""
     parser = Parser(

@@ -24,6 +24,7 @@ from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.schedule import NoiseSchedule
+from lightning_diffclf.shipped import shipped
 
 Embeddings = dict[str, Tensor]
 """What a network is told, by the names of its arguments: tensors with one row for each candidate."""
@@ -274,8 +275,8 @@ def load(
     from diffusers import DiffusionPipeline
 
     folder = Path(pretrained)
-    if not folder.exists() and pretrained.startswith("assets/"):  # comes with the repository, like names of configs/
-        folder = Path(__file__).resolve().parents[2] / pretrained
+    if not folder.exists() and pretrained.startswith("assets/"):  # comes with the package, like names of configs/
+        folder = shipped(pretrained)
         pretrained = str(folder) if folder.exists() else pretrained
     if folder.exists():
         _check_folder(folder, others)
