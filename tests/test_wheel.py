@@ -27,6 +27,7 @@ def installed(tmp_path_factory) -> Path:
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(built)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning: Package" not in done.stderr  # of a folder that is not listed in pyproject.toml
     zipfile.ZipFile(next(built.glob("*.whl"))).extractall(site)
     return site
 
