@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning_diffclf.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS = 5
+ROUNDS = 3
 TORCH = "import torch"
 IMPORTS = (
     "pass",

@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
-from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, cli
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
 from lightning_diffclf.classifier.checks import resolve_candidates
 from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
+from lightning_diffclf.commands import telling
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.modules.checkpoints import trained_module
@@ -412,12 +413,12 @@ def test_only_errors_meant_for_the_user_become_one_line():
             {}["a defect"]
 
     with pytest.raises(SystemExit, match="error: depth: 0, expected at least 1"):
-        cli._run(wrapped)
+        telling(wrapped)
     with pytest.raises(KeyError):
-        cli._run(met_while_telling)
+        telling(met_while_telling)
     for defect in (ValueError, TypeError, OSError):
         with pytest.raises(defect):
-            cli._run(lambda kind=defect: resolve_candidates(Raises(kind), 1, 5))
+            telling(lambda kind=defect: resolve_candidates(Raises(kind), 1, 5))
 
 
 class Raises(list):

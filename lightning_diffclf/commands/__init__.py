@@ -96,14 +96,17 @@ def main(args: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print(help_text())
     elif name == "--version":
-        print(f"lightning_diffclf {__version__}")
+        print(f"diffclf {__version__}")
     elif name in COMMANDS:
         telling(lambda: run(name, others))
+    elif name == "":
+        print(help_text(), file=sys.stderr)
+        raise SystemExit(2)
     else:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        wrong = f"error: no command {name!r}{f', did you mean {close[0]}?' if close else ''}\nAll: diffclf --help"
-        print(wrong if name else help_text(), file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(
+            f"error: no command {name!r}; {f'did you mean {close[0]!r}?' if close else 'see diffclf --help'}"
+        )
 
 
 def evaluate(args: Sequence[str] | None = None) -> None:
