@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 PYTHONS ?= 3.10 3.11 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-versions lint format constraints clean
+.PHONY: help env demo test test-versions wheel lint format constraints clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,11 @@ test-versions: env ## Run all tests on each Python with the newest dependencies,
 # uv finds or fetches the Python $(1), and chooses the $(2) versions that pyproject.toml allows.
 isolated = $(BIN)/uv run --isolated --no-project --python $(1) --resolution $(2) --with-editable '.[test]' \
 	python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
+
+wheel: env ## Build the wheel into dist/, and try it in an environment of its own
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	scripts/try_wheel.sh $(BIN)/python dist/*.whl
 
 lint: env ## Check style, spelling and types
 	$(BIN)/ruff check .
