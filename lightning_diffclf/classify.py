@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.classifier import DiffusionClassifier, LikelihoodRatio, Recipe
-from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.data.batch import content_ids
 from lightning_diffclf.data.images import find_images, open_image, transform
 from lightning_diffclf.data.prompts import from_names
@@ -37,17 +37,17 @@ class Answer:
 
     Attributes:
         image: The file.
-        label: The most probable label; None if the network returned nothing finite.
+        prediction: The label decided for; None if the network returned nothing finite.
         probabilities: Of each label, the most probable first.
         behind: How much larger the mean error of each label is than the winner's; see docs/results.md (differences).
         draws: Draws that each label saw.
-        margin: Evidence for the label against its closest rival, in nats.
+        margin: Evidence for it against its closest rival, in nats.
         nfe: Network calls.
         seconds: Time since the answer before.
     """
 
     image: str
-    label: str | None
+    prediction: str | None
     probabilities: dict[str, float]
     behind: dict[str, float]
     draws: dict[str, int]
@@ -78,7 +78,8 @@ def classify(
         FileNotFoundError: if there is no such file.
         ValueError: if labels, files or the model are wrong: before any work, except for broken images.
     """
-    prompt_set = from_names(labels, list(templates))
+    known, prompts = from_names(labels, list(templates))
+    candidates = Candidates(known.names, known.classes, labels)  # as they were given, with underscores
     files = find_images(images)
     if not skip_bad:
         for path in files:
@@ -89,28 +90,26 @@ def classify(
     }
     if dtype not in kinds:
         raise UserError(f"dtype: {dtype!r}, expected one of {sorted(kinds)}")
-    denoiser = PipelineDenoiser(load(model, revision, kinds[dtype]), *prompt_set)
+    denoiser = PipelineDenoiser(load(model, revision, kinds[dtype]), candidates, prompts)
     classifier = DiffusionClassifier(denoiser, recipe, microbatch=microbatch)
     prepare = transform(*((size, size) if size else denoiser.native_size))
-    names = list(labels)
     waiting: list[Path] = []
     run, start = classifier.run(), time.perf_counter()
 
     def answers(results: Iterator[Any]) -> Iterator[Answer]:
         nonlocal start
         for result in results:
-            classes = [denoiser.candidates.classes[k] for k in result.candidates_K.tolist()]
-            differences_1C = class_differences(result.differences_K[None], torch.tensor([classes]), len(names))
-            p_C = recipe.posterior(differences_1C, result.dims)[0]
-            order = p_C.argsort(descending=True, stable=True).tolist()
-            best = {c: min((i for i, own in enumerate(classes) if own == c), key=result.ranking.index) for c in order}
+            best: dict[str, int] = {}  # of the candidates of each label
+            for i in result.ranking:
+                best.setdefault(labels[candidates.classes[int(result.candidates_K[i])]], i)
+            probabilities = dict(result.top(len(labels)))
             now = time.perf_counter()
             yield Answer(
                 image=str(waiting.pop(0)),
-                label=None if result.label is None else names[result.label],
-                probabilities={names[c]: float(p_C[c]) for c in order},
-                behind={names[c]: float(result.differences_K[best[c]]) for c in order},
-                draws={names[c]: int(result.draws_K[best[c]]) for c in order},
+                prediction=None if result.prediction is None else labels[result.prediction],
+                probabilities=probabilities,
+                behind={label: float(result.differences_K[best[label]]) for label in probabilities},
+                draws={label: int(result.draws_K[best[label]]) for label in probabilities},
                 margin=result.margin,
                 nfe=result.nfe,
                 seconds=now - start,

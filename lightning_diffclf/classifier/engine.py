@@ -60,7 +60,7 @@ class DiffusionClassifier:
 
     Example:
         >>> classifier = DiffusionClassifier(denoiser, draws=Draws(100), microbatch=64)  # doctest: +SKIP
-        >>> [result.label for result in classifier(images, ids=range(len(images)))]  # doctest: +SKIP
+        >>> [result.prediction for result in classifier(images, ids=range(len(images)))]  # doctest: +SKIP
         [3, 8, 8, 1]
     """
 
@@ -371,10 +371,11 @@ class Packer:
             flight.contest,
             flight.image_id,
             flight.candidates_K,
-            c.denoiser.candidates.classes,
+            c.denoiser.candidates,
             c.recipe.abstain,
             self._slots.dims,
             c.timesteps_S,
+            c.recipe.posterior,
             flight.errors_KS,
             flight.distances_SKK,
         )
