@@ -114,6 +114,11 @@ class DiffClfCLI(LightningCLI):
             default=None,
             help="Weights that fit begins with where run_dir has no checkpoint yet: a checkpoint, or published ones",
         )
+        parser.add_argument(
+            "--untrained",
+            action="store_true",
+            help="Evaluate trainable weights without a checkpoint, as they were made",
+        )
         parser.add_lightning_class_args(DiffusionClassifierCallback, "classifier")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleGrid, "samples")
@@ -173,15 +178,29 @@ class DiffClfCLI(LightningCLI):
                 self.config_init[subcommand]["ckpt_path"] = None
             else:
                 print(f"resuming from {path}")
-        if path is not None and path not in ("best", "hpc", "registry"):
+        if path in ("best", "hpc", "registry"):
+            pass  # Lightning's
+        elif path is not None:
             if is_published(path):
                 self._load_weights(path)
                 self.config_init[subcommand]["ckpt_path"] = None
             else:
                 check_checkpoint(self.model, read_checkpoint(path), path)
-        elif path is None and self._fits and (start := self._get(self.config, "warm_start")) is not None:
+        elif self._fits and (start := self._get(self.config, "warm_start")) is not None:
             self._load_weights(start)
+        elif not self._fits:
+            self._check_trained()
         super()._run_subcommand(subcommand)
+
+    def _check_trained(self) -> None:
+        """Raise where an evaluation would be of a network that nobody trained; its cost may be measured."""
+        trainable = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        meant = self._get(self.config, "untrained") or self._get(self.config, "classifier.plan")
+        if trainable and not meant:
+            raise UserError(
+                f"checkpoint: none given, and the {trainable:,} weights of {type(self.model).__name__} are random; "
+                "expected --ckpt PATH (of diffclf: --ckpt_path), or --untrained to evaluate them nevertheless"
+            )
 
     def _load_weights(self, path: str) -> None:
         """Put published weights, or the averaged ones of a checkpoint, into the module."""
@@ -263,6 +282,7 @@ def evaluate(args: Sequence[str] | None = None) -> None:
     own.add_argument(
         "--plan", action="store_true", help="measure what the evaluation will cost, print that and write nothing"
     )
+    own.add_argument("--untrained", action="store_true", help="evaluate a network without --ckpt, as it was made")
     own.add_argument(
         "--trust-checkpoint",
         action="store_true",
@@ -290,6 +310,7 @@ def evaluate(args: Sequence[str] | None = None) -> None:
                 f"--run_dir={Path(out).parent}",
                 *[f"--classifier.keep_{what}=true" for what in kept],
                 *(["--classifier.plan=true"] if known.plan else []),
+                *(["--untrained"] if known.untrained else []),
                 *([f"--classifier.part={known.part}"] if known.part else []),
                 *from_checkpoint,
                 *flags,

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_published_weights_are_evaluated_and_trained_on(tmp_path, capsys):
     batch = next(iter(data.test_dataloader()))
     expected = list(DiffusionClassifier(trained.eval(), draws=Draws(3))(batch["image"][:20], ids=batch["id"][:20]))
     predictions = dict(zip(rows["id"], rows["prediction"], strict=True))
-    assert [predictions[str(one.image_id)] for one in expected] == [one.label for one in expected]
+    assert [predictions[str(one.image_id)] for one in expected] == [one.prediction for one in expected]
     assert "give --config as well" in fails(capsys, evaluate, ["--ckpt=published.pt"])
     said = fails(capsys, evaluate, ["--ckpt=published.pt", "--config=dit_digits.yaml", *quiet])
     assert "does not fit the network as configured" in said
@@ -275,6 +276,20 @@ def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
     assert "give another --run_dir" in told
     assert not Path("o").exists()
     assert "give --ckpt PATH, or --config FILE" in fails(capsys, evaluate, [])
+
+
+def test_a_network_without_a_checkpoint_is_evaluated_only_if_that_is_meant(capsys):
+    quick = ["--config=dit_digits.yaml", "--model.depth=1", "--trainer.limit_test_batches=1", "--classifier.draws=1"]
+    quick += ["--run_dir=x", "--trainer.enable_progress_bar=false", "--data.eval_batch_size=2"]
+    for command, args in ((evaluate, [*quick, "--out=x/evaluation"]), (main, ["predict", *quick])):
+        told = fails(capsys, command, args)
+        assert re.search(r"checkpoint: none given, and the [\d,]+ weights of ClassConditionalDiT are random", told)
+        assert "--untrained" in told
+    assert not Path("x").exists()
+    evaluate([*quick, "--plan", "--out=x/evaluation"])  # what it will cost, before it is trained
+    assert not Path("x").exists()
+    evaluate([*quick, "--untrained", "--out=x/evaluation"])
+    assert json.loads(Path("x/evaluation/metrics.json").read_text())["metrics"]["images"] == 2
 
 
 @pytest.fixture(scope="module")
