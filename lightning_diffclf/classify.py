@@ -24,6 +24,7 @@ from lightning_diffclf.data.images import find_images, open_image, transform
 from lightning_diffclf.data.prompts import from_names
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
+from lightning_diffclf.stages import described, listening
 
 LATENT_INFLATION = 5.0  # residuals of latents are correlated; docs/elimination.md
 RECIPE = Recipe(draws=100, elimination=LikelihoodRatio(inflation=LATENT_INFLATION), ensemble="mean")
@@ -163,17 +164,27 @@ def draw(answer: Answer, top: int, folder: Path) -> Path:
 def report(answers: Iterator[Answer], total: int, top: int, as_json: bool, plots: Path | None) -> list[Answer]:
     """Print answers as they come, with a progress bar on a terminal; JSON goes to standard output, all at the end."""
     console = Console(stderr=as_json, soft_wrap=True)
-    columns = TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    done = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    done: list[Answer] = []
+    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("classifying", total=total)
-        for answer in answers:
-            done.append(answer)
-            if plots is not None:
-                draw(answer, top, plots)
-            if not as_json:
-                show(answer, top, console)
-            progress.advance(task)
+        said = set()
+
+        def show_stage(what: str, part: int, whole: int | None) -> None:
+            progress.update(task, description=described(what, part, whole))
+            if what not in said and not console.is_terminal:
+                print(described(what, 0, whole), file=sys.stderr, flush=True)
+            said.add(what)
+
+        with listening(show_stage):
+            for answer in answers:
+                done.append(answer)
+                if plots is not None:
+                    draw(answer, top, plots)
+                if not as_json:
+                    show(answer, top, console)
+                progress.advance(task)
     if as_json:
         print(json.dumps([asdict(answer) for answer in done], indent=2))
     return done

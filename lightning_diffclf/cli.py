@@ -12,6 +12,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
 from lightning_diffclf.modules.checkpoints import check_checkpoint, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.stages import listening
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
 
@@ -190,7 +192,9 @@ class DiffClfCLI(LightningCLI):
             self._load_weights(start)
         elif not self._fits:
             self._check_trained()
-        super()._run_subcommand(subcommand)
+        bar = self.trainer.progress_bar_callback
+        with listening(bar.tell) if isinstance(bar, ClassifierProgressBar) else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def _check_trained(self) -> None:
         """Raise where an evaluation would be of a network that nobody trained; its cost may be measured."""

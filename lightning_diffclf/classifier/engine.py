@@ -31,6 +31,7 @@ from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weigh
 from lightning_diffclf.classifier.search import Search
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating
 from lightning_diffclf.errors import UserError, WrongType
+from lightning_diffclf.stages import tell
 
 
 class DiffusionClassifier:
@@ -180,6 +181,7 @@ class Packer:
         self._launched: deque[_Launch] = deque()
         self._decided: dict[int, Classification] = {}
         self._added = self._yielded = 0
+        self._calls = 0  # rows that the network was given
         self._ahead = 0  # micro-batches that stay on their way while the CPU prepares the next
 
     def add(
@@ -320,6 +322,8 @@ class Packer:
         x_t, t, noise = schedule.add_noise(x0_M, noise_M, t_M)[pair], t_M[pair], noise_M[pair]
         output = c.predict(*schedule.network_rows(x_t, t), upload(candidate_N, device))
         check_output(output, x_t)
+        self._calls += len(x_t)
+        tell("network calls", self._calls)
         with torch.autocast(device.type, enabled=False):
             predictions = Predictions(schedule, output, x0_M[pair], x_t, t, noise)
             errors_N = download(c.loss(predictions))
