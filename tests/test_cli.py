@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, cli
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, LikelihoodRatio, Recipe, cli
 from lightning_diffclf.classifier.checks import resolve_candidates
 from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
 from lightning_diffclf.data.digits import DigitsDataModule
@@ -107,6 +107,49 @@ def test_evaluate_needs_the_checkpoint_alone_and_flags_override(run_dir, capsys,
     assert second["metrics"]["nfe_per_image"] == 2 * 10 + 8 * 3
     rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pydict()
     assert sorted(set(rows["draws_K"][0])) == [2, 10]
+
+
+def test_a_classifier_from_the_checkpoint_alone(run_dir):
+    """It decides as the evaluation of the checkpoint does, by the recipe of the run."""
+    evaluate([f"--ckpt={last(run_dir)}", "--out=out", "--trainer.enable_progress_bar=false"])
+    rows = pq.read_table("out/predictions.parquet").to_pydict()
+    data = DigitsDataModule()
+    data.setup()
+    batch = {name: values[:20] for name, values in data.test.parts.items()}
+    classifier = DiffusionClassifier.from_checkpoint(last(run_dir))
+    results = {str(one.image_id): one for one in classifier(batch["image"], ids=batch["id"])}
+    assert classifier.recipe.draws == 3
+    for image_id, one in results.items():
+        row = rows["id"].index(image_id)
+        assert (one.prediction, one.nfe) == (rows["prediction"][row], rows["nfe"][row])
+        np.testing.assert_allclose(one.scores_K, rows["scores_K"][row], rtol=1e-5)
+    module = ClassConditionalDiT.load_from_checkpoint(last(run_dir))
+    assert "DigitsDataModule" in module.generate_model_card(evaluation="out").text
+
+
+def test_settings_of_a_checkpoint_are_overridden_by_keyword(run_dir):
+    rule = LikelihoodRatio(0.2)
+    found = DiffusionClassifier.from_checkpoint(last(run_dir), raw=True, draws=7, elimination=rule, microbatch=5)
+    assert (found.recipe.draws, found.rule, found.microbatch) == (7, rule, 5)
+    with pytest.raises(TypeError, match="drawz"):
+        DiffusionClassifier.from_checkpoint(last(run_dir), drawz=7)
+    weights = read_checkpoint(last(run_dir))["current_model_state"]
+    assert all(torch.equal(value, weights[name]) for name, value in found.denoiser.state_dict().items())
+
+
+def test_settings_of_a_checkpoint_run_nothing(run_dir):
+    checkpoint = read_checkpoint(last(run_dir))
+    settings = yaml.safe_load(checkpoint[cli.CONFIG_KEY])
+    settings["classifier"]["elimination"] = {"class_path": "os.system", "init_args": {"command": "touch harm"}}
+    torch.save(checkpoint | {cli.CONFIG_KEY: yaml.safe_dump(settings)}, "evil.ckpt")
+    with pytest.raises(ValueError, match=r"classifier.elimination.class_path: 'os.system'"):
+        DiffusionClassifier.from_checkpoint("evil.ckpt")
+    assert not Path("harm").exists()
+    del checkpoint[cli.CONFIG_KEY]  # of a Trainer in Python
+    torch.save(checkpoint, "plain.ckpt")
+    assert DiffusionClassifier.from_checkpoint("plain.ckpt", draws=4).recipe == Recipe(draws=4)
+    with pytest.raises(FileNotFoundError, match=r"no file 'none.ckpt'"):
+        DiffusionClassifier.from_checkpoint("none.ckpt")
 
 
 def test_the_same_command_again_goes_on(run_dir, tmp_path, capsys):
