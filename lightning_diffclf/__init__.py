@@ -20,6 +20,7 @@ from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion
 from lightning_diffclf.schedule import NoiseSchedule
+from lightning_diffclf.zero_shot import pipeline
 
 __version__ = "0.1.0"
 
@@ -44,4 +45,5 @@ __all__ = [
     "SearchableDenoiser",
     "Stages",
     "ZeroShotStableDiffusion",
+    "pipeline",
 ]

@@ -5,31 +5,23 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
-from lightning_diffclf.candidates import Candidates
-from lightning_diffclf.classifier import DiffusionClassifier, LikelihoodRatio, Recipe
-from lightning_diffclf.data.batch import content_ids
-from lightning_diffclf.data.images import find_images, open_image, transform
-from lightning_diffclf.data.prompts import from_names
-from lightning_diffclf.errors import UserError
-from lightning_diffclf.models.pipeline import PipelineDenoiser, load
+from lightning_diffclf.classifier import Recipe
+from lightning_diffclf.data.images import find_images, open_image
 from lightning_diffclf.stages import described, listening
-
-LATENT_INFLATION = 5.0  # residuals of latents are correlated; docs/elimination.md
-RECIPE = Recipe(draws=100, elimination=LikelihoodRatio(inflation=LATENT_INFLATION), ensemble="mean")
-
-AHEAD = 16  # images that are read before the first of them is decided
+from lightning_diffclf.zero_shot import RECIPE, pipeline
 
 
 @dataclass(frozen=True)
@@ -79,57 +71,44 @@ def classify(
         FileNotFoundError: if there is no such file.
         ValueError: if labels, files or the model are wrong: before any work, except for broken images.
     """
-    known, prompts = from_names(labels, list(templates))
-    candidates = Candidates(known.names, known.classes, labels)  # as they were given, with underscores
     files = find_images(images)
     if not skip_bad:
         for path in files:
             open_image(path)
-    on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    kinds = {"auto": torch.float16 if on.type == "cuda" else torch.float32} | {
-        name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")
-    }
-    if dtype not in kinds:
-        raise UserError(f"dtype: {dtype!r}, expected one of {sorted(kinds)}")
-    denoiser = PipelineDenoiser(load(model, revision, kinds[dtype]), candidates, prompts)
-    classifier = DiffusionClassifier(denoiser, recipe, microbatch=microbatch)
-    prepare = transform(*((size, size) if size else denoiser.native_size))
-    waiting: list[Path] = []
-    run, start = classifier.run(), time.perf_counter()
+    settings: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "size": size}
+    zero_shot = pipeline(model, labels, templates=templates, recipe=recipe, microbatch=microbatch, **settings)
+    waiting: deque[Path] = deque()
 
-    def answers(results: Iterator[Any]) -> Iterator[Answer]:
-        nonlocal start
-        for result in results:
-            best: dict[str, int] = {}  # of the candidates of each label
-            for i in result.ranking:
-                best.setdefault(labels[candidates.classes[int(result.candidates_K[i])]], i)
-            probabilities = dict(result.top(len(labels)))
-            now = time.perf_counter()
-            yield Answer(
-                image=str(waiting.pop(0)),
-                prediction=None if result.prediction is None else labels[result.prediction],
-                probabilities=probabilities,
-                behind={label: float(result.differences_K[best[label]]) for label in probabilities},
-                draws={label: int(result.draws_K[best[label]]) for label in probabilities},
-                margin=result.margin,
-                nfe=result.nfe,
-                seconds=now - start,
-            )
-            start = now
+    def pixels() -> Iterator[Tensor]:
+        for path in files:
+            try:
+                found = zero_shot.pixels(path)
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                print(f"skipped: {error}", file=sys.stderr)
+                continue
+            waiting.append(path)
+            yield found
 
-    for path in files:
-        try:
-            pixels = prepare(open_image(path))[None].to(on)
-        except ValueError as error:
-            if not skip_bad:
-                raise
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        run.add(pixels, content_ids(pixels))
-        waiting.append(path)
-        if len(waiting) >= AHEAD:
-            yield from answers(run.work())
-    yield from answers(run.finish())
+    start = time.perf_counter()
+    for result in zero_shot.run(pixels()):
+        best: dict[str, int] = {}  # of the candidates of each label
+        for i in result.ranking:
+            best.setdefault(labels[result.candidates.classes[int(result.candidates_K[i])]], i)
+        probabilities = dict(result.top(len(labels)))
+        now = time.perf_counter()
+        yield Answer(
+            image=str(waiting.popleft()),
+            prediction=None if result.prediction is None else labels[result.prediction],
+            probabilities=probabilities,
+            behind={label: float(result.differences_K[best[label]]) for label in probabilities},
+            draws={label: int(result.draws_K[best[label]]) for label in probabilities},
+            margin=result.margin,
+            nfe=result.nfe,
+            seconds=now - start,
+        )
+        start = now
 
 
 def show(answer: Answer, top: int, console: Console) -> None:

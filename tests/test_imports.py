@@ -26,6 +26,8 @@ TOP = {
     "commands",
     "classify",
     "trained",
+    "zero_shot",
+    "estimator",
 }  # import what they like; nothing below imports them
 
 EXCEPTIONS = {
