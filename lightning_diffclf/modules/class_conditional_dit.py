@@ -144,6 +144,9 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         self._autoencoder: list[Autoencoder] = []
         self._conditions: tuple[Callable[[], Any], Conditions] | None = None  # of one data module
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_conditions": None}  # found anew: they know a data module
+
     def setup(self, stage: str) -> None:
         """Check the data module against the network, before long work."""
         data: object = getattr(self._trainer, "datamodule", None)
