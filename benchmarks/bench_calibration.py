@@ -62,7 +62,7 @@ def main() -> None:
     print(f"{date.today()}\n")
     print("| task | rule | accuracy | confidence | ECE | NLL | Brier |\n| --- | --- | --- | --- | --- | --- | --- |")
     for task in (TASKS["digits"], TASKS["digit_pairs"]):
-        everything = DiffusionClassifier(task.trained(), Draws(task.draws))
+        everything = DiffusionClassifier(task.network(), Draws(task.draws))
         classes = list(everything.denoiser.candidates.classes)
         with tempfile.TemporaryDirectory() as folder:
             errors = stored(task, everything, Path(folder))

@@ -122,7 +122,7 @@ def main() -> None:
 
 def run_task(task: Task, timed_rows: int) -> None:
     images, labels, ids = task.test()
-    everything = DiffusionClassifier(task.trained(), Draws(task.draws))
+    everything = DiffusionClassifier(task.network(), Draws(task.draws))
     with tempfile.TemporaryDirectory() as folder:
         errors = stored(task, everything, Path(folder))
         exhaustive = replay(errors, Exhaustive())

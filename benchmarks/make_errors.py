@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tasks import DATA, TASKS, Task, compress, half
+from tasks import DATA, TASKS, Task, compress
 
 from lightning_diffclf import DiffusionClassifier, Draws
 from lightning_diffclf.cli import read_checkpoint
@@ -20,9 +20,10 @@ def make(task: Task) -> None:
     DATA.mkdir(exist_ok=True)
     if not task.pipeline:
         weights = read_checkpoint(f"runs/dit_{task.name}/checkpoints/last.ckpt")["state_dict"]
-        save_file(half(weights), DATA / f"{task.name}.safetensors")
+        half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+        save_file(half, DATA / f"{task.name}.safetensors")
     images, labels, ids = task.test()
-    classifier = DiffusionClassifier(task.trained(), Draws(task.draws), keep_errors=True, microbatch=256)
+    classifier = DiffusionClassifier(task.network(), Draws(task.draws), keep_errors=True, microbatch=256)
     errors: list[np.ndarray] = []
     run = classifier.run()
     for first in range(0, task.exhaustive, 4):  # some at a time: all noise of all images is gigabytes

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_diffclf import ClassConditionalDiT, ConditionalDenoiser, GradientSearch, Stages, ZeroShotStableDiffusion
 from lightning_diffclf.commands.configs import CONFIGS
 from lightning_diffclf.data.digit_scenes import caption_of_two
-from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
+from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[1]
@@ -46,19 +46,14 @@ class Task:
     pipeline: str | None = None
 
     def network(self) -> ConditionalDenoiser:
-        """The network, without weights of its own where these are stored."""
+        """The trained network."""
         if self.pipeline:
-            names = [f"{caption_of_two(*divmod(label, 10))}".removeprefix("a photo of ") for label in range(100)]
-            return ZeroShotStableDiffusion(str(ROOT / self.pipeline), "a photo of {}", names, dtype="float32")
+            captions = [caption_of_two(*divmod(label, 10)) for label in range(100)]
+            return ZeroShotStableDiffusion(str(ROOT / self.pipeline), "{}", captions, dtype="float32")
         config = yaml.safe_load((CONFIGS / f"dit_{self.name}.yaml").read_text())
-        return ClassConditionalDiT(**config["model"]["init_args"]).eval()
-
-    def trained(self) -> ConditionalDenoiser:
-        """The network with its weights."""
-        network = self.network()
-        if isinstance(network, ClassConditionalDiT):
-            network.load_state_dict(load_file(DATA / f"{self.name}.safetensors"))
-        return network
+        network = ClassConditionalDiT(**config["model"]["init_args"])
+        network.load_state_dict(load_file(DATA / f"{self.name}.safetensors"))
+        return network.eval()
 
     def test(self) -> tuple[Tensor, Tensor, list[int]]:
         """Test images, labels and ids."""
@@ -84,11 +79,6 @@ def compress(errors_BKS: np.ndarray) -> dict[str, np.ndarray]:
     return {"codes": codes.astype(np.uint8), "least": least_BS.astype(np.float32), "range": range_BS.astype(np.float32)}
 
 
-def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights rounded to float16."""
-    return {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-
-
 TASKS = {
     task.name: task
     for task in (
@@ -101,14 +91,6 @@ TASKS = {
             GradientSearch(),
             500,
             top=20,
-        ),
-        Task(
-            "digit_triples",
-            lambda: DigitTriplesDataModule(train_triples=1000, test_triples=500),
-            64,
-            Stages((4, 8, 16, 64), (100, 20, 5, 1)),
-            GradientSearch(draws=16),
-            100,
         ),
         Task(
             "captions",
