@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,17 +23,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-import lightning_diffclf  # noqa: F401  (checkpoints may only name classes that are imported)
+import lightning_diffclf  # checkpoints may only name classes that are imported
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.callbacks.ema import EMA
-from lightning_diffclf.callbacks.loggers import run_loggers
+from lightning_diffclf.callbacks.loggers import check_packages, run_loggers
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import COMMANDS
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
+from lightning_diffclf.commands.mistakes import check_variables, unknown
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
@@ -94,7 +96,7 @@ class DiffClfCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.parser_class(**kwargs)
+        parser = self.parser_class(prog="diffclf", **kwargs)
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help="YAML file, or the name of one in configs/; may be repeated"
         )
@@ -135,6 +137,7 @@ class DiffClfCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_variables(os.environ)
         # A new list: sys.argv must not change, Lightning's DDP launcher runs it again for the other ranks.
         if self._default_subcommand and not (args and args[0] in self.subcommands()):
             args = [self._default_subcommand, *args]
@@ -143,6 +146,7 @@ class DiffClfCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self._get(self.config, EXTENDS) is not None:
             raise UserError(f"{EXTENDS}: only files say what they extend; expected --config, which may be repeated")
+        check_packages(self._get(self.config, "trainer.logger"))
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the base class would let a checkpoint's hyperparameters override flags and YAML in silence."""
@@ -253,7 +257,15 @@ def train(args: Sequence[str] | None = None) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """``diffclf``: the command line with its subcommands; ``args`` are those of the process if omitted."""
     args = sys.argv[1:] if args is None else list(args)
-    _run(lambda: COMMANDS[args[0]](args[1:]) if args and args[0] in COMMANDS else DiffClfCLI(args))
+    command = args[0] if args else ""
+    if command == "--version":
+        print(f"diffclf {lightning_diffclf.__version__}")
+    elif command in COMMANDS:
+        _run(lambda: COMMANDS[command](args[1:]))
+    elif command in DiffClfCLI.subcommands() or command[:1] in ("", "-"):
+        _run(lambda: DiffClfCLI(args))
+    else:
+        raise SystemExit("error: " + unknown("command", command, [*DiffClfCLI.subcommands(), *COMMANDS]))
 
 
 def evaluate(args: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_diffclf.callbacks.ema import EMA
-from lightning_diffclf.classifier import Classification, DiffusionClassifier, Elimination, LikelihoodRatio
+from lightning_diffclf.classifier import Classification, DiffusionClassifier, Elimination, LikelihoodRatio, Recipe
 from lightning_diffclf.data.batch import content_ids
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
@@ -131,8 +131,8 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
         else:
             self.offset_, scale = x_NCHW.mean(0), x_NCHW.std(0)
         self.scale_ = np.where(scale > 0, scale, 1.0)
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self.seed_ = seed
+        self.seed_ = seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self._recipe(seed)  # raises before training
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module_ = self._make(seed)
@@ -151,6 +151,10 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _recipe(self, seed: int) -> Recipe:
+        rule = LikelihoodRatio() if self.elimination is None else self.elimination
+        return Recipe(draws=self.draws, seed=seed, elimination=rule, temperature=self.temperature)
+
     def _has_pixels(self, X: np.ndarray) -> bool:
         return X.ndim > 2 or self.image_shape is not None
 
@@ -158,7 +162,7 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
         """Rows as (n, C, H, W)."""
         if X.ndim == 2 and self.image_shape is not None:
             if len(self.image_shape) not in (2, 3) or np.prod(self.image_shape) != X.shape[1]:
-                raise UserError(f"image_shape: {self.image_shape} for {X.shape[1]} features, expected (H, W) or (H, W, C)")
+                raise UserError(f"image_shape: {self.image_shape}, expected (H, W) or (H, W, C) of {X.shape[1]} values")
             X = X.reshape(-1, *self.image_shape)
         if X.ndim == 2:
             return X[:, :, None, None]
@@ -218,15 +222,8 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
         x_NCHW = self._images(X)
         if x_NCHW.shape[1:] != self.shape_:
             raise UserError(f"X: images of (C, H, W) {x_NCHW.shape[1:]}, expected {self.shape_}, as in fit")
-        classifier = DiffusionClassifier(
-            self.module_.to(self._device),
-            draws=self.draws,
-            seed=self.seed_,
-            elimination=self.elimination or LikelihoodRatio(),
-            temperature=self.temperature,
-            microbatch=self.microbatch,
-        )
-        run = classifier.run()
+        module: Any = self.module_.to(self._device)
+        run = DiffusionClassifier(module, self._recipe(self.seed_), microbatch=self.microbatch).run()
         for part in self._scaled(x_NCHW).split(TOGETHER):
             run.add(part.to(self._device), content_ids(part))
             yield from run.work()

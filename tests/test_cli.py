@@ -14,7 +14,9 @@ import pytest
 import torch
 import yaml
 
+import lightning_diffclf
 from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, LikelihoodRatio, Recipe, cli
+from lightning_diffclf.callbacks import loggers
 from lightning_diffclf.classifier.checks import resolve_candidates
 from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
 from lightning_diffclf.data.digits import DigitsDataModule
@@ -281,9 +283,23 @@ def test_subcommands(run_dir, capsys):
     ("args", "message"),
     [
         (["--config=nothing.yaml"], "no file 'nothing.yaml', neither here nor in"),
-        ([*QUICK, "--model.hiden_size=3"], "'hiden_size' is not accepted"),
-        ([*QUICK, "--model.hidden_size=wide"], "hidden_size"),
-        ([*QUICK, "--classifier.lss=l2"], "classifier.lss"),
+        (["--config=dit_digts.yaml"], "did you mean 'dit_digits.yaml'?"),
+        (["--config=dit_digits"], "did you mean 'dit_digits.yaml'?"),
+        ([*QUICK, "--model.hiden_size=3"], "no option 'model.hiden_size'; did you mean 'model.hidden_size'?"),
+        ([*QUICK, "--model.hidden_size=wide"], "error: model.hidden_size: 'wide', expected int\n"),
+        ([*QUICK, "--classifier.lss=l2"], "no option '--classifier.lss'; did you mean '--classifier.loss'?"),
+        ([*QUICK, "--trainer.max_step=50"], "no option '--trainer.max_step'; did you mean '--trainer.max_steps'?"),
+        ([*QUICK, "--classifier.draw=50"], "did you mean '--classifier.draws'?"),
+        ([*QUICK, "--config=step.yaml"], "no option 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
+        (
+            [*QUICK, "--model=ClassConditionalDit"],
+            "model: no class 'ClassConditionalDit'; did you mean 'ClassConditionalDiT'",
+        ),
+        ([*QUICK, "--data=lightning_diffclf.data.digits.Digits"], "did you mean 'DigitsDataModule'?"),
+        (
+            [*QUICK, "--classifier.elimination=Stage"],
+            "classifier.elimination: no class 'Stage'; did you mean 'Stages'?",
+        ),
         ([*QUICK, "--classifier.draws=2000"], "2000 draws: the schedule allows 1 … 1000"),
         ([*QUICK, "--model.schedule=linear", "--classifier.draws=2000"], "2000 draws"),
         ([*QUICK, "--classifier.loss=kl"], "'kl' needs a discrete schedule"),
@@ -294,10 +310,30 @@ def test_subcommands(run_dir, capsys):
 def test_bad_settings_give_one_clear_error(args, message, capsys):
     if message.startswith("2000 draws: the schedule allows"):
         args = [*args, "--model.schedule=linear"]
+    Path("step.yaml").write_text("trainer:\n  max_step: 3\n")
     told = fails(capsys, train, [*args, "--run_dir=x"])
     assert message in told
     assert "usage:" not in told
     assert not Path("x/checkpoints").exists()
+
+
+def test_the_version_and_unknown_commands(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"diffclf {lightning_diffclf.__version__}\n"
+    assert "no command 'clasify'; did you mean 'classify'?" in fails(capsys, main, ["clasify"])
+    assert "no command 'tset'; did you mean 'test'?" in fails(capsys, main, ["tset", "--config=dit_digits.yaml"])
+
+
+def test_options_come_from_flags_and_files_alone(capsys, monkeypatch):
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEPS", "7")
+    told = fails(capsys, train, [*QUICK, "--run_dir=x"])
+    assert "environment: PL_FIT__TRAINER__MAX_STEPS is not read; expected --trainer.max_steps 7" in told
+
+
+def test_a_logger_without_its_package_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(loggers.PACKAGES, "WandbLogger", ("there_is_no_wandb", "wandb"))
+    for flag in ("--trainer.logger=WandbLogger", "--trainer.logger=[WandbLogger]"):
+        assert "needs wandb, which is not installed: pip install wandb" in fails(capsys, train, [*QUICK, flag])
 
 
 def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
