@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.data.images import find_images, open_image
-from lightning_diffclf.stages import described, listening
+from lightning_diffclf.progress import described, listening
 from lightning_diffclf.zero_shot import RECIPE, pipeline
 
 

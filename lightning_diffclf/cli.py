@@ -41,7 +41,7 @@ from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
 from lightning_diffclf.modules.checkpoints import check_checkpoint, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
-from lightning_diffclf.stages import listening
+from lightning_diffclf.progress import listening
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
 

@@ -66,6 +66,7 @@ def pipeline(
         **settings: Fields of the recipe in place of those in ``recipe``, such as ``draws=50``.
 
     Raises:
+        TypeError: if ``labels`` is a single text, or there is no such setting.
         ValueError: if labels, templates, settings or the model are wrong.
 
     Example:
@@ -119,7 +120,8 @@ class ZeroShotClassifier:
             TypeError: if something is no image.
             ValueError: if an image cannot be read or fetched, or ``top_k`` is below 1.
         """
-        one = isinstance(images, (Image.Image, str, Path)) or (isinstance(images, Tensor) and images.ndim == 3)
+        several_by_type = isinstance(images, Iterable) and not isinstance(images, (Image.Image, str))
+        one = images.ndim == 3 if isinstance(images, Tensor) else not several_by_type
         several: Any = [images] if one else images
         count = len(self.classifier.denoiser.candidates.class_names) if top_k is None else top_k
         found = [

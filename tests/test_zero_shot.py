@@ -118,6 +118,14 @@ def test_what_a_server_answers(classify, address, scenes):
         classify(f"{address}/none.png")
 
 
+def test_what_is_no_image_says_so(classify):
+    for wrong in (3, None, [3]):
+        with pytest.raises(TypeError, match="expected a PIL image, a file, an address or a tensor"):
+            classify(wrong)
+
+
 def test_labels_are_needed():
+    with pytest.raises(TypeError, match="labels: 'cat', expected a list"):
+        lightning_diffclf.pipeline(MODEL, labels="cat")
     with pytest.raises(ValueError, match="labels: none given"):
         lightning_diffclf.pipeline(MODEL)

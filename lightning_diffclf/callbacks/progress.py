@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.progress import TaskID
 
-from lightning_diffclf.stages import described
+from lightning_diffclf.progress import described
 
 
 class ClassifierProgressBar(RichProgressBar):
@@ -61,7 +61,7 @@ class ClassifierProgressBar(RichProgressBar):
     def tell(self, what: str, done: int, total: int | None) -> None:
         """Show what is done until the first image is decided: in the line, or as one of its own before there is any.
 
-        Arguments as :data:`~lightning_diffclf.stages.Listener` has them.
+        Arguments as :data:`~lightning_diffclf.progress.Listener` has them.
         """
         if self.progress is not None and self._images is not None and self.is_enabled:
             if self._decided == 0:

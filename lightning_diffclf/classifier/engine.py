@@ -32,7 +32,7 @@ from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weigh
 from lightning_diffclf.classifier.search import Search
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating
 from lightning_diffclf.errors import UserError, WrongType
-from lightning_diffclf.stages import tell
+from lightning_diffclf.progress import tell
 
 
 class DiffusionClassifier(FromCheckpoint):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_diffclf.candidates import Candidates
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.errors import MissingFile, UserError, WrongType
 
 TEMPLATES: Mapping[str, str] = {
     "food101": "a photo of {}, a type of food.",
@@ -41,12 +41,15 @@ def from_names(class_names: Sequence[str], templates: str | Sequence[str] = "a p
     """Every template with every class name; ``{}`` stands for the name, underscores become spaces.
 
     Raises:
+        TypeError: if ``class_names`` is a single text.
         ValueError: if names are empty or occur twice, or a template has no ``{}``.
 
     Example:
         >>> from_names(["cat", "dog"], "a photo of a {}.").prompts
         ['a photo of a cat.', 'a photo of a dog.']
     """
+    if isinstance(class_names, str):  # whose letters would be labels
+        raise WrongType(f"labels: {class_names!r}, expected a list of labels")
     templates = [templates] if isinstance(templates, str) else list(templates)
     names = [str(name).replace("_", " ").strip() for name in class_names]
     if not names:

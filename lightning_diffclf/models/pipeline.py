@@ -23,8 +23,8 @@ from lightning_diffclf.files import read_json
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
+from lightning_diffclf.progress import tell
 from lightning_diffclf.schedule import NoiseSchedule
-from lightning_diffclf.stages import tell
 
 Embeddings = dict[str, Tensor]
 """What a network is told, by the names of its arguments: tensors with one row for each candidate."""
