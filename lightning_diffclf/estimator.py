@@ -118,7 +118,7 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
             y: Class of each (n,): numbers or text.
 
         Raises:
-            ValueError: if shapes, values or settings are wrong.
+            ValueError: if shapes, values or settings are wrong, or training diverges.
         """
         X, y = validate_data(self, X, y, allow_nd=True, dtype=np.float64)
         check_classification_targets(y)
@@ -138,16 +138,19 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
             self.module_ = self._make(seed)
             rows = TensorDataset(self._scaled(x_NCHW), torch.from_numpy(target_N.reshape(-1)).long())
             self._train(rows, torch.Generator().manual_seed(seed))
+        if not all(bool(weight.isfinite().all()) for weight in self.module_.parameters()):
+            raise UserError(f"lr: {self.lr} makes training diverge, expected less")
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probability of each class (n, classes), float64, in the order of ``classes_``."""
-        p_NC = [result.probabilities_K.numpy() for result in self._classify(X)]
-        return np.stack(p_NC)
+        check_is_fitted(self)
+        return np.stack([result.probabilities_K.numpy() for result in self._classify(X)])
 
     def predict(self, X: Any) -> np.ndarray:
         """The class of each (n,)."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        likeliest_N = self.predict_proba(X).argmax(1)
+        return self.classes_[likeliest_N]
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -197,10 +200,11 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
 
     def _train(self, rows: TensorDataset, order: torch.Generator) -> None:
         batch_size = min(self.batch_size, len(rows))
+        place = torch.device(self._device)
         with quiet():
             trainer = L.Trainer(
-                accelerator=str(torch.device(self._device).type),
-                devices=1,
+                accelerator=place.type,
+                devices=1 if place.index is None else [place.index],
                 max_steps=self.max_steps,
                 max_epochs=-1,
                 logger=False,
@@ -217,7 +221,6 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
     def _classify(self, X: Any) -> Iterator[Classification]:
-        check_is_fitted(self)
         X = validate_data(self, X, reset=False, allow_nd=True, dtype=np.float64)
         x_NCHW = self._images(X)
         if x_NCHW.shape[1:] != self.shape_:
