@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,18 +13,23 @@ import yaml
 from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.classifier.from_checkpoint import FromCheckpoint
 from lightning_diffclf.cli import CONFIG_KEY, evaluation_config
+from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.errors import WrongType
 from lightning_diffclf.modules.checkpoints import read_checkpoint, trained_module
 
 RECIPE = [field.name for field in fields(Recipe)]
-
 
 C = TypeVar("C", bound=FromCheckpoint)
 
 
 def trained_classifier(cls: type[C], path: Path, *, vae: str | None, raw: bool, settings: Mapping[str, Any]) -> C:
     """A classifier of a checkpoint; see :meth:`~.classifier.DiffusionClassifier.from_checkpoint`."""
-    module = trained_module(path, vae, raw)
+    others = [name for name in inspect.signature(cls).parameters if name not in ("denoiser", "recipe")]
+    for name in settings:
+        if name not in [*RECIPE, *others]:
+            raise WrongType(f"from_checkpoint: {unknown('argument', name, [*RECIPE, *others])}")
+    module = trained_module(path, vae, raw).eval()
     own = recipe_of(path) if CONFIG_KEY in read_checkpoint(path) else Recipe()
     recipe = replace(own, **{name: value for name, value in settings.items() if name in RECIPE})
     make: Any = cls

@@ -133,7 +133,7 @@ def test_settings_of_a_checkpoint_are_overridden_by_keyword(run_dir):
     rule = LikelihoodRatio(0.2)
     found = DiffusionClassifier.from_checkpoint(last(run_dir), raw=True, draws=7, elimination=rule, microbatch=5)
     assert (found.recipe.draws, found.rule, found.microbatch) == (7, rule, 5)
-    with pytest.raises(TypeError, match="drawz"):
+    with pytest.raises(TypeError, match="no argument 'drawz'; did you mean 'draws'"):
         DiffusionClassifier.from_checkpoint(last(run_dir), drawz=7)
     weights = read_checkpoint(last(run_dir))["current_model_state"]
     assert all(torch.equal(value, weights[name]) for name, value in found.denoiser.state_dict().items())

@@ -62,6 +62,25 @@ def test_imports_run_downwards(path):
     assert above == excepted, f"{file} imports {sorted(above)}; {own} may import {sorted(LAYERS.get(own, GROUND))}"
 
 
+def test_the_package_does_not_import_scikit_learn():
+    """Its examples and the estimator do, when they are imported."""
+    left, seen = [PACKAGE / "__init__.py"], set()
+    while left:
+        path = left.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for node in ast.parse(path.read_text()).body:  # not what functions import
+            names = [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            assert not any(name.split(".")[0] == "sklearn" for name in names), path
+            own = [PACKAGE.parent / name.replace(".", "/") for name in names if name.split(".")[0] == PACKAGE.name]
+            files = [one for place in own for one in (place.with_suffix(".py"), place / "__init__.py")]
+            left += [one for one in files if one.is_file()]
+    assert len(seen) > 1
+
+
 def test_the_method_needs_neither_lightning_nor_diffusers():
     for layer in ("classifier", "denoiser.py", "schedule.py", "noise.py"):
         place = PACKAGE / layer

@@ -31,6 +31,7 @@ class FromCheckpoint:
 
         Raises:
             FileNotFoundError: if there is no such file.
+            TypeError: if there is no such setting.
             ValueError: if it cannot be read, is no checkpoint of a ClassConditionalDiT, or has settings that it may
                 not have.
 

@@ -34,8 +34,8 @@ def find(name: str, beside: Path = Path()) -> Path:
             return path
     known = sorted(path.name for path in CONFIGS.glob("*.yaml"))
     place = "here" if beside == Path() else f"in {str(beside)!r}"
-    meant = similar(name, known)
-    hint = f"; did you mean {meant[0]!r}?" if meant else f" (which has: {', '.join(known)})"
+    meant = similar(Path(name).stem, [Path(one).stem for one in known])
+    hint = f"; did you mean '{meant[0]}.yaml'?" if meant else f" (which has: {', '.join(known)})"
     raise MissingFile(f"config: no file {name!r}, neither {place} nor in {CONFIGS}{hint}")
 
 

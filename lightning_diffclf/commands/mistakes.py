@@ -19,6 +19,10 @@ PACKAGES = {
     "trainer.strategy": "lightning.pytorch.strategies",
 }  # where Lightning has the classes of an option
 
+NO_OPTION = re.compile(
+    r"(?:(?:Subcommand '.+'|Group '(.+)') does not accept option|Option) '(.+?)'(?: is not accepted)?"
+)
+
 OF_CLASS = re.compile(
     r"^( *)(?:- )?Problem with given class_path '(.+?)':\n((?:\1 +\S.*(?:\n|$))+)", re.MULTILINE
 )  # a class with arguments of its own; what is said about these is indented
@@ -72,7 +76,7 @@ def explained(message: str, options: Iterable[str], prefix: str = "") -> str:
         return unknown("option", found[1], options)
     if found := re.match(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.*)\)", message):
         return unknown("command", found[1], re.findall(r"[\w-]+", found[2]))
-    if found := re.fullmatch(r"(?:Group '(.+)' does not accept option|Option) '(.+?)'(?: is not accepted)?", message):
+    if found := NO_OPTION.fullmatch(message):
         name = f"{found[1]}.{found[2]}" if found[1] else found[2]
         names = [option.removeprefix("--") for option in options]
         return unknown("option", prefix + name, [prefix + known for known in names])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,7 +112,9 @@ class OnHub(ModelHubMixin):
         arguments = dict(self.hparams)
         names = [str(name) for name in arguments.get("class_names") or range(arguments["num_classes"])]
         shown = ", ".join(names[:20]) + (f", … ({len(names):,} classes)" if len(names) > 20 else "")
-        kind = "latents" if arguments["latents"] else "pixels"
+        kind = "latents" if arguments["latents"] else "pixels in [-1, 1]"
+        size = arguments["input_size"]
+        height, width = size if isinstance(size, Sequence) else (size, size)
         lines = [
             "# Class-conditional DiT that classifies",
             "",
@@ -120,7 +123,7 @@ class OnHub(ModelHubMixin):
             "best wins (Li et al. 2023, arXiv 2303.16203).",
             "",
             f"- Classes: {shown}",
-            f"- Input: {kind}, {arguments['in_channels']} channels, {arguments['input_size']}",
+            f"- Input: {kind}, {arguments['in_channels']} × {height} × {width}",
             f"- Noise schedule: {arguments['schedule']}",
             "",
             "```python",
@@ -128,7 +131,7 @@ class OnHub(ModelHubMixin):
             "",
             'module = ClassConditionalDiT.from_pretrained("…")  # this repository, or a folder',
             "classifier = DiffusionClassifier(module, draws=100, elimination=LikelihoodRatio())",
-            "classifier(images)[0].top(5)  # (B, C, H, W), as described above",
+            "classifier(images)[0].top(5)  # images: the input above, in a batch",
             "```",
         ]
         if evaluation is not None:
@@ -148,12 +151,17 @@ def _found(folder: Path) -> list[str]:
     numbers = {text: metrics[name] for name, text in SHOWN.items() if isinstance(metrics.get(name), (int, float))}
     rows = [f"| {text} | {n:,} |" if isinstance(n, int) else f"| {text} | {n:.4g} |" for text, n in numbers.items()]
     recipe = found["settings"].get("recipe") or {}
-    rule = recipe.get("elimination") or {}
     how = {
-        "data": (found["settings"].get("data") or {}).get("class"),
+        "data": _class_of(found["settings"].get("data")),
         "draws": recipe.get("draws"),
         "loss": recipe.get("loss"),
-        "elimination": rule.get("class") if isinstance(rule, dict) else rule,
+        "elimination": _class_of(recipe.get("elimination")),
     }
     said = ", ".join(f"{name} `{value}`" for name, value in how.items() if value)
     return ["## Evaluation", "", f"With {said}." if said else "", "", "| | |", "| --- | ---: |", *rows]
+
+
+def _class_of(identity: Any) -> str | None:
+    """The short name of the class that an identity is of."""
+    name = identity.get("class") if isinstance(identity, dict) else identity
+    return None if name is None else str(name).rpartition(".")[2]

@@ -28,8 +28,12 @@ def run(tmp_path):
     """What an evaluation leaves, as far as a card says it."""
     folder = tmp_path / "evaluation"
     folder.mkdir()
-    recipe = {"draws": 50, "loss": "l2", "elimination": {"class": "LikelihoodRatio", "alpha": 0.01}}
-    settings = {"recipe": recipe, "data": {"class": "DigitsDataModule"}}
+    recipe = {
+        "draws": 50,
+        "loss": "l2",
+        "elimination": {"class": "lightning_diffclf.classifier.sequential.LikelihoodRatio"},
+    }
+    settings = {"recipe": recipe, "data": {"class": "lightning_diffclf.data.digits.DigitsDataModule"}}
     metrics = {"accuracy": 0.98765, "images": 360, "nfe_per_image": 27.4, "seconds": 5.0}
     write_json({"metrics": metrics, "settings": settings}, folder / "metrics.json", 2, "results")
     return folder
@@ -58,6 +62,7 @@ def test_the_card_has_the_numbers_of_the_run(tmp_path, run):
     assert (card.data.library_name, card.data.license) == ("lightning_diffclf", "apache-2.0")
     assert "| accuracy | 0.9877 |" in card.text
     assert "| network calls per image | 27.4 |" in card.text
+    assert "- Input: pixels in [-1, 1], 1 × 8 × 8" in card.text
     assert "data `DigitsDataModule`, draws `50`, loss `l2`, elimination `LikelihoodRatio`" in card.text
     assert "Classes: cat, dog, cow" in card.text
     with pytest.raises(FileNotFoundError, match="evaluation: no file"):
