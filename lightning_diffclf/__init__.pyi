@@ -20,5 +20,6 @@ from lightning_diffclf.models.dit import DiT as DiT
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT as ClassConditionalDiT
 from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion as ZeroShotStableDiffusion
 from lightning_diffclf.schedule import NoiseSchedule as NoiseSchedule
+from lightning_diffclf.zero_shot import pipeline as pipeline
 
 __version__: str

@@ -7,8 +7,10 @@ it is also a flag. All other commands: :mod:`~lightning_diffclf.commands`.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.callbacks.ema import EMA
-from lightning_diffclf.callbacks.loggers import run_loggers
+from lightning_diffclf.callbacks.loggers import check_packages, run_loggers
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.commands import evaluate, main, telling
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
+from lightning_diffclf.commands.mistakes import check_variables
 from lightning_diffclf.commands.parser import Plain
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import CLASSES, check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
 from lightning_diffclf.modules.checkpoints import check_checkpoint, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.progress import listening
 
 __all__ = ["CONFIG_KEY", "DiffClfCLI", "evaluate", "evaluation_config", "main", "train"]
 
@@ -95,7 +99,7 @@ class DiffClfCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.parser_class(**kwargs)
+        parser = self.parser_class(prog="diffclf", **kwargs)
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help="YAML file, or the name of one in configs/; may be repeated"
         )
@@ -117,6 +121,11 @@ class DiffClfCLI(LightningCLI):
             default=None,
             help="Weights that fit begins with where run_dir has no checkpoint yet: a checkpoint, or published ones",
         )
+        parser.add_argument(
+            "--untrained",
+            action="store_true",
+            help="Evaluate trainable weights without a checkpoint, as they were made",
+        )
         parser.add_lightning_class_args(DiffusionClassifierCallback, "classifier")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleGrid, "samples")
@@ -131,6 +140,7 @@ class DiffClfCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_variables(os.environ)
         # A new list: sys.argv must not change, Lightning's DDP launcher runs it again for the other ranks.
         if self._default_subcommand and not (args and args[0] in self.subcommands()):
             args = [self._default_subcommand, *args]
@@ -139,6 +149,7 @@ class DiffClfCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self._get(self.config, EXTENDS) is not None:
             raise UserError(f"{EXTENDS}: only files say what they extend; expected --config, which may be repeated")
+        check_packages(self._get(self.config, "trainer.logger"))
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the base class would let a checkpoint's hyperparameters override flags and YAML in silence."""
@@ -176,15 +187,31 @@ class DiffClfCLI(LightningCLI):
                 self.config_init[subcommand]["ckpt_path"] = None
             else:
                 print(f"resuming from {path}")
-        if path is not None and path not in ("best", "hpc", "registry"):
+        if path in ("best", "hpc", "registry"):
+            pass  # Lightning's
+        elif path is not None:
             if is_published(path):
                 self._load_weights(path)
                 self.config_init[subcommand]["ckpt_path"] = None
             else:
                 check_checkpoint(self.model, read_checkpoint(path), path)
-        elif path is None and self._fits and (start := self._get(self.config, "warm_start")) is not None:
+        elif self._fits and (start := self._get(self.config, "warm_start")) is not None:
             self._load_weights(start)
-        super()._run_subcommand(subcommand)
+        elif not self._fits:
+            self._check_trained()
+        bar = self.trainer.progress_bar_callback
+        with listening(bar.tell) if isinstance(bar, ClassifierProgressBar) else nullcontext():
+            super()._run_subcommand(subcommand)
+
+    def _check_trained(self) -> None:
+        """Raise where an evaluation would be of a network that nobody trained; its cost may be measured."""
+        trainable = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        meant = self._get(self.config, "untrained") or self._get(self.config, "classifier.plan")
+        if trainable and not meant:
+            raise UserError(
+                f"checkpoint: none given, and the {trainable:,} weights of {type(self.model).__name__} are random; "
+                "expected --ckpt PATH (of diffclf: --ckpt_path), or --untrained to evaluate them nevertheless"
+            )
 
     def _load_weights(self, path: str) -> None:
         """Put published weights, or the averaged ones of a checkpoint, into the module."""
@@ -247,6 +274,7 @@ def evaluate_command(given: Namespace) -> None:
             f"--run_dir={Path(out).parent}",
             *[f"--classifier.keep_{what}=true" for what in kept],
             *(["--classifier.plan=true"] if given.plan else []),
+            *(["--untrained"] if given.untrained else []),
             *([f"--classifier.part={given.part}"] if given.part else []),
             *from_checkpoint,
             *given.flags,

@@ -40,7 +40,7 @@ def test_only_proposed_candidates_are_tried():
     for a, b in zip(classifier(images), expected, strict=True):
         assert a.candidates_K.tolist() == b.candidates_K.tolist()
         assert torch.equal(a.scores_K, b.scores_K)
-        assert (a.label, a.nfe) == (b.label, b.nfe)
+        assert (a.prediction, a.nfe) == (b.prediction, b.nfe)
     for result in classifier(images, candidates=[1, 2]):  # what a call names comes first
         assert result.candidates_K.tolist() == [1, 2]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import sys
 import warnings
@@ -11,6 +10,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from lightning_diffclf import __version__
+from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.errors import UserError
 
 
@@ -103,10 +103,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(help_text(), file=sys.stderr)
         raise SystemExit(2)
     else:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise SystemExit(
-            f"error: no command {name!r}; {f'did you mean {close[0]!r}?' if close else 'see diffclf --help'}"
-        )
+        raise SystemExit(f"error: {unknown('command', name, COMMANDS)}\nAll commands: diffclf --help")
 
 
 def evaluate(args: Sequence[str] | None = None) -> None:

@@ -307,6 +307,7 @@ def evaluate(args: Sequence[str]) -> Namespace:
     own.add_argument(
         "--plan", action="store_true", help="measure what the evaluation will cost, print that and write nothing"
     )
+    own.add_argument("--untrained", action="store_true", help="evaluate a network without --ckpt, as it was made")
     own.add_argument(
         "--trust-checkpoint",
         action="store_true",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 
+from lightning_diffclf.commands.mistakes import similar
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
 from lightning_diffclf.shipped import shipped
 
@@ -18,7 +20,8 @@ EXTENDS = "extends"
 
 def is_file_name(value: str) -> bool:
     """Whether the value of ``--config`` names a file, be it one that is missing, rather than being YAML itself."""
-    return "\n" not in value and (Path(value).is_file() or value.endswith((".yaml", ".yml")))
+    is_word = re.fullmatch(r"[\w./~-]+", value) is not None  # which is no setting
+    return "\n" not in value and (is_word or Path(value).is_file() or value.endswith((".yaml", ".yml")))
 
 
 def find(name: str, beside: Path = Path()) -> Path:
@@ -30,9 +33,11 @@ def find(name: str, beside: Path = Path()) -> Path:
     for path in (beside / name, CONFIGS / name):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+    known = sorted(path.name for path in CONFIGS.glob("*.yaml"))
     place = "here" if beside == Path() else f"in {str(beside)!r}"
-    raise MissingFile(f"config: no file {name!r}, neither {place} nor in {CONFIGS} (which has: {known})")
+    meant = similar(Path(name).stem, [Path(one).stem for one in known])
+    hint = f"; did you mean '{meant[0]}.yaml'?" if meant else f" (which has: {', '.join(known)})"
+    raise MissingFile(f"config: no file {name!r}, neither {place} nor in {CONFIGS}{hint}")
 
 
 def layers(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:

@@ -8,11 +8,19 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_diffclf.commands.mistakes import explained
+
 
 class Plain:
     """Reports what is wrong, without the hundreds of lines of usage before it."""
 
     prog: str
+    exit_on_error: bool
+    _actions: list[Any]
+    _option_string_actions: dict[str, Any]
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | settings)
 
     def parse_args(self, *args: Any, **settings: Any) -> Any:
         """As the base class; a place to write to must have a name."""
@@ -23,8 +31,15 @@ class Plain:
         return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one message and exit with status 2."""
-        print(f"error: {message}\nAll options: {self.prog} --help", file=sys.stderr)
+        """Print one message and exit with status 2; of the arguments of a class, leave that to the whole parser."""
+        if not self.exit_on_error:
+            super().error(message, ex)  # type: ignore[misc]
+        commands = [
+            one for action in self._actions if isinstance(action.choices, dict) for one in action.choices.values()
+        ]
+        options = [name for one in (self, *commands) for name in one._option_string_actions if ".help" not in name]
+        prog = self.prog.replace(" [options]", "")
+        print(f"error: {explained(message, options)}\nAll options: {prog} --help", file=sys.stderr)
         raise SystemExit(2) from ex
 
 

@@ -24,6 +24,7 @@ from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.missing_weights import check_whole, text_encoders
+from lightning_diffclf.progress import tell
 from lightning_diffclf.schedule import NoiseSchedule
 from lightning_diffclf.shipped import shipped
 
@@ -182,6 +183,7 @@ class PipelineDenoiser:
         device = images.device
         if self._embeddings is None:
             self._embed(device)
+        tell("encoding images")
         vae = self.pipeline.vae
         if self.offload:
             self.network.to("cpu")
@@ -216,10 +218,10 @@ class PipelineDenoiser:
         for part in encoders:
             if isinstance(part, nn.Module):
                 part.to(device)
-        batches = [
-            self.family.embed(self.pipeline, list(self.prompts[first : first + self.embed_batch]))
-            for first in range(0, len(self.prompts), self.embed_batch)
-        ]
+        batches = []
+        for first in range(0, len(self.prompts), self.embed_batch):
+            tell("embedding prompts", first, len(self.prompts))
+            batches.append(self.family.embed(self.pipeline, list(self.prompts[first : first + self.embed_batch])))
         joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         self._embeddings = {name: rows.to(device) for name, rows in joined.items()}
         for name in self.family.TEXT:
@@ -273,6 +275,7 @@ def load(
     Raises:
         ValueError: if it is not there, is gated, lacks a part or weights, or brings code of its own; says what to do.
     """
+    tell(f"loading {pretrained}")
     from diffusers import DiffusionPipeline
 
     folder = Path(pretrained)

@@ -103,6 +103,11 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
         """One for each prompt."""
         return self.denoiser.candidates
 
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the network was trained on."""
+        return self.denoiser.native_size
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to latents."""
         return self.denoiser.encode(images)
