@@ -5,10 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 PYTHONS ?= 3.10 3.11 3.12 3.13
-RUN_DIR := runs/dit_digits
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-versions lint format constraints clean
+.PHONY: help env demo test test-versions wheel lint format constraints clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,9 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: env ## Train a DiT on handwritten digits and classify with it
-	$(BIN)/python train.py --config dit_digits.yaml
-	$(BIN)/python evaluate.py --ckpt $(RUN_DIR)/checkpoints/last.ckpt
-	@echo "generated digits: $(RUN_DIR)/samples.png; results: $(RUN_DIR)/evaluation*"
+	$(BIN)/diffclf demo
 
 test: lint ## Lint, check types and run all tests (make test PYTEST_ARGS="-k schedule")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -45,6 +42,11 @@ test-versions: env ## Run all tests on each Python with the newest dependencies,
 # uv finds or fetches the Python $(1), and chooses the $(2) versions that pyproject.toml allows.
 isolated = $(BIN)/uv run --isolated --no-project --python $(1) --resolution $(2) --with-editable '.[test]' \
 	python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
+
+wheel: env ## Build the wheel into dist/, and try it in an environment of its own
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	scripts/try_wheel.sh $(BIN)/python dist/*.whl
 
 lint: env ## Check style, spelling and types
 	$(BIN)/ruff check .

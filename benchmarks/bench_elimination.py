@@ -51,10 +51,12 @@ def stored(task: Task, classifier: DiffusionClassifier, folder: Path) -> StoredE
         scores = torch.from_numpy(errors_KS.mean(1))
         kept = torch.from_numpy(errors_KS.astype(np.float32))
         every = torch.full((candidates,), draws)
-        unused = {"label": 0, "candidate": 0, "margin": 0.0, "abstained": False}
+        unused = {"prediction": 0, "candidate": 0, "margin": 0.0, "abstained": False}
+        named = classifier.denoiser.candidates
         writer.add(
             Classification(
                 image_id=image_id,
+                candidates=named,
                 candidates_K=torch.arange(candidates),
                 scores_K=scores,
                 differences_K=scores - scores.min(),
@@ -125,7 +127,7 @@ def run_task(task: Task, timed_rows: int) -> None:
         errors = stored(task, everything, Path(folder))
         exhaustive = replay(errors, Exhaustive())
         replays = {rule: replay(errors, rule) for rule in (task.stages, *(PairedTest(alpha) for alpha in ALPHAS))}
-    reference = np.array([result.label for result in exhaustive.results])
+    reference = np.array([result.prediction for result in exhaustive.results])
     print(
         f"\n## {task.name}\n\n{len(images)} images, {len(everything.denoiser.candidates)} candidates, {task.draws} "
         f"draws; all errors of {len(reference)} images. The search is {task.search}."
@@ -156,7 +158,7 @@ def run_task(task: Task, timed_rows: int) -> None:
         same = ""
         if known is None:
             results = classifier(images, ids)
-            decided = np.array([result.label for result in results])
+            decided = np.array([result.prediction for result in results])
             accuracy, nfe = (decided == labels.numpy()).mean(), np.mean([result.nfe for result in results])
             agreement = (decided[: len(reference)] == reference).mean()
             same = f"{(decided == alone.setdefault(rule, decided)).mean():.2%}"  # the first time, it is alone

@@ -1,6 +1,6 @@
 """``python -m lightning_diffclf``: the same as ``diffclf``."""
 
-from lightning_diffclf.cli import main
+from lightning_diffclf.commands import main
 
 if __name__ == "__main__":
     main()

@@ -17,11 +17,12 @@ class Candidates:
         names: Human-readable name of each candidate, such as a class name or a prompt.
         classes: Class index of each candidate; candidate k is class k if omitted. Several candidates may share a class
             (several prompts for one class).
+        class_names: Human-readable name of each class up to the largest index; that of its first candidate if omitted.
 
     Raises:
         TypeError: if ``names`` is a single text.
-        ValueError: if there are no candidates, the lengths differ, or a class index is negative, no whole number or
-            above ten million: every class up to the largest takes room.
+        ValueError: if there are no candidates, the lengths differ, a class has no name, or a class index is negative,
+            no whole number or above ten million: every class up to the largest takes room.
 
     Example:
         >>> candidates = Candidates(["a photo of a cat", "a drawing of a cat", "a photo of a dog"], [0, 0, 1])
@@ -29,7 +30,12 @@ class Candidates:
         (3, 2, (0, 0, 1))
     """
 
-    def __init__(self, names: Sequence[str], classes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        classes: Sequence[int] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         if isinstance(names, (str, bytes)):  # whose letters would be candidates
             raise WrongType(f"candidates: {names!r}, expected a list of names")
         self.names = tuple(str(name) for name in names)
@@ -40,13 +46,18 @@ class Candidates:
             raise UserError(f"candidates: {len(self.names)} names but {len(self.classes)} class indices")
         if min(self.classes) < 0:
             raise UserError(f"candidates: class index {min(self.classes)}, expected 0 or more")
+        self._class_names = None if class_names is None else tuple(str(name) for name in class_names)
+        if self._class_names is not None and len(self._class_names) != self.num_classes:
+            raise UserError(f"candidates: {len(self._class_names)} names for {self.num_classes} classes")
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def class_names(self) -> list[str]:
-        """A name for each class: that of its first candidate, or else its index."""
+        """A name for each class: as given, or that of its first candidate, or else its index."""
+        if self._class_names is not None:
+            return list(self._class_names)
         names = [str(c) for c in range(self.num_classes)]
         for name, c in reversed(list(zip(self.names, self.classes, strict=True))):
             names[c] = name

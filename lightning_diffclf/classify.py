@@ -5,30 +5,23 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
-from lightning_diffclf.classifier import DiffusionClassifier, LikelihoodRatio, Recipe
-from lightning_diffclf.classifier.posterior import class_differences
-from lightning_diffclf.data.batch import content_ids
-from lightning_diffclf.data.images import find_images, open_image, transform
-from lightning_diffclf.data.prompts import from_names
-from lightning_diffclf.errors import UserError
-from lightning_diffclf.models.pipeline import PipelineDenoiser, load
-
-LATENT_INFLATION = 5.0  # residuals of latents are correlated; docs/elimination.md
-RECIPE = Recipe(draws=100, elimination=LikelihoodRatio(inflation=LATENT_INFLATION), ensemble="mean")
-
-AHEAD = 16  # images that are read before the first of them is decided
+from lightning_diffclf.classifier import Recipe
+from lightning_diffclf.data.images import find_images, open_image
+from lightning_diffclf.progress import described, listening
+from lightning_diffclf.zero_shot import RECIPE, pipeline
 
 
 @dataclass(frozen=True)
@@ -37,19 +30,19 @@ class Answer:
 
     Attributes:
         image: The file.
-        label: The most probable label; None if the network returned nothing finite.
+        prediction: The label decided for; None if the network returned nothing finite.
         probabilities: Of each label, the most probable first.
         behind: How much larger the mean error of each label is than the winner's; see docs/results.md (differences).
             None for those that a search left out.
         draws: Draws that each label saw; 0 for those.
-        margin: Evidence for the label against its closest rival, in nats.
+        margin: Evidence for it against its closest rival, in nats.
         nfe: Network calls.
         search_nfe: Those of them that a search took.
         seconds: Time since the answer before.
     """
 
     image: str
-    label: str | None
+    prediction: str | None
     probabilities: dict[str, float]
     behind: dict[str, float | None]
     draws: dict[str, int]
@@ -81,59 +74,46 @@ def classify(
         FileNotFoundError: if there is no such file.
         ValueError: if labels, files or the model are wrong: before any work, except for broken images.
     """
-    prompt_set = from_names(labels, list(templates))
     files = find_images(images)
     if not skip_bad:
         for path in files:
             open_image(path)
-    on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    kinds = {"auto": torch.float16 if on.type == "cuda" else torch.float32} | {
-        name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")
-    }
-    if dtype not in kinds:
-        raise UserError(f"dtype: {dtype!r}, expected one of {sorted(kinds)}")
-    denoiser = PipelineDenoiser(load(model, revision, kinds[dtype]), *prompt_set)
-    classifier = DiffusionClassifier(denoiser, recipe, microbatch=microbatch)
-    prepare = transform(*((size, size) if size else denoiser.native_size))
-    names = list(labels)
-    waiting: list[Path] = []
-    run, start = classifier.run(), time.perf_counter()
+    settings: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "size": size}
+    zero_shot = pipeline(model, labels, templates=templates, recipe=recipe, microbatch=microbatch, **settings)
+    waiting: deque[Path] = deque()
 
-    def answers(results: Iterator[Any]) -> Iterator[Answer]:
-        nonlocal start
-        for result in results:
-            classes = [denoiser.candidates.classes[k] for k in result.candidates_K.tolist()]
-            differences_1C = class_differences(result.differences_K[None], torch.tensor([classes]), len(names))
-            p_C = recipe.posterior(differences_1C, result.dims)[0]
-            order = p_C.argsort(descending=True, stable=True).tolist()
-            best = {classes[i]: i for i in reversed(result.ranking)}  # the best candidate of each label
-            now = time.perf_counter()
-            yield Answer(
-                image=str(waiting.pop(0)),
-                label=None if result.label is None else names[result.label],
-                probabilities={names[c]: float(p_C[c]) for c in order},
-                behind={names[c]: float(result.differences_K[best[c]]) if c in best else None for c in order},
-                draws={names[c]: int(result.draws_K[best[c]]) if c in best else 0 for c in order},
-                margin=result.margin,
-                nfe=result.nfe,
-                search_nfe=result.search_nfe,
-                seconds=now - start,
-            )
-            start = now
+    def pixels() -> Iterator[Tensor]:
+        for path in files:
+            try:
+                found = zero_shot.pixels(path)
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                print(f"skipped: {error}", file=sys.stderr)
+                continue
+            waiting.append(path)
+            yield found
 
-    for path in files:
-        try:
-            pixels = prepare(open_image(path))[None].to(on)
-        except ValueError as error:
-            if not skip_bad:
-                raise
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        run.add(pixels, content_ids(pixels))
-        waiting.append(path)
-        if len(waiting) >= AHEAD:
-            yield from answers(run.work())
-    yield from answers(run.finish())
+    start = time.perf_counter()
+    for result in zero_shot.run(pixels()):
+        best: dict[str, int] = {}  # of the candidates of each label
+        for i in result.ranking:
+            best.setdefault(labels[result.candidates.classes[int(result.candidates_K[i])]], i)
+        probabilities = dict(result.top(len(labels)))
+        probabilities |= {label: 0.0 for label in labels if label not in probabilities}  # which a search left out
+        now = time.perf_counter()
+        yield Answer(
+            image=str(waiting.popleft()),
+            prediction=None if result.prediction is None else labels[result.prediction],
+            probabilities=probabilities,
+            behind={one: float(result.differences_K[best[one]]) if one in best else None for one in probabilities},
+            draws={one: int(result.draws_K[best[one]]) if one in best else 0 for one in probabilities},
+            margin=result.margin,
+            nfe=result.nfe,
+            search_nfe=result.search_nfe,
+            seconds=now - start,
+        )
+        start = now
 
 
 def show(answer: Answer, top: int, console: Console) -> None:
@@ -170,17 +150,27 @@ def draw(answer: Answer, top: int, folder: Path) -> Path:
 def report(answers: Iterator[Answer], total: int, top: int, as_json: bool, plots: Path | None) -> list[Answer]:
     """Print answers as they come, with a progress bar on a terminal; JSON goes to standard output, all at the end."""
     console = Console(stderr=as_json, soft_wrap=True)
-    columns = TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    done = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    done: list[Answer] = []
+    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("classifying", total=total)
-        for answer in answers:
-            done.append(answer)
-            if plots is not None:
-                draw(answer, top, plots)
-            if not as_json:
-                show(answer, top, console)
-            progress.advance(task)
+        said = set()
+
+        def show_stage(what: str, part: int, whole: int | None) -> None:
+            progress.update(task, description=described(what, part, whole))
+            if what not in said and not console.is_terminal:
+                print(described(what, 0, whole), file=sys.stderr, flush=True)
+            said.add(what)
+
+        with listening(show_stage):
+            for answer in answers:
+                done.append(answer)
+                if plots is not None:
+                    draw(answer, top, plots)
+                if not as_json:
+                    show(answer, top, console)
+                progress.advance(task)
     if as_json:
         print(json.dumps([asdict(answer) for answer in done], indent=2))
     return done

@@ -1,46 +1,50 @@
-"""The command line: LightningCLI with named configurations and evaluation from a checkpoint alone.
+"""The commands with a Trainer: LightningCLI with named configurations, and evaluation from a checkpoint alone.
 
 ``python train.py --config dit_digits.yaml``, ``python evaluate.py --ckpt PATH`` and
-``diffclf fit|validate|test|predict`` are one parser: one YAML file is one whole experiment, and every value in it is
-also a flag. ``diffclf replay|merge|compare|report`` need no network: they work on what evaluations stored.
+``diffclf fit|evaluate|validate|test|predict`` are one parser: one YAML file is one whole experiment, and every value in
+it is also a flag. All other commands: :mod:`~lightning_diffclf.commands`.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
+import os
 import sys
-import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 
-import lightning_diffclf  # noqa: F401  (checkpoints may only name classes that are imported)
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.callbacks.ema import EMA
-from lightning_diffclf.callbacks.loggers import run_loggers
+from lightning_diffclf.callbacks.loggers import check_packages, run_loggers
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
 from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.callbacks.training_plan import plan_training
-from lightning_diffclf.commands import COMMANDS
+from lightning_diffclf.commands import evaluate, main, telling
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
+from lightning_diffclf.commands.mistakes import check_variables
 from lightning_diffclf.commands.open_settings import complete
-from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.commands.parser import Plain
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.inert import check_inert, for_evaluation, read_settings
+from lightning_diffclf.inert import CLASSES, check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
 from lightning_diffclf.modules.checkpoints import check_checkpoint, check_classes, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.progress import listening
+
+__all__ = ["CONFIG_KEY", "DiffClfCLI", "evaluate", "evaluation_config", "main", "train"]
 
 CONFIG_KEY = "diffclf_config"  # where a checkpoint keeps the YAML of its run
 
@@ -54,6 +58,10 @@ KEPT_FOR_EVALUATION = (
     "ema",
     "checkpoint",
 )  # of a checkpoint's configuration
+
+
+class Parser(Plain, LightningArgumentParser):
+    """Of the commands with a Trainer."""
 
 
 class KeepConfig(SaveConfigCallback):
@@ -78,6 +86,8 @@ class DiffClfCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], default_subcommand: str | None = None) -> None:
         self._default_subcommand = default_subcommand
+        for path in sorted(set().union(*CLASSES.values())):
+            import_module(path.rpartition(".")[0])  # classes that are imported are known by their names alone
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -88,14 +98,11 @@ class DiffClfCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=Parser,
-            parser_kwargs={
-                "epilog": "Photos: diffclf classify. Stored results: diffclf report, compare, merge and replay."
-            },
             args=list(args),
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.parser_class(**kwargs)
+        parser = self.parser_class(prog="diffclf", **kwargs)
         parser.add_argument(
             "-c", "--config", action=NamedConfig, help="YAML file, or the name of one in configs/; may be repeated"
         )
@@ -122,6 +129,11 @@ class DiffClfCLI(LightningCLI):
             action="store_true",
             help="Measure what training or evaluation would cost, print that, and write nothing",
         )
+        parser.add_argument(
+            "--untrained",
+            action="store_true",
+            help="Evaluate trainable weights without a checkpoint, as they were made",
+        )
         parser.add_lightning_class_args(DiffusionClassifierCallback, "classifier")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleGrid, "samples")
@@ -136,6 +148,7 @@ class DiffClfCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_variables(os.environ)
         # A new list: sys.argv must not change, Lightning's DDP launcher runs it again for the other ranks.
         if self._default_subcommand and not (args and args[0] in self.subcommands()):
             args = [self._default_subcommand, *args]
@@ -144,6 +157,7 @@ class DiffClfCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self._get(self.config, EXTENDS) is not None:
             raise UserError(f"{EXTENDS}: only files say what they extend; expected --config, which may be repeated")
+        check_packages(self._get(self.config, "trainer.logger"))
         config = self.config[self.subcommand] if self.subcommand else self.config
         complete(config)
         if config["plan"] and not self._fits:
@@ -189,7 +203,9 @@ class DiffClfCLI(LightningCLI):
                 self.config_init[subcommand]["ckpt_path"] = None
             else:
                 print(f"resuming from {path}")
-        if path is not None and path not in ("best", "hpc", "registry"):
+        if path in ("best", "hpc", "registry"):
+            pass  # Lightning's
+        elif path is not None:
             if is_published(path):
                 self._load_weights(path)
                 self.config_init[subcommand]["ckpt_path"] = None
@@ -197,9 +213,23 @@ class DiffClfCLI(LightningCLI):
                 checkpoint = read_checkpoint(path)
                 check_classes(self.model, checkpoint, path)
                 check_checkpoint(self.model, checkpoint, path)
-        elif path is None and self._fits and (start := self._get(self.config, "warm_start")) is not None:
+        elif self._fits and (start := self._get(self.config, "warm_start")) is not None:
             self._load_weights(start)
-        super()._run_subcommand(subcommand)
+        elif not self._fits:
+            self._check_trained()
+        bar = self.trainer.progress_bar_callback
+        with listening(bar.tell) if isinstance(bar, ClassifierProgressBar) else nullcontext():
+            super()._run_subcommand(subcommand)
+
+    def _check_trained(self) -> None:
+        """Raise where an evaluation would be of a network that nobody trained; its cost may be measured."""
+        trainable = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        meant = self._get(self.config, "untrained") or self._get(self.config, "classifier.plan")
+        if trainable and not meant:
+            raise UserError(
+                f"checkpoint: none given, and the {trainable:,} weights of {type(self.model).__name__} are random; "
+                "expected --ckpt PATH (of diffclf: --ckpt_path), or --untrained to evaluate them nevertheless"
+            )
 
     def _load_weights(self, path: str) -> None:
         """Put published weights, or the averaged ones of a checkpoint, into the module."""
@@ -242,79 +272,32 @@ def evaluation_config(path: str | Path, trusted: bool = False) -> str:
 
 def train(args: Sequence[str] | None = None) -> None:
     """``train.py``: the command line with ``fit`` implied; ``args`` are those of the process if omitted."""
-    _run(lambda: DiffClfCLI(sys.argv[1:] if args is None else args, default_subcommand="fit"))
+    telling(lambda: DiffClfCLI(sys.argv[1:] if args is None else args, default_subcommand="fit"))
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """``diffclf``: the command line with its subcommands; ``args`` are those of the process if omitted."""
-    args = sys.argv[1:] if args is None else list(args)
-    _run(lambda: COMMANDS[args[0]](args[1:]) if args and args[0] in COMMANDS else DiffClfCLI(args))
-
-
-def evaluate(args: Sequence[str] | None = None) -> None:
-    """``evaluate.py``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
-    args = sys.argv[1:] if args is None else list(args)
-    own = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description="Classify a test set with a trained network. Prints a table; writes metrics.json, "
-        "predictions.parquet, confusion.png and timesteps.png to OUT.",
-        epilog="All other flags override the settings of the checkpoint (--classifier.draws 50, "
-        "--data.eval_batch_size 16, --trainer.accelerator gpu); see `diffclf test --help`.",
-        allow_abbrev=False,
+def evaluate_command(given: Namespace) -> None:
+    """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
+    configs = [evaluation_config(given.ckpt, given.trust_checkpoint)] if not given.config else given.config
+    part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
+    out = given.out or f"{default_output(given.ckpt, configs)}{part}"
+    kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
+    from_checkpoint = [f"--ckpt_path={given.ckpt}"] if given.ckpt else []
+    DiffClfCLI(
+        [
+            "test",
+            *[f"--config={config}" for config in configs],
+            f"--classifier.output_dir={out}",
+            *([] if given.out else ["--classifier.next_free=true"]),
+            "--verbose=false",
+            f"--run_dir={Path(out).parent}",
+            *[f"--classifier.keep_{what}=true" for what in kept],
+            *(["--classifier.plan=true"] if given.plan else []),
+            *(["--untrained"] if given.untrained else []),
+            *([f"--classifier.part={given.part}"] if given.part else []),
+            *from_checkpoint,
+            *given.flags,
+        ]
     )
-    own.add_argument("--ckpt", help="checkpoint; a run of ours needs nothing else")
-    own.add_argument("-c", "--config", action="append", default=[], help="YAML file, or the name of one in configs/")
-    own.add_argument("--out", help="folder for the results (default: `evaluation` in the folder of the run)")
-    own.add_argument(
-        "--part",
-        metavar="I/N",
-        help="classify only the I-th of N parts of the images, as the jobs of an array do; `diffclf merge` joins them",
-    )
-    own.add_argument(
-        "--keep-errors",
-        nargs="?",
-        const=True,
-        choices=["distances"],
-        help="write every error to errors.parquet, for `diffclf replay`; with `distances`, also those between the "
-        "candidates' predictions, which LikelihoodRatio needs",
-    )
-    own.add_argument(
-        "--plan", action="store_true", help="measure what the evaluation will cost, print that and write nothing"
-    )
-    own.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="let the checkpoint's settings name any class and any address: like running a program of who made it",
-    )
-    known, flags = own.parse_known_args(args)
-    if known.out is not None and (not known.out.strip() or "\0" in known.out):
-        own.error(f"out: {known.out!r}, expected the name of a folder")
-    if known.ckpt is None and not known.config:
-        own.error("give --ckpt PATH, or --config FILE for a network that needs no training")
-
-    def run() -> None:
-        configs = [evaluation_config(known.ckpt, known.trust_checkpoint)] if not known.config else known.config
-        part = f"-{parse_part(known.part)[0]}of{parse_part(known.part)[1]}" if known.part else ""
-        out = known.out or f"{default_output(known.ckpt, configs)}{part}"
-        kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[known.keep_errors]
-        from_checkpoint = [f"--ckpt_path={known.ckpt}"] if known.ckpt else []
-        DiffClfCLI(
-            [
-                "test",
-                *[f"--config={config}" for config in configs],
-                f"--classifier.output_dir={out}",
-                *([] if known.out else ["--classifier.next_free=true"]),
-                "--verbose=false",
-                f"--run_dir={Path(out).parent}",
-                *[f"--classifier.keep_{what}=true" for what in kept],
-                *(["--classifier.plan=true"] if known.plan else []),
-                *([f"--classifier.part={known.part}"] if known.part else []),
-                *from_checkpoint,
-                *flags,
-            ]
-        )
-
-    _run(run)
 
 
 def default_output(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
@@ -328,29 +311,3 @@ def default_output(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
         return run_dir / "evaluation"
     folder = Path(ckpt).parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
-
-
-def _run(command: Any) -> None:
-    """Run a command; what the user did wrong is told in one line instead of a traceback."""
-    for harmless in (
-        "isinstance\\(treespec, LeafSpec\\)",
-        "The number of training batches",
-        "The dirpath has changed",
-        ".*does not have many workers",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{harmless}")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
-    try:
-        command()
-    except Exception as error:
-        told = _user_error(error)
-        if told is None:
-            raise
-        raise SystemExit(f"error: {told}") from error
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The error meant for the user: this one, or what others say was its cause; None if it is a defect."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__
-    return error

@@ -36,11 +36,11 @@ def answers(capsys, *arguments) -> list[dict]:
 def test_a_folder_of_images(scenes, capsys):
     folder, truth = scenes
     found = answers(capsys, folder, *COMMON)
-    assert {one["image"]: one["label"] for one in found} == truth
+    assert {one["image"]: one["prediction"] for one in found} == truth
     for one in found:
         assert sum(one["probabilities"].values()) == pytest.approx(1)
-        assert next(iter(one["probabilities"])) == one["label"]
-        assert one["behind"][one["label"]] == 0
+        assert next(iter(one["probabilities"])) == one["prediction"]
+        assert one["behind"][one["prediction"]] == 0
         assert one["nfe"] == sum(one["draws"].values()) < 240
         assert one["margin"] > 0
         assert one["seconds"] > 0
@@ -68,7 +68,7 @@ def test_several_templates_and_another_rule(scenes, capsys):
     folder, truth = scenes
     more = ["--template", "a {}", "--elimination", "Exhaustive", "--draws", "8"]
     [found] = answers(capsys, folder / "0.png", *COMMON, *more)
-    assert found["label"] == truth[str(folder / "0.png")]
+    assert found["prediction"] == truth[str(folder / "0.png")]
     assert found["nfe"] == 20 * 8
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 import torch
 import yaml
 
-from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, LinearProbe, cli
+import lightning_diffclf
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, LikelihoodRatio, LinearProbe, Recipe, cli
+from lightning_diffclf.callbacks import loggers
 from lightning_diffclf.classifier.checks import resolve_candidates
 from lightning_diffclf.cli import DiffClfCLI, evaluate, main, read_checkpoint, train
+from lightning_diffclf.commands import telling
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.modules.checkpoints import trained_module
@@ -108,6 +112,49 @@ def test_evaluate_needs_the_checkpoint_alone_and_flags_override(run_dir, capsys,
     assert sorted(set(rows["draws_K"][0])) == [2, 10]
 
 
+def test_a_classifier_from_the_checkpoint_alone(run_dir):
+    """It decides as the evaluation of the checkpoint does, by the recipe of the run."""
+    evaluate([f"--ckpt={last(run_dir)}", "--out=out", "--trainer.enable_progress_bar=false"])
+    rows = pq.read_table("out/predictions.parquet").to_pydict()
+    data = DigitsDataModule()
+    data.setup()
+    batch = {name: values[:20] for name, values in data.test.parts.items()}
+    classifier = DiffusionClassifier.from_checkpoint(last(run_dir))
+    results = {str(one.image_id): one for one in classifier(batch["image"], ids=batch["id"])}
+    assert classifier.recipe.draws == 3
+    for image_id, one in results.items():
+        row = rows["id"].index(image_id)
+        assert (one.prediction, one.nfe) == (rows["prediction"][row], rows["nfe"][row])
+        np.testing.assert_allclose(one.scores_K, rows["scores_K"][row], rtol=1e-5)
+    module = ClassConditionalDiT.load_from_checkpoint(last(run_dir))
+    assert "DigitsDataModule" in module.generate_model_card(evaluation="out").text
+
+
+def test_settings_of_a_checkpoint_are_overridden_by_keyword(run_dir):
+    rule = LikelihoodRatio(0.2)
+    found = DiffusionClassifier.from_checkpoint(last(run_dir), raw=True, draws=7, elimination=rule, microbatch=5)
+    assert (found.recipe.draws, found.rule, found.microbatch) == (7, rule, 5)
+    with pytest.raises(TypeError, match="no argument 'drawz'; did you mean 'draws'"):
+        DiffusionClassifier.from_checkpoint(last(run_dir), drawz=7)
+    weights = read_checkpoint(last(run_dir))["current_model_state"]
+    assert all(torch.equal(value, weights[name]) for name, value in found.denoiser.state_dict().items())
+
+
+def test_settings_of_a_checkpoint_run_nothing(run_dir):
+    checkpoint = read_checkpoint(last(run_dir))
+    settings = yaml.safe_load(checkpoint[cli.CONFIG_KEY])
+    settings["classifier"]["elimination"] = {"class_path": "os.system", "init_args": {"command": "touch harm"}}
+    torch.save(checkpoint | {cli.CONFIG_KEY: yaml.safe_dump(settings)}, "evil.ckpt")
+    with pytest.raises(ValueError, match=r"classifier.elimination.class_path: 'os.system'"):
+        DiffusionClassifier.from_checkpoint("evil.ckpt")
+    assert not Path("harm").exists()
+    del checkpoint[cli.CONFIG_KEY]  # of a Trainer in Python
+    torch.save(checkpoint, "plain.ckpt")
+    assert DiffusionClassifier.from_checkpoint("plain.ckpt", draws=4).recipe == Recipe(draws=4)
+    with pytest.raises(FileNotFoundError, match=r"no file 'none.ckpt'"):
+        DiffusionClassifier.from_checkpoint("none.ckpt")
+
+
 def test_the_same_command_again_goes_on(run_dir, tmp_path, capsys):
     folder = tmp_path / "again"
     short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
@@ -174,7 +221,7 @@ def test_published_weights_are_evaluated_and_trained_on(tmp_path, capsys):
     batch = next(iter(data.test_dataloader()))
     expected = list(DiffusionClassifier(trained.eval(), draws=Draws(3))(batch["image"][:20], ids=batch["id"][:20]))
     predictions = dict(zip(rows["id"], rows["prediction"], strict=True))
-    assert [predictions[str(one.image_id)] for one in expected] == [one.label for one in expected]
+    assert [predictions[str(one.image_id)] for one in expected] == [one.prediction for one in expected]
     assert "give --config as well" in fails(capsys, evaluate, ["--ckpt=published.pt"])
     said = fails(capsys, evaluate, ["--ckpt=published.pt", "--config=dit_digits.yaml", *quiet])
     assert "does not fit the network as configured" in said
@@ -237,9 +284,23 @@ def test_subcommands(run_dir, capsys):
     ("args", "message"),
     [
         (["--config=nothing.yaml"], "no file 'nothing.yaml', neither here nor in"),
-        ([*QUICK, "--model.hiden_size=3"], "'hiden_size' is not accepted"),
-        ([*QUICK, "--model.hidden_size=wide"], "hidden_size"),
-        ([*QUICK, "--classifier.lss=l2"], "classifier.lss"),
+        (["--config=dit_digts.yaml"], "did you mean 'dit_digits.yaml'?"),
+        (["--config=dit_digits"], "did you mean 'dit_digits.yaml'?"),
+        ([*QUICK, "--model.hiden_size=3"], "no option 'model.hiden_size'; did you mean 'model.hidden_size'?"),
+        ([*QUICK, "--model.hidden_size=wide"], "error: model.hidden_size: 'wide', expected int\n"),
+        ([*QUICK, "--classifier.lss=l2"], "no option '--classifier.lss'; did you mean '--classifier.loss'?"),
+        ([*QUICK, "--trainer.max_step=50"], "no option '--trainer.max_step'; did you mean '--trainer.max_steps'?"),
+        ([*QUICK, "--classifier.draw=50"], "did you mean '--classifier.draws'?"),
+        ([*QUICK, "--config=step.yaml"], "no option 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
+        (
+            [*QUICK, "--model=ClassConditionalDit"],
+            "model: no class 'ClassConditionalDit'; did you mean 'ClassConditionalDiT'",
+        ),
+        ([*QUICK, "--data=lightning_diffclf.data.digits.Digits"], "did you mean 'DigitsDataModule'?"),
+        (
+            [*QUICK, "--classifier.elimination=Stage"],
+            "classifier.elimination: no class 'Stage'; did you mean 'Stages'?",
+        ),
         ([*QUICK, "--classifier.draws=2000"], "2000 draws: the schedule allows 1 … 1000"),
         ([*QUICK, "--model.schedule=linear", "--classifier.draws=2000"], "2000 draws"),
         ([*QUICK, "--classifier.loss=kl"], "'kl' needs a discrete schedule"),
@@ -250,10 +311,30 @@ def test_subcommands(run_dir, capsys):
 def test_bad_settings_give_one_clear_error(args, message, capsys):
     if message.startswith("2000 draws: the schedule allows"):
         args = [*args, "--model.schedule=linear"]
+    Path("step.yaml").write_text("trainer:\n  max_step: 3\n")
     told = fails(capsys, train, [*args, "--run_dir=x"])
     assert message in told
     assert "usage:" not in told
     assert not Path("x/checkpoints").exists()
+
+
+def test_the_version_and_unknown_commands(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"diffclf {lightning_diffclf.__version__}\n"
+    assert "no command 'clasify'; did you mean 'classify'?" in fails(capsys, main, ["clasify"])
+    assert "no command 'tset'; did you mean 'test'?" in fails(capsys, main, ["tset", "--config=dit_digits.yaml"])
+
+
+def test_options_come_from_flags_and_files_alone(capsys, monkeypatch):
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_STEPS", "7")
+    told = fails(capsys, train, [*QUICK, "--run_dir=x"])
+    assert "environment: PL_FIT__TRAINER__MAX_STEPS is not read; expected --trainer.max_steps 7" in told
+
+
+def test_a_logger_without_its_package_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(loggers.PACKAGES, "WandbLogger", ("there_is_no_wandb", "wandb"))
+    for flag in ("--trainer.logger=WandbLogger", "--trainer.logger=[WandbLogger]"):
+        assert "needs wandb, which is not installed: pip install wandb" in fails(capsys, train, [*QUICK, flag])
 
 
 def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
@@ -275,6 +356,20 @@ def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
     assert "give another --run_dir" in told
     assert not Path("o").exists()
     assert "give --ckpt PATH, or --config FILE" in fails(capsys, evaluate, [])
+
+
+def test_a_network_without_a_checkpoint_is_evaluated_only_if_that_is_meant(capsys):
+    quick = ["--config=dit_digits.yaml", "--model.depth=1", "--trainer.limit_test_batches=1", "--classifier.draws=1"]
+    quick += ["--run_dir=x", "--trainer.enable_progress_bar=false", "--data.eval_batch_size=2"]
+    for command, args in ((evaluate, [*quick, "--out=x/evaluation"]), (main, ["predict", *quick])):
+        told = fails(capsys, command, args)
+        assert re.search(r"checkpoint: none given, and the [\d,]+ weights of ClassConditionalDiT are random", told)
+        assert "--untrained" in told
+    assert not Path("x").exists()
+    evaluate([*quick, "--plan", "--out=x/evaluation"])  # what it will cost, before it is trained
+    assert not Path("x").exists()
+    evaluate([*quick, "--untrained", "--out=x/evaluation"])
+    assert json.loads(Path("x/evaluation/metrics.json").read_text())["metrics"]["images"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -354,17 +449,6 @@ def test_bad_replays_give_one_clear_error(flags, message, kept, capsys):
     assert message in told
     assert "usage:" not in told
     assert "Traceback" not in told
-
-
-def test_replay_is_in_the_help(capsys):
-    for args, word in (
-        (["--help"], "diffclf classify. Stored results: diffclf report, compare, merge and replay"),
-        (["replay", "--help"], "--elimination"),
-    ):
-        with pytest.raises(SystemExit) as exit_info:
-            main(args)
-        assert exit_info.value.code == 0
-        assert word in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_plan_writes_nothing(run_dir, capsys):
@@ -455,12 +539,12 @@ def test_only_errors_meant_for_the_user_become_one_line():
             {}["a defect"]
 
     with pytest.raises(SystemExit, match="error: depth: 0, expected at least 1"):
-        cli._run(wrapped)
+        telling(wrapped)
     with pytest.raises(KeyError):
-        cli._run(met_while_telling)
+        telling(met_while_telling)
     for defect in (ValueError, TypeError, OSError):
         with pytest.raises(defect):
-            cli._run(lambda kind=defect: resolve_candidates(Raises(kind), 1, 5))
+            telling(lambda kind=defect: resolve_candidates(Raises(kind), 1, 5))
 
 
 class Raises(list):

@@ -99,7 +99,7 @@ def test_classifying_takes_no_float64_to_the_device(name):
         )
         results = list(classifier(images.to(device), ids=[1, 2, 3]))
         maps = error_map(classifier, images[0].to(device), 1, [0, 2], draws=3)
-        return [[r.label for r in results], *(r.scores_K for r in results), maps]
+        return [[r.prediction for r in results], *(r.scores_K for r in results), maps]
 
     here = classify(CPU)
     with Device():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import replacing
+
+PACKAGES = {
+    "WandbLogger": ("wandb", "wandb"),
+    "CometLogger": ("comet_ml", "comet-ml"),
+    "MLFlowLogger": ("mlflow", "mlflow"),
+    "LitLogger": ("litlogger", "litlogger"),
+}  # module and package of Lightning's loggers that need one
 
 
 class AppendingWriter(ExperimentWriter):
@@ -50,6 +59,22 @@ class AppendingCSVLogger(CSVLogger):
             os.makedirs(self.root_dir, exist_ok=True)
             self._experiment = AppendingWriter(self.log_dir)
         return self._experiment
+
+
+def check_packages(loggers: Any) -> None:
+    """Check that the packages of loggers are installed.
+
+    Args:
+        loggers: ``trainer.logger`` of a configuration: settings of a logger, a list of these, or something else.
+
+    Raises:
+        ValueError: names the first package that is missing, and how it is installed.
+    """
+    for one in loggers if isinstance(loggers, list) else [loggers]:
+        name = str(getattr(one, "class_path", "")).rpartition(".")[2]
+        if name in PACKAGES and find_spec(PACKAGES[name][0]) is None:
+            package = PACKAGES[name][1]
+            raise UserError(f"trainer.logger: {name} needs {package}, which is not installed: pip install {package}")
 
 
 def run_loggers(run_dir: str | Path, resumes: bool) -> list[Logger]:

@@ -6,7 +6,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.progress import TaskID
+
+from lightning_diffclf.progress import described
 
 
 class ClassifierProgressBar(RichProgressBar):
@@ -17,7 +20,11 @@ class ClassifierProgressBar(RichProgressBar):
     """
 
     _images: TaskID | None = None
-    _skipped = 0
+    _skipped = _decided = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._said: set[str] = set()  # before there was a bar
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -49,7 +56,19 @@ class ClassifierProgressBar(RichProgressBar):
         """Show the line; ``total`` images are expected on this rank, None if unknown."""
         if self.progress is not None and self.is_enabled:
             self._images = self.progress.add_task("Classifying", total=float("inf") if total is None else total)
-            self._skipped = 0
+            self._skipped = self._decided = 0
+
+    def tell(self, what: str, done: int, total: int | None) -> None:
+        """Show what is done until the first image is decided: in the line, or as one of its own before there is any.
+
+        Arguments as :data:`~lightning_diffclf.progress.Listener` has them.
+        """
+        if self.progress is not None and self._images is not None and self.is_enabled:
+            if self._decided == 0:
+                self.progress.update(self._images, description=described(what, done, total).capitalize())
+        elif what not in self._said and self.progress is None:
+            self._said.add(what)
+            rank_zero_only(print)(described(what, 0, total), flush=True)
 
     def skip_images(self, count: int) -> None:
         """So many images had been decided before."""
@@ -65,6 +84,7 @@ class ClassifierProgressBar(RichProgressBar):
             correct: How many of them rightly; None if unknown.
             nfe: Network calls spent on them.
         """
+        self._decided = done
         if self.progress is not None and self._images is not None and self.is_enabled:
             accuracy = "" if correct is None else f", {correct / done:.1%} right"
             self.progress.update(

@@ -152,7 +152,7 @@ class RankEvaluation:
                 else:
                     self.results.append(_without_errors(result, self.results))
                 self._decided, self._nfe = self._decided + 1, self._nfe + result.nfe
-                self._correct += label == result.label
+                self._correct += label == result.prediction
                 if self._bar is not None:
                     self._bar.update_images(self._decided, None if label is None else self._correct, self._nfe)
                 start = time.perf_counter()  # what came since the decision was not the classifier's time

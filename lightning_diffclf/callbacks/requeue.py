@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.interruption import interrupt
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # either will do; some libraries claim one of them
 
@@ -37,13 +38,14 @@ class Requeue(Checkpoint):
     of a preemption; one that is preempted without such a time is requeued by SLURM. Under ``nohup`` SIGHUP stays
     ignored.
 
-    The signal handler only takes a note. Whether any process was told is decided by all of them right after an
-    optimizer step: never in the middle of a step, of accumulated batches, or of a validation. It takes the place of
-    Lightning's handlers, which would write ``hpc_ckpt_*.ckpt`` in the middle of a step, and on SIGTERM wait for a
-    broadcast of the first process, whichever was told.
+    In training, the signal handler only takes a note. Whether any process was told is decided by all of them right
+    after an optimizer step: never in the middle of a step, of accumulated batches, or of a validation. It takes the
+    place of Lightning's handlers, which would write ``hpc_ckpt_*.ckpt`` in the middle of a step, and on SIGTERM wait
+    for a broadcast of the first process, whichever was told.
 
-    In ``test``, ``validate`` and ``predict`` with a DiffusionClassifierCallback that has an ``output_dir``, a process
-    leaves at the end of its batch; what it has decided is stored. Other evaluations do not listen.
+    In ``test``, ``validate`` and ``predict``, a process leaves at once, between two layers of its network: an image may
+    take minutes. What it has decided is stored by a DiffusionClassifierCallback that has an ``output_dir``. Without
+    one, only SIGTERM and SIGHUP are heard.
 
     A Checkpoint callback in Lightning's sense, so that it comes after all callbacks that change the weights.
 
@@ -62,7 +64,8 @@ class Requeue(Checkpoint):
             raise UserError(f"requeue: every_n_steps {every_n_steps}, expected at least 1")
         self.every_n_steps = every_n_steps
         self._told: set[signal.Signals] = set()
-        self._listens = False
+        self._stores = False
+        self._evaluation: L.Trainer | None = None  # that may be left at once
         self._previous: dict[signal.Signals, Any] = {}  # handlers that were there before
         self._step = 0
 
@@ -73,10 +76,9 @@ class Requeue(Checkpoint):
                 "expected a ModelCheckpoint, which says where checkpoints go"
             )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        stores = any(isinstance(one, DiffusionClassifierCallback) and one.output_dir for one in callbacks)
-        self._told = set()
-        self._listens = stage == "fit" or stores
-        if not self._listens:
+        self._stores = any(isinstance(one, DiffusionClassifierCallback) and one.output_dir for one in callbacks)
+        self._told, self._process = set(), os.getpid()
+        if stage != "fit" and not self._stores:
             return
         # Not later: the Trainer installs its own handlers between here and the first step, where it finds none.
         for number in SIGNALS:
@@ -87,20 +89,28 @@ class Requeue(Checkpoint):
         for number, handler in self._previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
         self._previous = {}
-        self._listens = False
+        self._stores, self._evaluation = False, None
 
     def _note(self, number: int, *_: Any) -> None:
+        if os.getpid() != self._process:  # one that reads data for this one
+            return
         self._told.add(signal.Signals(number))
+        if self._evaluation is not None:
+            interrupt(self._leave_evaluation)
 
     # Only when the Trainer has installed its own, which it puts beside others; it also puts back what was there before.
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
-        if not self._listens:
-            return
         for number in ENDS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
+        if trainer.state.fn != "fit":
+            self._evaluation = trainer
+            if trainer.received_sigterm:  # before this process had its own handler
+                self._told.add(signal.SIGTERM)
+            if self._told:
+                self._leave_evaluation()
 
     on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = on_train_start
 
@@ -135,22 +145,16 @@ class Requeue(Checkpoint):
     # No decision by all: processes may have different numbers of batches, and there is nothing to save together. SLURM
     # tells each of them; elsewhere the one that started the others does.
 
-    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.state.fn != "fit":
-            self._end_evaluation(trainer)
-
-    def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._end_evaluation(trainer)
-
-    def on_predict_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._end_evaluation(trainer)
-
-    def _end_evaluation(self, trainer: L.Trainer) -> None:
-        if self._told:
-            ignore_ends()
-            if trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(signal.SIGTERM)
-            leave(trainer, "what was decided is stored", self._told)  # by the classifier's on_exception
+    def _leave_evaluation(self) -> None:
+        trainer, self._evaluation = self._evaluation, None
+        if trainer is None:  # it is leaving already
+            return
+        ignore_ends()
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)
+        if not self._stores:
+            raise SystemExit(128 + min(self._told))
+        leave(trainer, "what was decided is stored", self._told)  # by the classifier's on_exception
 
 
 def ignore_ends() -> None:

@@ -26,14 +26,16 @@ from lightning_diffclf.classifier.device import CompiledPredict, download, uploa
 from lightning_diffclf.classifier.draws import Draws, KeyedNoise
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive
 from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut, measure_distances
+from lightning_diffclf.classifier.from_checkpoint import FromCheckpoint
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
 from lightning_diffclf.classifier.search import Found, Search
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating, predict_rows
 from lightning_diffclf.errors import UserError, WrongType
+from lightning_diffclf.progress import tell
 
 
-class DiffusionClassifier:
+class DiffusionClassifier(FromCheckpoint):
     """Classifies images by the error of a conditional denoiser (Li et al. 2023, Algorithm 1).
 
     For each image, noise is added at several timesteps, the network predicts it under each candidate, and the candidate
@@ -60,7 +62,7 @@ class DiffusionClassifier:
 
     Example:
         >>> classifier = DiffusionClassifier(denoiser, draws=Draws(100), microbatch=64)  # doctest: +SKIP
-        >>> [result.label for result in classifier(images, ids=range(len(images)))]  # doctest: +SKIP
+        >>> [result.prediction for result in classifier(images, ids=range(len(images)))]  # doctest: +SKIP
         [3, 8, 8, 1]
     """
 
@@ -191,6 +193,7 @@ class Packer:
         self._launched: deque[_Launch] = deque()
         self._decided: dict[int, Classification] = {}
         self._added = self._yielded = 0
+        self._calls = 0  # rows that the network was given
         self._ahead = 0  # micro-batches that stay on their way while the CPU prepares the next
 
     def add(
@@ -329,6 +332,8 @@ class Packer:
         output = c.predict(*schedule.network_rows(x_t_M, t_M), upload(candidate_N, device), pair)
         x_t, t, noise = x_t_M[pair], t_M[pair], noise_M[pair]
         check_output(output, x_t)
+        self._calls += len(x_t)
+        tell("network calls", self._calls)
         with torch.autocast(device.type, enabled=False):
             predictions = Predictions(schedule, output, x0_M[pair], x_t, t, noise)
             errors_N = download(c.loss(predictions))
@@ -380,10 +385,11 @@ class Packer:
             flight.contest,
             flight.image_id,
             flight.candidates_K,
-            c.denoiser.candidates.classes,
+            c.denoiser.candidates,
             c.recipe.abstain,
             self._slots.dims,
             c.timesteps_S,
+            c.recipe.posterior,
             flight.dropped,
             flight.errors_KS,
             flight.distances_SKK,

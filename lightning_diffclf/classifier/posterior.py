@@ -28,10 +28,11 @@ class Posterior:
       (:meth:`fit`), it makes the probabilities match how often such decisions are right. Then the reduction does not
       matter any more: the temperature absorbs the factor D.
 
-    Scores of candidates that were dropped early are means over fewer draws; they enter as they are, so the
-    probability of a dropped candidate is an approximation. Candidates with infinite or NaN scores get probability 0;
-    where no candidate has a finite score, all are equally likely. Where classes have several candidates, give it
-    :func:`class_differences`.
+    After elimination, give it differences (:attr:`~.classification.Classification.differences_K`) in place of scores:
+    scores are then means over different draws, and the lowest may be another candidate's than the winner's. Where
+    classes have several candidates, give it :func:`class_differences`.
+    :attr:`~.classification.Classification.probabilities_K` does both. Candidates with infinite or NaN scores get
+    probability 0; where no candidate has a finite score, all are equally likely.
 
     Args:
         reduction: ``mean`` or ``sum``.
@@ -67,7 +68,7 @@ class Posterior:
         """Probability of each candidate.
 
         Args:
-            scores_BK: Mean error of K candidates for B images.
+            scores_BK: Mean error of K candidates for B images, over the same draws; or what they differ by.
             dims: Number of values of x0, D.
 
         Returns:
@@ -79,7 +80,7 @@ class Posterior:
         """The same posterior with the temperature that maximises the likelihood of held-out images.
 
         Args:
-            scores_BK: Mean error of K candidates for B images that were used for nothing else.
+            scores_BK: As in :meth:`__call__`, of images that were used for nothing else.
             target_B: Position of the right candidate of each image, 0 … K-1, int64.
             dims: Number of values of x0, D.
 

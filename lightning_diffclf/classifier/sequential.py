@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.special import ndtr, stdtr
 
 from lightning_diffclf.classifier.elimination import Elimination, Needs, Round
 from lightning_diffclf.errors import UserError
@@ -144,6 +143,8 @@ class PairedTest(SequentialTest):
         return np.stack([self._reversal(*one) for one in zip(states, rounds, best_F, strict=True)])
 
     def _reversal(self, state: _Paired, current: Round, best: int) -> np.ndarray:
+        from scipy.special import stdtr  # slow to import: only those who decide wait for it
+
         assert current.errors_RA is not None
         state.narrow(current.active_A)
         state.log_snr_N = np.concatenate([state.log_snr_N, current.log_snr_R])
@@ -206,6 +207,8 @@ class LikelihoodRatio(SequentialTest):
             )
 
     def reversal(self, states: Sequence[_Paired], rounds: Sequence[Round], best_F: np.ndarray) -> np.ndarray:
+        from scipy.special import ndtr  # slow to import: only those who decide wait for it
+
         images = np.arange(len(states))
         e_FRA = np.array([current.errors_RA for current in rounds], dtype=np.float64)
         g_FRA = np.array(

@@ -1,25 +1,137 @@
-"""The commands of ``diffclf`` that need no Trainer."""
+"""``diffclf``: which commands there are, and how one is run. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
+import logging
+import sys
+import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple
 
-from lightning_diffclf.commands.classify import classify_command
-from lightning_diffclf.commands.data import encode_command, shards_command
-from lightning_diffclf.commands.export import export_command
-from lightning_diffclf.commands.fid import fid_command
-from lightning_diffclf.commands.results import compare_command, merge_command, replay_command, report_command
-from lightning_diffclf.commands.sample import sample_command
+from lightning_diffclf import __version__
+from lightning_diffclf.commands.mistakes import unknown
+from lightning_diffclf.errors import UserError
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "classify": classify_command,
-    "replay": replay_command,
-    "merge": merge_command,
-    "compare": compare_command,
-    "report": report_command,
-    "shards": shards_command,
-    "encode": encode_command,
-    "sample": sample_command,
-    "fid": fid_command,
-    "export": export_command,
+
+class Command(NamedTuple):
+    """One word after ``diffclf``.
+
+    Attributes:
+        summary: One line for the help.
+        module: Where ``NAME_command`` is, which takes what the function ``NAME`` of
+            :mod:`~lightning_diffclf.commands.arguments` returns. None for Lightning's own subcommands, whose arguments
+            are those of all classes that they may make.
+    """
+
+    summary: str
+    module: str | None = None
+
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "Begin": {
+        "demo": Command("train on handwritten digits and classify with what was learnt: minutes", "commands.demo"),
+        "configs": Command("the experiments that come with this package, or a copy of one to edit", "commands.configs"),
+    },
+    "Train and evaluate": {
+        "fit": Command("train: --config dit_digits.yaml, and any value in it as a flag"),
+        "evaluate": Command("classify a test set: --ckpt of a run, or --config of a network without training", "cli"),
+        "validate": Command("the same on the validation set, as Lightning's subcommand"),
+        "test": Command("what evaluate runs, as Lightning's subcommand"),
+        "predict": Command("classify images without labels, as Lightning's subcommand"),
+    },
+    "Results": {
+        "report": Command("one HTML file that shows an evaluation, and its figures", "commands.results"),
+        "compare": Command("two evaluations image by image: agreement, McNemar's test, cost", "commands.results"),
+        "merge": Command("join evaluations of parts of a data set", "commands.results"),
+        "replay": Command(
+            "what other rules, weights and budgets would have decided, without the network", "commands.results"
+        ),
+    },
+    "Photos and samples": {
+        "classify": Command("photos and labels in, probabilities out", "commands.classify"),
+        "sample": Command("images of given classes from a trained network", "commands.sample"),
+        "fid": Command("how good generated images are: FID, Inception Score, precision, recall", "commands.fid"),
+    },
+    "Data and weights": {
+        "shards": Command("a folder of images becomes tar shards", "commands.data"),
+        "encode": Command("images become latents", "commands.data"),
+        "export": Command("a trained DiT becomes a folder of diffusers", "commands.export"),
+    },
 }
+
+COMMANDS: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}
+
+
+def help_text() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS))
+    groups = [
+        "\n".join([title, *(f"  {name:{width}}  {command.summary}" for name, command in group.items())])
+        for title, group in GROUPS.items()
+    ]
+    usage = "usage: diffclf COMMAND [options]"
+    about = "Diffusion models as classifiers: train them, evaluate them, look at them."
+    return "\n\n".join([usage, about, *groups, "All options of a command: diffclf COMMAND --help"])
+
+
+def run(name: str, args: Sequence[str]) -> None:
+    """Run a command with its arguments.
+
+    Raises:
+        UserError: if it cannot be done as asked.
+        SystemExit: if the arguments cannot be understood, or ask for help.
+    """
+    module = COMMANDS[name].module
+    if module is None:
+        import_module("lightning_diffclf.cli").DiffClfCLI([name, *args])
+        return
+    given = getattr(import_module("lightning_diffclf.commands.arguments"), name)(args)  # before what is slow to import
+    getattr(import_module(f"lightning_diffclf.{module}"), f"{name}_command")(given)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """``diffclf``: one of the commands; ``args`` are those of the process if omitted."""
+    name, *others = (sys.argv[1:] if args is None else args) or [""]
+    if name in ("-h", "--help"):
+        print(help_text())
+    elif name == "--version":
+        print(f"diffclf {__version__}")
+    elif name in COMMANDS:
+        telling(lambda: run(name, others))
+    elif name == "":
+        print(help_text(), file=sys.stderr)
+        raise SystemExit(2)
+    else:
+        raise SystemExit(f"error: {unknown('command', name, COMMANDS)}\nAll commands: diffclf --help")
+
+
+def evaluate(args: Sequence[str] | None = None) -> None:
+    """``evaluate.py``: ``diffclf evaluate``; ``args`` are those of the process if omitted."""
+    telling(lambda: run("evaluate", sys.argv[1:] if args is None else args))
+
+
+def telling(command: Callable[[], object]) -> None:
+    """Run a command; what the user did wrong is told in one line instead of a traceback."""
+    for harmless in (
+        "isinstance\\(treespec, LeafSpec\\)",
+        "The number of training batches",
+        "The dirpath has changed",
+        ".*does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{harmless}")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
+    try:
+        command()
+    except Exception as error:
+        told = _user_error(error)
+        if told is None:
+            raise
+        raise SystemExit(f"error: {told}") from error
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The error meant for the user: this one, or what others say was its cause; None if it is a defect."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error

@@ -1,23 +1,27 @@
-"""Configuration files: found by name in configs/, and layered on others that they extend."""
+"""Configuration files: found by name in configs/, layered on others that they extend; ``diffclf configs``."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace
 
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.commands.mistakes import similar
+from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
+from lightning_diffclf.shipped import shipped
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = shipped("configs")
 
 EXTENDS = "extends"
 
 
 def is_file_name(value: str) -> bool:
     """Whether the value of ``--config`` names a file, be it one that is missing, rather than being YAML itself."""
-    return "\n" not in value and (Path(value).is_file() or value.endswith((".yaml", ".yml")))
+    is_word = re.fullmatch(r"[\w./~-]+", value) is not None  # which is no setting
+    return "\n" not in value and (is_word or Path(value).is_file() or value.endswith((".yaml", ".yml")))
 
 
 def find(name: str, beside: Path = Path()) -> Path:
@@ -29,9 +33,11 @@ def find(name: str, beside: Path = Path()) -> Path:
     for path in (beside / name, CONFIGS / name):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+    known = sorted(path.name for path in CONFIGS.glob("*.yaml"))
     place = "here" if beside == Path() else f"in {str(beside)!r}"
-    raise MissingFile(f"config: no file {name!r}, neither {place} nor in {CONFIGS} (which has: {known})")
+    meant = similar(Path(name).stem, [Path(one).stem for one in known])
+    hint = f"; did you mean '{meant[0]}.yaml'?" if meant else f" (which has: {', '.join(known)})"
+    raise MissingFile(f"config: no file {name!r}, neither {place} nor in {CONFIGS}{hint}")
 
 
 def layers(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
@@ -78,3 +84,48 @@ class NamedConfig(ActionConfigFile):
         for file in files:
             super().__call__(parser, cfg, str(file), option_string)
             cfg[EXTENDS] = None  # done: what is written of this configuration is whole
+
+
+LAYER = "A layer"  # how those begin that are no whole experiment
+
+
+def summary(path: Path) -> str:
+    """What the first line of a file says, a comment."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().removeprefix("#").strip()
+
+
+def configs_command(given: Namespace) -> None:
+    """``diffclf configs``: prints what there is, or copies one."""
+    if given.copy is not None:
+        print(copied(given.copy, Path(given.out or Path(given.copy).name)))
+        return
+    summaries = {path.name: summary(path) for path in sorted(CONFIGS.glob("*.yaml"))}
+    width = max(map(len, summaries))
+    for title, layer in (("Experiments", False), ("Layers, to be given after them", True)):
+        print(f"{title}:")
+        for name, text in summaries.items():
+            if text.startswith(LAYER) == layer:
+                print(f"  {name:{width}}  {text}")
+        print()
+    print("diffclf fit|evaluate --config NAME [--config LAYER …]; to edit one: diffclf configs --copy NAME")
+
+
+def copied(name: str, out: Path) -> str:
+    """Write a file of configs/ to a new place; returns what to do with it.
+
+    Raises:
+        FileNotFoundError: if there is none of this name.
+        ValueError: if the place is taken.
+    """
+    names = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+    if name not in names:
+        raise MissingFile(f"copy: no configuration {name!r}, expected one of {', '.join(names)}")
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write((CONFIGS / name).read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise UserError(f"out: {str(out)!r} is there already, expected a new file") from error
+    except OSError as error:
+        raise FailedWrite(f"out: {str(out)!r} cannot be written ({error.strerror})") from error
+    return f"{out}: edit it, then give --config {out}"

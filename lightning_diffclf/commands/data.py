@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+from jsonargparse import Namespace
 
-from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.data.encoding import chunk_ends, encode
 from lightning_diffclf.data.imagenet import classes_of, network_classes_of, open_source
@@ -16,22 +15,11 @@ from lightning_diffclf.data.packing import pack, plan_shards
 from lightning_diffclf.data.shards import ShardIndex
 from lightning_diffclf.data.zero_shot import FolderImages
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.models.autoencoder import DEFAULT, Autoencoder
+from lightning_diffclf.models.autoencoder import Autoencoder
 
 
-def shards_command(args: Sequence[str]) -> None:
+def shards_command(given: Namespace) -> None:
     """``diffclf shards``: a folder of images becomes tar shards."""
-    parser = Parser(
-        prog="diffclf shards",
-        description="Pack a folder of images, one folder for each class, into tar shards in webdataset's layout. "
-        "Images go in as they are, in random order. The same command resumes where it was stopped.",
-    )
-    parser.add_argument("--data", type=str, required=True, help="folder with a folder of images for each class")
-    parser.add_argument("--out", type=str, required=True, help="folder for the shards")
-    parser.add_argument("--images_per_shard", type=int, default=1000, help="images in one shard")
-    parser.add_argument("--processes", type=int, default=4, help="shards that are written at a time")
-    parser.add_argument("--seed", type=int | None, default=0, help="of the order; null keeps that of the folder")
-    given = parser.parse_args(list(args))
     if given.processes < 1:
         raise UserError(f"processes: {given.processes}, expected at least 1")
     source = open_source(given.data)
@@ -53,24 +41,8 @@ def shards_command(args: Sequence[str]) -> None:
     print(f"{len(source)} images of {len(source.classes)} classes in {len(plans)} shards: {given.out}")
 
 
-def encode_command(args: Sequence[str]) -> None:
+def encode_command(given: Namespace) -> None:
     """``diffclf encode``: images become latents."""
-    parser = Parser(
-        prog="diffclf encode",
-        description="Make latents of a folder of images or of tar shards, once: of each image and its mirror image, "
-        "the mean and standard deviation of the autoencoder's posterior, in float16. Runs on several devices, also "
-        "under torchrun or srun; the same command resumes where it stopped. At the end all is read back and checked.",
-    )
-    parser.add_argument("--data", type=str, required=True, help="folder with a folder for each class, or tar shards")
-    parser.add_argument("--out", type=str, required=True, help="folder for the latents")
-    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
-    parser.add_argument("--vae", type=str, default=DEFAULT, help="folder or Hub repository of the autoencoder")
-    parser.add_argument("--batch_size", type=int, default=32, help="images that are encoded at once")
-    parser.add_argument("--num_workers", type=int, default=4, help="processes that read images, for each device")
-    parser.add_argument("--accelerator", type=str, default="auto", help="gpu, cpu, …")
-    parser.add_argument("--devices", type=int, default=1, help="devices of this machine")
-    parser.add_argument("--num_nodes", type=int, default=1, help="machines, under srun or torchrun")
-    given = parser.parse_args(list(args))
     for name in ("size", "batch_size"):
         if given[name] < 1:
             raise UserError(f"{name}: {given[name]}, expected at least 1")

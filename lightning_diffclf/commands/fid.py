@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from jsonargparse import Namespace
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import progress
 from lightning_diffclf.errors import UserError, first_line
 from lightning_diffclf.results.sample_quality import (
@@ -35,36 +35,8 @@ from lightning_diffclf.results.sample_quality import (
 )
 
 
-def fid_command(args: Sequence[str]) -> None:
+def fid_command(given: Namespace) -> None:
     """``diffclf fid``: FID, Inception Score, precision and recall of a folder of images."""
-    parser = Parser(
-        prog="diffclf fid",
-        description="FID, Inception Score, precision and recall of generated images with regard to real ones. What is "
-        "needed of the real ones is kept in a file beside their folder.",
-    )
-    parser.add_argument("folder", type=str, help="generated images, also in folders below")
-    parser.add_argument(
-        "--reference",
-        type=str,
-        required=True,
-        help="folder of real images; or a .npz that was kept of them, or one with mu and sigma (then FID only)",
-    )
-    parser.add_argument(
-        "--size", type=int | None, default=None, help="crop real images to this many pixels, as for training"
-    )
-    parser.add_argument(
-        "--stats", type=str | None, default=None, help="what is kept of real images (default: FOLDER.fid.npz)"
-    )
-    parser.add_argument(
-        "--weights",
-        type=str | None,
-        default=None,
-        help="file of the Inception network (default: it is downloaded)",
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="images at once")
-    parser.add_argument("--device", type=str, default="auto", help="cuda, cpu, …")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    given = parser.parse_args(list(args))
     for name in ("batch_size", "size"):
         if given[name] is not None and given[name] < 1:
             raise UserError(f"{name}: {given[name]}, expected at least 1")

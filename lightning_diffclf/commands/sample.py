@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from PIL import Image
 from torch import Tensor
 
-from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import replacing, write_json
+from lightning_diffclf.hub import AUTOENCODER
 from lightning_diffclf.identity import differences, digest_of_weights, identity_of
-from lightning_diffclf.models.autoencoder import DEFAULT
 from lightning_diffclf.models.published import config_of, is_published, load_published
 from lightning_diffclf.modules.checkpoints import trained_module
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
@@ -28,35 +26,8 @@ GRID_SUFFIXES = (".png", ".jpg", ".jpeg")
 GRID_IMAGES = 400  # in one grid; drawing more takes minutes
 
 
-def sample_command(args: Sequence[str]) -> None:
+def sample_command(given: Namespace) -> None:
     """``diffclf sample``: a grid, or a folder with one file for each image."""
-    parser = Parser(
-        prog="diffclf sample",
-        description="Generate images of given classes. An image depends on seed, class and number only, not on batch "
-        "size or devices. Into a folder, the same command resumes where it was stopped.",
-    )
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint (its averaged weights), or published ones")
-    parser.add_argument("--out", type=str, required=True, help="a .png or .jpg for a grid, else a folder")
-    parser.add_argument("--classes", type=str, default="all", help="names or numbers with commas between them, or all")
-    parser.add_argument("--per_class", type=int, default=8, help="images of each class")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="1 is no guidance")
-    parser.add_argument(
-        "--guided_channels", type=int | None, default=None, help="channels that are guided (3 as published for DiT)"
-    )
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--seed", type=int, default=0, help="key of the noise")
-    parser.add_argument("--batch_size", type=int, default=32, help="images that are generated at once on a device")
-    parser.add_argument(
-        "--vae", type=str | None, default=None, help=f"autoencoder (default: the network's own, else {DEFAULT})"
-    )
-    parser.add_argument("--schedule", type=str, default="linear", help="of published weights; sit for those of SiT")
-    parser.add_argument("--accelerator", type=str, default="auto", help="gpu, cpu, …")
-    parser.add_argument("--devices", type=int, default=1, help="devices of this machine")
-    parser.add_argument("--num_nodes", type=int, default=1, help="machines, under srun or torchrun")
-    parser.add_argument(
-        "--precision", type=Literal["32-true", "bf16-mixed", "16-mixed"], default="32-true", help="of the network"
-    )
-    given = parser.parse_args(list(args))
     for name in ("per_class", "batch_size"):
         if given[name] < 1:
             raise UserError(f"{name}: {given[name]}, expected at least 1")
@@ -129,7 +100,7 @@ def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT
     config = config_of(path)
     if schedule == "sit":
         config["learn_sigma"] = False
-    own = f"{path}/vae" if (Path(path) / "vae").is_dir() else DEFAULT
+    own = f"{path}/vae" if (Path(path) / "vae").is_dir() else AUTOENCODER
     module = ClassConditionalDiT(**config, schedule=schedule, vae=vae or own)  # type: ignore[arg-type]
     load_published(module.net, module.schedule, path)
     return module

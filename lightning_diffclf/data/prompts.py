@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_diffclf.candidates import Candidates
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.errors import MissingFile, UserError, WrongType
 
 TEMPLATES: Mapping[str, str] = {
     "food101": "a photo of {}, a type of food.",
@@ -41,12 +41,15 @@ def from_names(class_names: Sequence[str], templates: str | Sequence[str] = "a p
     """Every template with every class name; ``{}`` stands for the name, underscores become spaces.
 
     Raises:
+        TypeError: if ``class_names`` is a single text.
         ValueError: if names are empty or occur twice, or a template has no ``{}``.
 
     Example:
         >>> from_names(["cat", "dog"], "a photo of a {}.").prompts
         ['a photo of a cat.', 'a photo of a dog.']
     """
+    if isinstance(class_names, str):  # whose letters would be labels
+        raise WrongType(f"labels: {class_names!r}, expected a list of labels")
     templates = [templates] if isinstance(templates, str) else list(templates)
     names = [str(name).replace("_", " ").strip() for name in class_names]
     if not names:
@@ -63,7 +66,7 @@ def from_names(class_names: Sequence[str], templates: str | Sequence[str] = "a p
         raise UserError("template: none given, expected at least one")
     prompts = [template.replace("{}", name) for name in names for template in templates]
     classes = [c for c in range(len(names)) for _ in templates]
-    return PromptSet(Candidates(names if len(templates) == 1 else prompts, classes), prompts)
+    return PromptSet(Candidates(names if len(templates) == 1 else prompts, classes, names), prompts)
 
 
 def from_csv(path: str | Path) -> PromptSet:
@@ -103,6 +106,8 @@ def from_csv(path: str | Path) -> PromptSet:
         first, gaps = next(c for c in range(len(known) + 1) if c not in known), max(classes) + 1 - len(known)
         raise UserError(f"prompts: {str(path)!r} has no prompt for class {first} ({gaps} classes without one)")
     prompts = [row["prompt"] for row in rows]
-    several = len(set(classes)) < len(classes)
-    names = prompts if several else [row["classname"] or row["prompt"] for row in rows]
-    return PromptSet(Candidates(names, classes), prompts)
+    names = [row["classname"] or row["prompt"] for row in rows]
+    of_class = dict(reversed(list(zip(classes, names, strict=True))))  # as its first row has it
+    class_names = [of_class[c] for c in range(len(of_class))]
+    several = len(of_class) < len(classes)
+    return PromptSet(Candidates(prompts if several else names, classes, class_names), prompts)

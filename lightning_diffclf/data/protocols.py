@@ -1,4 +1,4 @@
-"""What a data module may say besides its batches (:class:`~.batch.Batch`): each of these is optional.
+"""What a data module may say besides its batches (:class:`~.batch.Batch`), and what it may ask: each is optional.
 
 A data module that has the members of one of these protocols is asked for them by whom its docstring names. Check with
 ``isinstance``, which looks at names only.
@@ -89,6 +89,16 @@ class HasTrainingImages(Protocol):
         Returns:
             Loader of batches with labels, as :func:`~.batch.unpack` takes them; not shuffled.
         """
+        ...
+
+
+@runtime_checkable
+class HasNativeSize(Protocol):
+    """A network, rather than a data module: asked by data modules that were given no size."""
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that it was trained on."""
         ...
 
 

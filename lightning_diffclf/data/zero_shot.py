@@ -17,6 +17,7 @@ from torchvision import datasets
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
 from lightning_diffclf.data.images import find_images, open_image, stacked, to_rgb, transform
+from lightning_diffclf.data.protocols import HasNativeSize
 from lightning_diffclf.data.shards import ShardImages, Shards
 from lightning_diffclf.data.stream import Share, evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError
@@ -223,7 +224,8 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
             ``objectnet``, from folders; ``folder``, for images in ``root``, one folder for each class; or
             ``webdataset``, for tar shards (``root``: a pattern or a folder), with ``class_names`` or a CSV of prompts.
         root: Folder of the data.
-        size: Height and width of the images.
+        size: Height and width of the images; if omitted, those that the Trainer's module was trained on
+            (:class:`~lightning_diffclf.data.protocols.HasNativeSize`).
         eval_batch_size: Images in a batch of one process.
         num_workers: Processes that read images.
         download: Let torchvision download what is missing.
@@ -236,7 +238,8 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
             published DiT networks want it (:func:`~lightning_diffclf.data.images.published_crop`).
 
     Raises:
-        ValueError: if the name is unknown, numbers are out of range, or names are not as many as classes.
+        ValueError: if the name is unknown, numbers are out of range, or names are not as many as classes; from
+            ``setup``, if no size is given and the module does not say its own.
         FileNotFoundError: from ``setup``, if the data are not there.
     """
 
@@ -250,7 +253,7 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
         self,
         name: str = "folder",
         root: str = "data",
-        size: int | tuple[int, int] = 512,
+        size: int | tuple[int, int] | None = None,
         eval_batch_size: int = 16,
         num_workers: int = 2,
         download: bool = False,
@@ -273,11 +276,21 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
             raise UserError(f"per_class: {per_class}, expected at least 1, and no subset file beside it")
         self.save_hyperparameters()
         self.name: str = name
-        self.root, self.size = root, (size, size) if isinstance(size, int) else tuple(size)
+        self.root, self._given_size = root, (size, size) if isinstance(size, int) else size
         self.eval_batch_size, self.num_workers, self.download = eval_batch_size, num_workers, download
         self._names, self.subset, self.per_class, self.seed, self.border = class_names, subset, per_class, seed, border
         self.crop: Any = crop
         self._source: Any = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        if self._given_size is None:
+            module: object = getattr(self.trainer, "lightning_module", None)
+            if not isinstance(module, HasNativeSize):
+                raise UserError("size: none given, and no module that says its own; expected one (--data.size)")
+            self._given_size = module.native_size
+        return self._given_size
 
     @property
     def source(self) -> Any:
@@ -312,14 +325,17 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
         return getattr(self.source, "imagenet", None) if self.name != "webdataset" else None
 
     def contents(self) -> dict[str, Any]:
+        height, width = self.size
+        size = {"size": height if height == width else self.size}  # the module's own is the same as one given
         if self.name == "webdataset":
-            return {"source": Shards(self.root)}
+            return size | {"source": Shards(self.root)}
         if isinstance(self.source, FolderImages):
-            return {"source": self.source, "positions": self._positions()}
-        return {"images": len(self.source), "labels": _known_labels(self.source), "positions": self._positions()}
+            return size | {"source": self.source, "positions": self._positions()}
+        known = {"images": len(self.source), "labels": _known_labels(self.source)}
+        return size | known | {"positions": self._positions()}
 
     def setup(self, stage: str | None = None) -> None:
-        prepare = transform(self.size[0], self.size[1], self.crop)
+        prepare = transform(*self.size, self.crop)
         if self.name == "webdataset":
             share = Share.of(self.trainer)
             self.test: Any = ShardImages(Shards(self.root), prepare, share.rank, share.world_size)

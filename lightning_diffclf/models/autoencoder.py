@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.hub import AUTOENCODER
 from lightning_diffclf.identity import digest_of_weights
-
-DEFAULT = "stabilityai/sd-vae-ft-ema"  # what the published DiT networks were trained with
 
 
 class Autoencoder:
@@ -38,7 +37,7 @@ class Autoencoder:
         self.shift = float(vae.config.get("shift_factor") or 0.0)
 
     @classmethod
-    def load(cls, name: str = DEFAULT, dtype: torch.dtype = torch.float32) -> Autoencoder:
+    def load(cls, name: str = AUTOENCODER, dtype: torch.dtype = torch.float32) -> Autoencoder:
         """Load it from a folder, the folder of a whole pipeline, or a repository on the Hub.
 
         Raises:
@@ -56,8 +55,8 @@ class Autoencoder:
             if Path(name).exists():
                 raise UserError(f"vae: {name!r} cannot be loaded ({reason})") from error
             raise UserError(
-                f"vae: no folder {name!r}, and the Hub did not give it ({reason}). Check the name; or, without a "
-                f"network, give a folder with a downloaded autoencoder ({DEFAULT} is the published DiT networks' own)"
+                f"vae: no folder {name!r}, and the Hub did not give it ({reason}). Check the name; or, without "
+                f"a network, give a folder with a downloaded one (that of the published DiT networks is {AUTOENCODER})"
             ) from error
         return cls(vae)
 

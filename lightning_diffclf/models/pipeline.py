@@ -25,7 +25,9 @@ from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.missing_weights import check_whole, text_encoders
 from lightning_diffclf.models.sharing import Sharing
+from lightning_diffclf.progress import tell
 from lightning_diffclf.schedule import NoiseSchedule
+from lightning_diffclf.shipped import shipped
 
 Embeddings = dict[str, Tensor]
 """What a network is told, by the names of its arguments: tensors with one row for each candidate."""
@@ -185,6 +187,7 @@ class PipelineDenoiser:
         device = images.device
         if self._embeddings is None:
             self._embed(device)
+        tell("encoding images")
         vae = self.pipeline.vae
         if self.offload:
             self.network.to("cpu")
@@ -219,10 +222,10 @@ class PipelineDenoiser:
         for part in encoders:
             if isinstance(part, nn.Module):
                 part.to(device)
-        batches = [
-            self.family.embed(self.pipeline, list(self.prompts[first : first + self.embed_batch]))
-            for first in range(0, len(self.prompts), self.embed_batch)
-        ]
+        batches = []
+        for first in range(0, len(self.prompts), self.embed_batch):
+            tell("embedding prompts", first, len(self.prompts))
+            batches.append(self.family.embed(self.pipeline, list(self.prompts[first : first + self.embed_batch])))
         joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         self._embeddings = {name: rows.to(device) for name, rows in joined.items()}
         for name in self.family.TEXT:
@@ -285,11 +288,12 @@ def load(
     Raises:
         ValueError: if it is not there, is gated, lacks a part or weights, or brings code of its own; says what to do.
     """
+    tell(f"loading {pretrained}")
     from diffusers import DiffusionPipeline
 
     folder = Path(pretrained)
-    if not folder.exists() and pretrained.startswith("assets/"):  # comes with the repository, like names of configs/
-        folder = Path(__file__).resolve().parents[2] / pretrained
+    if not folder.exists() and pretrained.startswith("assets/"):  # comes with the package, like names of configs/
+        folder = shipped(pretrained)
         pretrained = str(folder) if folder.exists() else pretrained
     parts = _parts(folder, others) if folder.exists() else None
     try:

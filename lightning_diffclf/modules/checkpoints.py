@@ -92,24 +92,41 @@ def trained_module(path: str | Path, vae: str | None = None, raw: bool = False) 
         ValueError: if it cannot be read, or is of another module.
     """
     checkpoint = read_checkpoint(path)
-    known = set(inspect.signature(ClassConditionalDiT.__init__).parameters) - {"self"}
-    saved = checkpoint.get("hyper_parameters", {})  # also has what Lightning notes for itself, such as a class to make
-    arguments = {name: value for name, value in saved.items() if name in known}
-    if "net.final_layer.linear.weight" not in checkpoint["state_dict"] or not arguments:
+    weights = checkpoint.get("current_model_state", checkpoint["state_dict"]) if raw else checkpoint["state_dict"]
+    saved = checkpoint.get("hyper_parameters", {})
+    return made_of(ClassConditionalDiT, saved | ({} if vae is None else {"vae": vae}), weights, path)
+
+
+def made_of(
+    cls: type[ClassConditionalDiT], arguments: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | Path
+) -> ClassConditionalDiT:
+    """A module made of what a file says.
+
+    Args:
+        cls: The class to make.
+        arguments: Its arguments by name, and others, such as what Lightning notes for itself.
+        weights: Its weights by name.
+        path: Where they were found, for messages.
+
+    Raises:
+        ValueError: if arguments are no plain values, or the weights are not those of the module that they make.
+    """
+    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    arguments = {name: value for name, value in arguments.items() if name in known}
+    if "net.final_layer.linear.weight" not in weights or not arguments:
         raise UserError(f"checkpoint: {str(path)!r} is of no ClassConditionalDiT, expected one that `fit` wrote")
     strange = [name for name, value in arguments.items() if not _is_plain(value)]
     if strange:
         raise UserError(f"checkpoint: {str(path)!r} has {strange[0]!r} in its hyper_parameters, expected plain values")
-    _check_sizes(arguments, checkpoint["state_dict"], path)
+    _check_sizes(arguments, weights, path)
     try:
-        module = ClassConditionalDiT(**arguments | ({} if vae is None else {"vae": vae}))
+        module = cls(**arguments)
     except UserError:
         raise
     except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"checkpoint: {str(path)!r} has hyper_parameters of no module ({reason})") from error
-    weights = checkpoint.get("current_model_state", checkpoint["state_dict"]) if raw else checkpoint["state_dict"]
-    check_checkpoint(module, checkpoint | {"state_dict": weights}, path)
+    check_checkpoint(module, {"state_dict": weights}, path)
     module.load_state_dict(weights)
     return module
 

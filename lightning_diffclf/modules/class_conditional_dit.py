@@ -19,6 +19,7 @@ from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.modules.conditions import Conditions, conditions
+from lightning_diffclf.modules.hub import OnHub
 from lightning_diffclf.modules.training import (
     StepRandom,
     class_sets,
@@ -33,7 +34,7 @@ from lightning_diffclf.schedule import DiscreteSchedule
 from lightning_diffclf.variational import hybrid_loss
 
 
-class ClassConditionalDiT(ByArguments, L.LightningModule):
+class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
     """A class-conditional DiT (Peebles & Xie 2023): training, sampling, and the four members of a ConditionalDenoiser.
 
     Batches are mappings with ``image`` (B, C, H, W) and ``label`` (B,), or (image, label) pairs; images are pixels in
@@ -80,17 +81,9 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
     """
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
-        "class_dropout_prob": "of training",
-        "class_sets": "of training",
+        **dict.fromkeys(("class_dropout_prob", "class_sets", "compile", "checkpointing", "seed"), "of training"),
+        **dict.fromkeys(("lr", "betas", "weight_decay", "warmup_steps", "decay"), "of the optimizer"),
         "vae": "its weights are in `autoencoder`, where images are pixels",
-        "compile": "of training",
-        "checkpointing": "of training",
-        "lr": "of training",
-        "betas": "of training",
-        "weight_decay": "of training",
-        "warmup_steps": "of training",
-        "decay": "of training",
-        "seed": "of training",
     }
 
     def __init__(
@@ -161,6 +154,9 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
         # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
         self._autoencoder: list[Autoencoder] = []
         self._conditions: tuple[Callable[[], Any], Conditions] | None = None  # of one data module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_conditions": None}  # found anew: they know a data module
 
     def setup(self, stage: str) -> None:
         """Check the data module against the network, before long work."""

@@ -46,5 +46,5 @@ def conditions(num_classes: int, class_names: Sequence[str] | None, data: object
     highest = max(row for _, row in pairs)
     if highest >= num_classes:
         raise UserError(f"data: classes up to {highest} of the network, but it has {num_classes}")
-    names = [names[c] if len(groups[c]) == 1 else f"{names[c]} ({row})" for c, row in pairs]
-    return Conditions(Candidates(names, [c for c, _ in pairs]), torch.tensor([row for _, row in pairs]))
+    own = [names[c] if len(groups[c]) == 1 else f"{names[c]} ({row})" for c, row in pairs]
+    return Conditions(Candidates(own, [c for c, _ in pairs], names), torch.tensor([row for _, row in pairs]))

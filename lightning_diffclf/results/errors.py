@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,11 @@ class ErrorsInfo:
         """Number of draws S."""
         return len(self.timesteps_S)
 
+    @cached_property
+    def candidates(self) -> Candidates:
+        """Candidates of the denoiser."""
+        return Candidates(self.names, self.classes)
+
     @classmethod
     def of(cls, classifier: DiffusionClassifier) -> ErrorsInfo:
         """Info on the errors of ``classifier``."""
@@ -118,7 +124,7 @@ class ErrorsInfo:
             fits = (
                 len(found.timesteps_S) == len(found.log_snr_S) == draws
                 and all(isinstance(number, (int, float)) for number in numbers)
-                and Candidates(found.names, found.classes).classes == found.classes
+                and found.candidates.classes == found.classes
                 and all(isinstance(name, str) for name in (*found.names, found.loss, found.elimination, found.ensemble))
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -101,7 +101,7 @@ class Record:
         return cls(
             id=str(result.image_id),
             label=label,
-            prediction=result.label,
+            prediction=result.prediction,
             top5=ranked_classes(result, classes_K)[:5].astype(np.int32),
             margin=result.margin,
             abstained=result.abstained,
@@ -134,10 +134,10 @@ def ranked_classes(result: Classification, classes_K: np.ndarray) -> np.ndarray:
 
     None if there is no winner. ``classes_K`` has the class of each candidate of the image.
     """
-    if result.label is None:
+    if result.prediction is None:
         return np.array([], dtype=np.int64)
     differences_K, draws_K = result.differences_K.numpy(), result.draws_K.numpy()
-    order = np.lexsort((differences_K, -draws_K, classes_K != result.label))
+    order = np.lexsort((differences_K, -draws_K, classes_K != result.prediction))
     return np.array(list(dict.fromkeys(classes_K[order].tolist())), dtype=np.int64)
 
 

@@ -16,6 +16,7 @@ from lightning_diffclf.classifier import (
     Exhaustive,
     LikelihoodRatio,
     PairedTest,
+    Posterior,
     Stages,
 )
 from lightning_diffclf.classifier.contest import Contest, Terms, judge
@@ -52,13 +53,13 @@ class Replay:
     @property
     def accuracy(self) -> float | None:
         """Share of the images with a label that get it; None if there are none."""
-        right = [r.label == label for r, label in zip(self.results, self.labels, strict=True) if label is not None]
+        right = [r.prediction == label for r, label in zip(self.results, self.labels, strict=True) if label is not None]
         return sum(right) / len(right) if right else None
 
     @property
     def agreement(self) -> float:
         """Share of the images that get the class that all draws decide for."""
-        return sum(r.label == e for r, e in zip(self.results, self.exhaustive, strict=True)) / len(self.results)
+        return sum(r.prediction == e for r, e in zip(self.results, self.exhaustive, strict=True)) / len(self.results)
 
     @property
     def nfe_per_image(self) -> float:
@@ -145,7 +146,7 @@ def replay(
         )
         results.append(decide(ordered, terms, ensemble, info))
         labels.append(image.label)
-        reference.append(decide(ordered, every_draw, ensemble, info).label)
+        reference.append(decide(ordered, every_draw, ensemble, info).prediction)
         calls += image.nfe
     return Replay(rule, weights, budget, results, labels, reference, calls)
 
@@ -230,7 +231,9 @@ def decide(image: StoredImage, terms: Terms, ensemble: str, info: ErrorsInfo) ->
         contest.land(image.errors_SK[draws, contest.playing], distances_RPP)
         judge([contest], info.dims)
     timesteps_S = torch.tensor(info.timesteps_S)
-    return Classification.of(contest, image.image_id, image.candidates_K, info.classes, 0.0, info.dims, timesteps_S)
+    return Classification.of(
+        contest, image.image_id, image.candidates_K, info.candidates, 0.0, info.dims, timesteps_S, Posterior()
+    )
 
 
 def _pair_of(num_candidates: int) -> np.ndarray:

@@ -27,6 +27,7 @@ import pyarrow as pa
 from lightning_diffclf.classifier import Classification
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
 from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
+from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.parts import Parts, Vanished
 from lightning_diffclf.results.predictions import SCHEMA, Record, list_views, to_table, write_table
@@ -141,6 +142,7 @@ class Store:
         self._errors: ErrorsWriter | None = None
         self._flushed = time.monotonic()
 
+    @uninterrupted()
     def add(self, record: Record, result: Classification) -> None:
         """Store one image; ``result`` has its errors.
 
@@ -159,6 +161,7 @@ class Store:
         if len(self._records) >= self.flush_every or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
+    @uninterrupted()
     def flush(self) -> None:
         """Write what is not on the disk yet.
 

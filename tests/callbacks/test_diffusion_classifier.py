@@ -93,7 +93,7 @@ def test_agrees_with_the_classifier_without_a_trainer(tmp_path):
     trainer(callback).validate(module, loader(10), verbose=False)
     rows, _ = read(tmp_path / "out")
     direct = list(DiffusionClassifier(module, elimination=Stages((5, 20), (3, 1)))(data.images, range(100, 110)))
-    assert rows["prediction"] == [r.label for r in direct]
+    assert rows["prediction"] == [r.prediction for r in direct]
     assert rows["draws_K"] == [r.draws_K.tolist() for r in direct]
     torch.testing.assert_close(torch.tensor(rows["scores_K"]), torch.stack([r.scores_K for r in direct]).float())
 

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -13,6 +14,8 @@ from lightning_diffclf import EMA, ClassConditionalDiT, DiffusionClassifierCallb
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.callbacks.requeue import ENDS, SIGNALS, Requeue
 from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.results import store
+from lightning_diffclf.results.predictions import write_table
 from lightning_diffclf.results.store import read_table
 from tests.gaussians import Gaussians, loader
 
@@ -330,8 +333,10 @@ class SignallingEvaluation(L.Callback):
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 
 
-def evaluate(stage: str, out: Path, *callbacks: L.Callback) -> None:
-    classifier = DiffusionClassifierCallback(draws=5, microbatch=16, output_dir=str(out))
+def evaluate(
+    stage: str, out: Path, *callbacks: L.Callback, network: Gaussians | None = None, flush_every: int = 100
+) -> None:
+    classifier = DiffusionClassifierCallback(draws=5, microbatch=16, output_dir=str(out), flush_every=flush_every)
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
@@ -339,7 +344,7 @@ def evaluate(stage: str, out: Path, *callbacks: L.Callback) -> None:
         callbacks=[classifier, *callbacks],
     )
     options = {} if stage == "predict" else {"verbose": False}
-    getattr(trainer, stage)(Gaussians(), loader(20), **options)
+    getattr(trainer, stage)(network or Gaussians(), loader(20), **options)
 
 
 @pytest.mark.parametrize("stage", ["test", "validate", "predict"])
@@ -348,7 +353,7 @@ def test_an_evaluation_keeps_what_is_decided_and_goes_on(tmp_path, job, stage):
         evaluate(stage, tmp_path / "out", SignallingEvaluation(), Requeue())
     assert left.value.code == 0
     assert job.read_text() == "requeue 12\n"
-    assert 8 <= read_table(tmp_path / "out").num_rows <= 12
+    assert read_table(tmp_path / "out").num_rows == 7  # of 8 images; the last one does not fill a micro-batch
     evaluate(stage, tmp_path / "out")
     evaluate(stage, tmp_path / "undisturbed")
     columns = ["id", "prediction", "nfe"]
@@ -363,7 +368,7 @@ def test_an_evaluation_that_is_ended_keeps_what_is_decided(tmp_path, scontrol, s
     with pytest.raises(SystemExit) as left:
         evaluate(stage, tmp_path / "out", SignallingEvaluation(number), Requeue())
     assert left.value.code == status
-    assert 8 <= read_table(tmp_path / "out").num_rows <= 12
+    assert read_table(tmp_path / "out").num_rows == 7  # of 8 images; the last one does not fill a micro-batch
     assert not scontrol.exists()
 
 
@@ -374,16 +379,86 @@ def test_a_preempted_evaluation_is_requeued(tmp_path, job):
     assert (left.value.code, job.read_text()) == (0, BOTH)
 
 
-def test_an_evaluation_that_stores_nothing_does_not_listen(tmp_path, job):
-    before = signal.getsignal(signal.SIGUSR1)
+class SignallingNetwork(Gaussians):
+    """Is told to end in the middle of a network call; counts the calls that it sees through."""
+
+    def __init__(self, call: int, number: int = TERM) -> None:
+        super().__init__()
+        self.call, self.number, self.begun, self.ended = call, number, 0, 0
+
+    def predict(self, x_t, t, candidate):
+        self.begun += 1
+        if self.begun == self.call:
+            os.kill(os.getpid(), self.number)
+        output = super().predict(x_t, t, candidate)
+        self.ended += 1
+        return output
+
+
+@pytest.mark.parametrize(("number", "status"), [(TERM, 143), (signal.SIGUSR1, 0)])
+def test_an_evaluation_is_left_in_the_middle_of_an_image(tmp_path, scontrol, capsys, number, status):
+    network = SignallingNetwork(30, number)
+    with pytest.raises(SystemExit) as left:
+        evaluate("test", tmp_path / "out", Requeue(), network=network)
+    assert (left.value.code, network.begun, network.ended) == (status, 30, 29)
+    assert "what was decided is stored; not in a SLURM job: the same command resumes" in capsys.readouterr().out
+    before = read_table(tmp_path / "out")
+    assert 0 < before.num_rows <= 29 * 16 // 35  # all that 29 micro-batches can have decided
+    evaluate("test", tmp_path / "out", Requeue(), network=SignallingNetwork(-1, number))
+    evaluate("test", tmp_path / "undisturbed")
+    first, second = (read_table(tmp_path / name).select(["id", "prediction", "nfe"]) for name in ("out", "undisturbed"))
+    assert first.sort_by("id").equals(second.sort_by("id"))
+
+
+def test_an_evaluation_is_not_left_in_the_middle_of_writing(tmp_path, monkeypatch):
+    """What was being written is there, whole, and the program ends right after."""
+    written = []
+
+    def told_while_writing(table, path):
+        os.kill(os.getpid(), TERM)
+        write_table(table, path)
+        written.append(path)
+
+    monkeypatch.setattr(store, "write_table", told_while_writing)
+    network = SignallingNetwork(-1)
+    with pytest.raises(SystemExit) as left:
+        evaluate("test", tmp_path / "out", Requeue(), network=network, flush_every=3)
+    assert left.value.code == 143
+    assert [path.is_file() for path in written] == [True]
+    assert read_table(tmp_path / "out").num_rows == 3
+    assert network.ended < 20 * 35 // 16
+
+
+def test_the_process_that_reads_data_does_not_hand_the_job_back():
+    requeue = Requeue()
+    requeue.setup(SimpleNamespace(callbacks=[]), None, "test")
+    requeue._process += 1
+    requeue._note(TERM)
+    assert requeue._told == set()
+
+
+def test_an_evaluation_that_stores_nothing_only_ends(tmp_path, job):
+    before = signal.getsignal(signal.SIGUSR1), signal.getsignal(TERM)
     seen = []
 
     class Looking(L.Callback):
         def on_test_start(self, trainer, pl_module):
             seen.append(signal.getsignal(signal.SIGUSR1))
 
+    class Told(L.Callback):
+        def on_test_batch_start(self, *_):
+            os.kill(os.getpid(), TERM)
+
+    def run(*callbacks):
+        L.Trainer(accelerator="cpu", logger=False, callbacks=list(callbacks), default_root_dir=tmp_path).test(
+            Gaussians(), loader(4), verbose=False
+        )
+
     requeue = Requeue()
-    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[requeue, Looking()], default_root_dir=tmp_path)
-    trainer.test(Gaussians(), loader(4), verbose=False)
+    run(requeue, Looking())
     assert seen[0] != requeue._note
-    assert signal.getsignal(signal.SIGUSR1) == before
+    assert (signal.getsignal(signal.SIGUSR1), signal.getsignal(TERM)) == before
+    with pytest.raises(SystemExit) as left:
+        run(requeue, Told())
+    assert left.value.code == 143
+    assert not job.exists()

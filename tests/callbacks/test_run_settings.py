@@ -36,7 +36,7 @@ from lightning_diffclf import (
 )
 from lightning_diffclf.callbacks.run_settings import data_identity, module_identity
 from lightning_diffclf.classifier import Recipe
-from lightning_diffclf.commands.data import encode_command
+from lightning_diffclf.commands import run
 from lightning_diffclf.data.digit_scenes import WORDS, DigitScenesDataModule
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
 from lightning_diffclf.data.image_folder import ImageFolderDataModule
@@ -308,7 +308,7 @@ def test_the_autoencoder_counts_where_images_are_pixels(tmp_path):
     autoencoder(vae)
     photos(tmp_path / "photos", each=2, size=(70, 66))
     options = {"data": tmp_path / "photos", "out": latents, "size": 64, "vae": vae, "accelerator": "cpu"}
-    encode_command([f"--{name}={value}" for name, value in options.items()])
+    run("encode", [f"--{name}={value}" for name, value in options.items()])
 
     def module(val: str | None = None) -> ClassConditionalDiT:
         torch.manual_seed(1)

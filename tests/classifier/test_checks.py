@@ -172,6 +172,6 @@ def test_an_image_without_any_finite_error_has_no_winner(rule):
     denoiser.bad = (0, 1, 2)
     with pytest.warns(RuntimeWarning, match="image 'x': .* 3 of 3 candidates"):
         (result,) = DiffusionClassifier(denoiser, Draws(4), elimination=rule)(some_images(1), ids=["x"])
-    assert (result.label, result.candidate, result.abstained) == (None, None, True)
+    assert (result.prediction, result.candidate, result.abstained) == (None, None, True)
     assert result.scores_K.isinf().all()
     assert sorted(result.ranking) == [0, 1, 2]

@@ -18,7 +18,7 @@ def test_agrees_with_the_bayes_classifier_of_gaussians(schedule):
     two = distances.sort(1).values
     clear = (two[:, 1] - two[:, 0]) > 1.5  # a posterior of more than 0.95, with room for Monte Carlo error
     results = list(DiffusionClassifier(ExactGaussians(schedule, means), Draws(300), microbatch=4096)(images))
-    agree = torch.tensor([r.label for r in results]) == distances.argmin(1)
+    agree = torch.tensor([r.prediction for r in results]) == distances.argmin(1)
     assert clear.sum() > 30
     assert bool(agree[clear].all())
 
@@ -45,7 +45,7 @@ def decide(rule: Exhaustive | PairedTest | LikelihoodRatio, loss: str = "l2") ->
     means, images, _ = mixture(CLASSES, IMAGES, distance=0.35)
     denoiser = ExactGaussians(NoiseSchedule.linear(), means)
     results = list(DiffusionClassifier(denoiser, Draws(DRAWS), loss=loss, elimination=rule, microbatch=4096)(images))
-    return torch.tensor([r.label for r in results]), sum(r.nfe for r in results) / IMAGES
+    return torch.tensor([r.prediction for r in results]), sum(r.nfe for r in results) / IMAGES
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.05, 0.01])
@@ -71,7 +71,7 @@ def test_the_likelihood_ratio_needs_one_draw_where_classes_are_far_apart():
     means, images, labels = mixture(CLASSES, 50, distance=3.0)
     denoiser = ExactGaussians(NoiseSchedule.linear(), means)
     results = list(DiffusionClassifier(denoiser, Draws(DRAWS), elimination=LikelihoodRatio())(images))
-    assert [r.label for r in results] == labels.tolist()
+    assert [r.prediction for r in results] == labels.tolist()
     assert {r.nfe for r in results} == {CLASSES}
 
 

@@ -1,6 +1,7 @@
 """One place decides: what a run did and what its own errors say afterwards are the same, to the last bit."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,9 +94,9 @@ def test_a_run_is_what_its_own_errors_decide(rule, ensemble, budget, weights, lo
     info = ErrorsInfo.of(classifier)
     for live in results:
         stored = from_run(live)
-        again = decide(stored, classifier.terms, info.ensemble, ErrorsInfo(**vars(info) | {"dims": live.dims}))
-        assert (again.label, again.candidate, again.nfe, again.margin) == (
-            live.label,
+        again = decide(stored, classifier.terms, info.ensemble, replace(info, dims=live.dims))
+        assert (again.prediction, again.candidate, again.nfe, again.margin) == (
+            live.prediction,
             live.candidate,
             live.nfe,
             live.margin,
@@ -124,7 +125,7 @@ def test_prompts_that_say_the_same_are_one_contestant(rule):
     expected = DiffusionClassifier(once, Draws(DRAWS), elimination=rule)(images)
     found = DiffusionClassifier(twice, Draws(DRAWS), elimination=rule, ensemble="mean")(images)
     for a, b in zip(expected, found, strict=True):
-        assert (a.label, 2 * a.nfe) == (b.label, b.nfe)
+        assert (a.prediction, 2 * a.nfe) == (b.prediction, b.nfe)
         assert a.draws_K.tolist() * 2 == b.draws_K.tolist()
         np.testing.assert_allclose(np.tile(a.differences_K, 2), b.differences_K, atol=1e-7)
         np.testing.assert_allclose(a.margin, b.margin, rtol=1e-3)
@@ -143,7 +144,7 @@ def test_a_broken_prompt_spoils_neither_its_class_nor_its_rivals(rule):
     )
     for a, b in zip(found, expected, strict=True):
         keep = a.candidates_K != 2
-        assert (a.label, a.candidate) == (b.label, b.candidate)
+        assert (a.prediction, a.candidate) == (b.prediction, b.candidate)
         assert a.scores_K[2] == a.differences_K[2] == torch.inf
         np.testing.assert_allclose(a.differences_K[keep], b.differences_K, atol=1e-7)
 

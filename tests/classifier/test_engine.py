@@ -68,7 +68,7 @@ def test_stages_reproduce_the_reference(golden_sd, loss, name, rule):
             assert result.timesteps_S[:draws].tolist() == timesteps[i, k, :draws].tolist()
             assert bool((timesteps[i, k, draws:] == -1).all())
         torch.testing.assert_close(result.errors_KS, errors[i], rtol=1e-5, atol=1e-5, equal_nan=True)
-        assert result.label == predictions[i]
+        assert result.prediction == predictions[i]
 
 
 @pytest.mark.parametrize("loss", ["l2", "l1", "kl", "nll", "l2+kl"])
@@ -107,7 +107,7 @@ def test_rounds_hold_what_a_plain_loop_computes(needs, microbatch, in_flight):
     rounds_seen = set()
     for i, (result, rounds) in enumerate(zip(results, rule.rounds_of_images, strict=True)):
         expected = classify_plainly(denoiser, images[i], 10 + i, DropOneEachDraw(), classifier.timesteps_S, seed=3)
-        assert (result.image_id, result.label, result.nfe) == (10 + i, expected.label, expected.nfe)
+        assert (result.image_id, result.prediction, result.nfe) == (10 + i, expected.prediction, expected.nfe)
         assert result.draws_K.tolist() == expected.draws_K.tolist()
         np.testing.assert_allclose(result.scores_K, expected.scores_K, rtol=2e-6)
         assert len(rounds) == len(expected.rounds)
@@ -178,7 +178,7 @@ def test_results_do_not_depend_on_how_they_were_run(
     assert [r.image_id for r in results] == [NAMES[i] for i in order]
     for i, result in zip(order, results, strict=True):
         expected = plain_results[rule][i]
-        assert (result.label, result.nfe) == (expected.label, expected.nfe)
+        assert (result.prediction, result.nfe) == (expected.prediction, expected.nfe)
         assert result.draws_K.tolist() == expected.draws_K.tolist()
         np.testing.assert_allclose(result.scores_K, expected.scores_K, rtol=2e-6)
         if keep_errors:
@@ -194,7 +194,7 @@ def test_the_label_is_the_class_of_the_winning_candidate():
     denoiser.candidates = Candidates(list("abcde"), [7, 7, 2, 0, 5])
     for a, b in zip(plain, DiffusionClassifier(denoiser, Draws(6))(images), strict=True):
         assert a.candidate == b.candidate == int(a.scores_K.argmin())
-        assert b.label == (7, 7, 2, 0, 5)[a.candidate]
+        assert b.prediction == (7, 7, 2, 0, 5)[a.candidate]
 
 
 def test_ids_and_seed_key_the_noise():
@@ -218,7 +218,7 @@ def test_order_of_candidates_does_not_change_their_scores(rule):
     classifier = DiffusionClassifier(denoiser, Draws(16), elimination=rule, microbatch=11)
     for a, b in zip(classifier(images), classifier(images, candidates=order), strict=True):
         assert b.candidates_K.tolist() == order
-        assert (a.label, a.candidate, a.nfe) == (b.label, b.candidate, b.nfe)
+        assert (a.prediction, a.candidate, a.nfe) == (b.prediction, b.candidate, b.nfe)
         assert torch.equal(a.draws_K[order], b.draws_K)
         torch.testing.assert_close(a.scores_K[order], b.scores_K, rtol=1e-6, atol=0)
 
@@ -232,7 +232,7 @@ def test_images_may_bring_their_own_candidates():
     for scores_K, result in zip(full, own, strict=True):
         torch.testing.assert_close(result.scores_K, scores_K[result.candidates_K], rtol=1e-6, atol=0)
         assert result.candidate == result.candidates_K[result.scores_K.argmin()]
-        assert result.label == 10 + result.candidate
+        assert result.prediction == 10 + result.candidate
     assert [r.candidates_K.tolist() for r in own] == [[4, 1], [2], [0, 3, 2]]
     assert [r.nfe for r in own] == [12, 6, 18]
     for both in ([1, 3], (1, 3), np.array([1, 3]), torch.tensor([1, 3]), range(1, 4, 2)):
@@ -489,7 +489,7 @@ def test_a_gpu_gives_the_same_decisions(rule):
     on_cpu = list(DiffusionClassifier(Toy(), **settings)(images))
     on_gpu = list(DiffusionClassifier(Toy().cuda(), **settings)(images.cuda()))
     for a, b in zip(on_cpu, on_gpu, strict=True):
-        assert (a.label, a.nfe) == (b.label, b.nfe)
+        assert (a.prediction, a.nfe) == (b.prediction, b.nfe)
         torch.testing.assert_close(a.scores_K, b.scores_K, rtol=1e-4, atol=1e-6)
 
 

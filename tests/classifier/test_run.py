@@ -31,7 +31,12 @@ RULES = {
 
 def same(found, expected):
     for a, b in zip(found, expected, strict=True):
-        assert (a.image_id, a.label, a.nfe, a.draws_K.tolist()) == (b.image_id, b.label, b.nfe, b.draws_K.tolist())
+        assert (a.image_id, a.prediction, a.nfe, a.draws_K.tolist()) == (
+            b.image_id,
+            b.prediction,
+            b.nfe,
+            b.draws_K.tolist(),
+        )
         np.testing.assert_allclose(a.scores_K, b.scores_K, rtol=2e-6)
 
 
@@ -174,7 +179,7 @@ def test_broken_candidates_are_named_and_cannot_win(rule, value):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         [hopeless] = DiffusionClassifier(denoiser, Draws(12), elimination=rule)(some_images(1), candidates=[1, 3])
-    assert (hopeless.label, hopeless.candidate, hopeless.abstained) == (None, None, True)
+    assert (hopeless.prediction, hopeless.candidate, hopeless.abstained) == (None, None, True)
 
 
 # --- compiled ------------------------------------------------------------------------------------------------------
@@ -235,14 +240,14 @@ def test_the_mean_over_prompts_decides():
     for a, b in zip(best, mean, strict=True):
         assert torch.equal(a.scores_K, b.scores_K)
         expected = pooled(a.scores_K.numpy())
-        assert b.label == CLASSES[int(expected.argmin())]
-        mine = [k for k in range(7) if CLASSES[k] == b.label]
+        assert b.prediction == CLASSES[int(expected.argmin())]
+        mine = [k for k in range(7) if CLASSES[k] == b.prediction]
         assert b.candidate == min(mine, key=lambda k: float(a.scores_K[k]))
         np.testing.assert_allclose(b.differences_K, expected - expected.min(), atol=1e-12)
-        others = min(expected[k] for k in range(7) if CLASSES[k] != b.label)
+        others = min(expected[k] for k in range(7) if CLASSES[k] != b.prediction)
         margin = 12 * b.dims * (others - expected.min()) / (2 * expected.min())
         assert b.margin == pytest.approx(margin)
-    assert any(a.label != b.label for a, b in zip(best, mean, strict=True))
+    assert any(a.prediction != b.prediction for a, b in zip(best, mean, strict=True))
     with pytest.raises(ValueError, match="ensemble: 'sum', expected 'best' or 'mean'"):
         DiffusionClassifier(denoiser, ensemble="sum")
 
@@ -256,5 +261,5 @@ def test_prompts_of_a_class_stay_or_go_together(rule):
     for result in some:
         for c in range(3):
             assert len({int(d) for d, own in zip(result.draws_K, CLASSES, strict=True) if own == c}) == 1
-    assert sum(a.label == b.label for a, b in zip(full, some, strict=True)) >= 28
+    assert sum(a.prediction == b.prediction for a, b in zip(full, some, strict=True)) >= 28
     assert sum(r.nfe for r in some) < sum(r.nfe for r in full)

@@ -73,7 +73,7 @@ def some_images(count: int) -> Tensor:
 
 
 class PlainResult(NamedTuple):
-    label: int
+    prediction: int
     scores_K: np.ndarray
     draws_K: np.ndarray
     nfe: int

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_diffclf import ClassConditionalDiT
-from lightning_diffclf.commands.sample import chosen_classes, network_of, sample_command
+from lightning_diffclf.commands import run
+from lightning_diffclf.commands.sample import chosen_classes, network_of
 from lightning_diffclf.models.published import config_of, to_diffusers
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder
@@ -38,7 +39,7 @@ def digits(tmp_path):
 
 def sample(tmp_path, out="out", **settings):
     settings = {"ckpt": tmp_path / "last.ckpt", "steps": 3, "per_class": 3, "accelerator": "cpu"} | settings
-    sample_command([f"--out={tmp_path / out}", *(f"--{name}={value}" for name, value in settings.items())])
+    run("sample", [f"--out={tmp_path / out}", *(f"--{name}={value}" for name, value in settings.items())])
     return {str(path.relative_to(tmp_path / out)): path.read_bytes() for path in (tmp_path / out).glob("*/*.png")}
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from lightning_diffclf.commands.data import encode_command, shards_command
+from lightning_diffclf.commands import run
 from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.data.images import open_image, published_crop
 from lightning_diffclf.modules.conditions import conditions
@@ -31,11 +31,12 @@ def forms(tmp_path_factory):
     root = tmp_path_factory.mktemp("forms")
     photos(root / "photos", classes=("ant", "bee", "cat"), each=5, size=(24, 20))
     autoencoder(root / "vae")
-    shards_command(["--data", str(root / "photos"), "--out", str(root / "shards"), "--images_per_shard", "4"])
+    run("shards", ["--data", str(root / "photos"), "--out", str(root / "shards"), "--images_per_shard", "4"])
     for source in ("photos", "shards"):
-        encode_command(
+        run(
+            "encode",
             f"--data {root / source} --out {root / f'latents_of_{source}'} --size 16 --vae {root / 'vae'} "
-            "--accelerator cpu --batch_size 4 --num_workers 2".split()
+            "--accelerator cpu --batch_size 4 --num_workers 2".split(),
         )
     return root
 
@@ -144,7 +145,7 @@ def test_parts_of_imagenet_restrict_the_candidates(tmp_path):
     assert asked.candidates.classes == (0, 1, 2)
     assert list(asked.candidates.names) == data.class_names
     shards = tmp_path / "shards"
-    shards_command(["--data", str(tmp_path / "a"), "--out", str(shards)])
+    run("shards", ["--data", str(tmp_path / "a"), "--out", str(shards)])
     packed = data_of(tmp_path, shards, stage="test")
     assert packed.network_classes == data.network_classes
     assert packed.class_names == data.class_names
@@ -173,7 +174,7 @@ def test_bad_settings(tmp_path, forms):
 def test_encoding_says_what_is_wrong(forms, tmp_path):
     def encode(data, out, **settings):
         settings = {"size": 16, "vae": forms / "vae", "accelerator": "cpu"} | settings
-        encode_command(["--data", str(data), "--out", str(out), *(f"--{k}={v}" for k, v in settings.items())])
+        run("encode", ["--data", str(data), "--out", str(out), *(f"--{k}={v}" for k, v in settings.items())])
 
     with pytest.raises(ValueError, match="size: 20, expected a multiple of the autoencoder's 8"):
         encode(forms / "photos", tmp_path / "out", size=20)

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,3 +201,25 @@ def test_shards_without_labels_are_named(tmp_path):
         writer.write({"__key__": "lonely", "png": Image.new("RGB", (9, 9))})
     with pytest.raises(ValueError, match=r"sample lonely in .*expected an image \(jpg, png, …\) and cls"):
         list(module(str(tmp_path), name="webdataset").test_dataloader())
+
+
+class Network:
+    native_size = (8, 12)
+
+
+def test_the_size_is_the_modules_own_unless_given(tmp_path):
+    root = folder(tmp_path, ["a", "b"])
+    own, given, other = (ZeroShotDataModule(root=root, size=size, num_workers=0) for size in (None, (8, 12), 8))
+    with pytest.raises(ValueError, match=r"size: none given, .* expected one \(--data.size\)"):
+        own.setup()
+    for data in (own, given, other):
+        data.trainer = SimpleNamespace(lightning_module=Network())
+        data.setup()
+    assert [tuple(data.test[0]["image"].shape) for data in (own, given, other)] == [(3, 8, 12), (3, 8, 12), (3, 8, 8)]
+    assert own.identity() == given.identity() != other.identity()
+
+
+@pytest.mark.parametrize(("size", "said"), [(8, 8), ((8, 8), 8), ((8, 12), [8, 12])])
+def test_the_identity_has_the_size(size, said, tmp_path):
+    data = ZeroShotDataModule(root=folder(tmp_path, ["a"]), size=size)
+    assert data.identity()["size"] == said

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, DiT, Draws, GradientSearch, LikelihoodRatio
 from lightning_diffclf.cli import read_checkpoint
-from lightning_diffclf.commands.data import encode_command
+from lightning_diffclf.commands import run
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.denoiser import Candidates
@@ -362,8 +362,9 @@ def test_data_must_fit_the_network(tmp_path):
     photos(tmp_path / "photos", each=4, size=(70, 66))
     autoencoder(tmp_path / "vae")
     latents, vae = str(tmp_path / "latents"), str(tmp_path / "vae")
-    encode_command(
-        ["--data", str(tmp_path / "photos"), "--out", latents, "--size", "64", "--vae", vae, "--accelerator", "cpu"]
+    run(
+        "encode",
+        ["--data", str(tmp_path / "photos"), "--out", latents, "--size", "64", "--vae", vae, "--accelerator", "cpu"],
     )
 
     def fit(settings, data):

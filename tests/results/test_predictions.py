@@ -37,7 +37,7 @@ def test_classes_are_ranked_by_the_decision():
         results, rows = decided(ensemble)
         assert len({tuple(row.top5) for row in rows}) > 3
         for result, row in zip(results, rows, strict=True):
-            assert row.top5[0] == row.prediction == result.label
+            assert row.top5[0] == row.prediction == result.prediction
             draws, differences = result.draws_K.numpy(), result.differences_K.numpy()
 
             def place(c, draws=draws, differences=differences):

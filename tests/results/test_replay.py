@@ -41,7 +41,7 @@ def store(path, denoiser, images, labels=None, candidates=None, **settings) -> S
 
 def same(replayed, results):
     results = list(results)
-    assert [r.label for r in replayed] == [r.label for r in results]
+    assert [r.prediction for r in replayed] == [r.prediction for r in results]
     for ours, theirs in zip(replayed, results, strict=True):
         assert ours.nfe == theirs.nfe
         assert ours.draws_K.tolist() == theirs.draws_K.tolist()
@@ -63,10 +63,10 @@ def test_decisions_are_those_of_the_engine(rule, weights, budget, tmp_path):
     expected = list(DiffusionClassifier(module, elimination=rule, budget=budget, **settings)(data.images))
     same(found.results, expected)
     exhaustive = list(DiffusionClassifier(module, **settings)(data.images))
-    right = np.array([r.label for r in expected]) == data.labels.numpy()
+    right = np.array([r.prediction for r in expected]) == data.labels.numpy()
     assert found.accuracy == pytest.approx(right.mean())
-    assert found.exhaustive == [r.label for r in exhaustive]
-    assert found.agreement == np.mean([a.label == b.label for a, b in zip(expected, exhaustive, strict=True)])
+    assert found.exhaustive == [r.prediction for r in exhaustive]
+    assert found.agreement == np.mean([a.prediction == b.prediction for a, b in zip(expected, exhaustive, strict=True)])
     assert found.nfe_per_image == np.mean([r.nfe for r in expected])
     assert found.factor == pytest.approx(DRAWS * CLASSES / found.nfe_per_image)
     if not isinstance(rule, Exhaustive):
@@ -144,7 +144,7 @@ def test_broken_candidates_fall_as_in_the_engine(rule, tmp_path):
     same(found.results, expected)
     assert found.exhaustive[1] is None
     assert found.exhaustive[2] == 3
-    assert found.results[1].label is None
+    assert found.results[1].prediction is None
 
 
 def test_weights_of_the_run_are_the_default_and_labels_may_be_missing(tmp_path):
@@ -153,7 +153,7 @@ def test_weights_of_the_run_are_the_default_and_labels_may_be_missing(tmp_path):
     errors = store(tmp_path / "e.parquet", Gaussians(), data.images, labels, weights="velocity")
     assert replay(errors).weights == "velocity"
     half = replay(errors)
-    assert half.accuracy == np.mean([r.label == label for r, label in zip(half.results, labels[:3], strict=False)])
+    assert half.accuracy == np.mean([r.prediction == label for r, label in zip(half.results, labels[:3], strict=False)])
     assert half.summary()["labelled"] == 3
     none = replay(store(tmp_path / "n.parquet", Gaussians(), data.images))
     assert none.accuracy is None
@@ -169,8 +169,8 @@ def test_classes_with_several_candidates(tmp_path):
     denoiser = Toy(4)
     denoiser.candidates = Candidates(["a", "b", "c", "d"], [0, 0, 3, 3])
     found = replay(store(tmp_path / "e.parquet", denoiser, some_images(8)))
-    assert {r.label for r in found.results} <= {0, 3}
-    assert all(denoiser.candidates.classes[r.candidate] == r.label for r in found.results)
+    assert {r.prediction for r in found.results} <= {0, 3}
+    assert all(denoiser.candidates.classes[r.candidate] == r.prediction for r in found.results)
 
 
 class Short(Elimination):

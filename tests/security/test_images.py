@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lightning_diffclf.commands.results import compare_command
+from lightning_diffclf.commands import run
 from lightning_diffclf.data.images import FORMATS, MAX_PIXELS, decode_image, open_image
 from lightning_diffclf.data.shards import Shards, ShardStream
 from lightning_diffclf.errors import UserError
@@ -117,7 +117,7 @@ def test_names_of_folders_are_text_on_the_terminal(capsys):
         folder = Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         made_up_run(folder / "run", made_up_rows(10, 3), 3)
-    compare_command(["[red]a/run", "[/b]/run"])
+    run("compare", ["[red]a/run", "[/b]/run"])
     shown = capsys.readouterr().out
     assert "[red]a/run" in shown
     assert "[/b]/run" in shown

@@ -1,0 +1,26 @@
+"""The public names: what is imported here is what the package has."""
+
+from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback as DiffusionClassifierCallback
+from lightning_diffclf.callbacks.ema import EMA as EMA
+from lightning_diffclf.candidates import Candidates as Candidates
+from lightning_diffclf.classifier.classification import Classification as Classification
+from lightning_diffclf.classifier.draws import Draws as Draws
+from lightning_diffclf.classifier.elimination import Elimination as Elimination
+from lightning_diffclf.classifier.elimination import Exhaustive as Exhaustive
+from lightning_diffclf.classifier.elimination import Stages as Stages
+from lightning_diffclf.classifier.engine import DiffusionClassifier as DiffusionClassifier
+from lightning_diffclf.classifier.linear_probe import LinearProbe as LinearProbe
+from lightning_diffclf.classifier.posterior import Posterior as Posterior
+from lightning_diffclf.classifier.recipe import Recipe as Recipe
+from lightning_diffclf.classifier.search import GradientSearch as GradientSearch
+from lightning_diffclf.classifier.sequential import LikelihoodRatio as LikelihoodRatio
+from lightning_diffclf.classifier.sequential import PairedTest as PairedTest
+from lightning_diffclf.denoiser import ConditionalDenoiser as ConditionalDenoiser
+from lightning_diffclf.denoiser import SearchableDenoiser as SearchableDenoiser
+from lightning_diffclf.models.dit import DiT as DiT
+from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT as ClassConditionalDiT
+from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion as ZeroShotStableDiffusion
+from lightning_diffclf.schedule import NoiseSchedule as NoiseSchedule
+from lightning_diffclf.zero_shot import pipeline as pipeline
+
+__version__: str

@@ -1,0 +1,18 @@
+"""What the method offers: what is imported here is what the package has."""
+
+from lightning_diffclf.classifier.cascade import Cascade as Cascade
+from lightning_diffclf.classifier.classification import Classification as Classification
+from lightning_diffclf.classifier.draws import Draws as Draws
+from lightning_diffclf.classifier.elimination import Elimination as Elimination
+from lightning_diffclf.classifier.elimination import Exhaustive as Exhaustive
+from lightning_diffclf.classifier.elimination import Round as Round
+from lightning_diffclf.classifier.elimination import Stages as Stages
+from lightning_diffclf.classifier.engine import DiffusionClassifier as DiffusionClassifier
+from lightning_diffclf.classifier.linear_probe import LinearProbe as LinearProbe
+from lightning_diffclf.classifier.posterior import Posterior as Posterior
+from lightning_diffclf.classifier.recipe import Proposal as Proposal
+from lightning_diffclf.classifier.recipe import Recipe as Recipe
+from lightning_diffclf.classifier.score import Loss as Loss
+from lightning_diffclf.classifier.search import GradientSearch as GradientSearch
+from lightning_diffclf.classifier.sequential import LikelihoodRatio as LikelihoodRatio
+from lightning_diffclf.classifier.sequential import PairedTest as PairedTest

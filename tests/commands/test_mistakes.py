@@ -1,0 +1,43 @@
+"""What the parser says, in plain words: the texts are those of jsonargparse and argparse."""
+
+import pytest
+
+from lightning_diffclf.commands.mistakes import explained, similar
+
+OPTIONS = ["--trainer.max_steps", "--model", "--classifier.draws"]
+
+NESTED = """Parser key "classifier.elimination":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning_diffclf.classifier.elimination.Elimination'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'lightning_diffclf.LikelihoodRatio':
+        {}
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>"""
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("unrecognized arguments: --draws 5", "no option '--draws'; did you mean '--classifier.draws'?"),
+        ("unrecognized arguments: here --nothing=5 --draws", "no option '--nothing'"),
+        ("Option 'modle' is not accepted", "no option 'modle'; did you mean 'model'?"),
+        ('Parser key "x":\n  Something else', "x: Something else"),
+        ("Something else", "Something else"),
+        (
+            NESTED.format("Option 'alfa' is not accepted"),
+            "no option 'classifier.elimination.alfa'; did you mean 'classifier.elimination.alpha'?",
+        ),
+        (
+            NESTED.format("Parser key \"alpha\":\n          Expected a <class 'float'>. Got value: much"),
+            "classifier.elimination.alpha: 'much', expected float",
+        ),
+    ],
+)
+def test_messages(message, told):
+    assert explained(message, OPTIONS) == told
+
+
+def test_what_resembles_nothing_is_not_guessed():
+    assert similar("--zebra", OPTIONS) == []
+    assert similar("-", OPTIONS) == []
