@@ -23,6 +23,7 @@ from lightning_diffclf.files import read_json
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
 from lightning_diffclf.models.autoencoder import Autoencoder
+from lightning_diffclf.models.missing_weights import check_whole, text_encoders
 from lightning_diffclf.progress import tell
 from lightning_diffclf.schedule import NoiseSchedule
 
@@ -271,7 +272,7 @@ def load(
         **others: For ``DiffusionPipeline.from_pretrained``, such as ``text_encoder_3=None``.
 
     Raises:
-        ValueError: if it is not there, is gated, lacks a part, or comes with code of its own; says what to do.
+        ValueError: if it is not there, is gated, lacks a part or weights, or brings code of its own; says what to do.
     """
     tell(f"loading {pretrained}")
     from diffusers import DiffusionPipeline
@@ -280,11 +281,12 @@ def load(
     if not folder.exists() and pretrained.startswith("assets/"):  # comes with the repository, like names of configs/
         folder = Path(__file__).resolve().parents[2] / pretrained
         pretrained = str(folder) if folder.exists() else pretrained
-    if folder.exists():
-        _check_folder(folder, others)
+    parts = _parts(folder, others) if folder.exists() else None
     try:
-        if not folder.exists():
-            check_parts(DiffusionPipeline.load_config(pretrained, revision=revision), pretrained)
+        if parts is None:
+            parts = DiffusionPipeline.load_config(pretrained, revision=revision)
+            check_parts(parts, pretrained)
+        others |= text_encoders(parts, pretrained, revision, dtype, **others)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # older versions know no other
             pipeline = DiffusionPipeline.from_pretrained(pretrained, revision=revision, torch_dtype=dtype, **others)
@@ -300,6 +302,7 @@ def load(
             "network, give a folder with a downloaded pipeline"
         ) from error
 
+    check_whole(pipeline, pretrained)
     network = getattr(pipeline, family_of(pipeline).NETWORK)
     if lora is not None:
         try:
@@ -320,13 +323,13 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _check_folder(folder: Path, others: dict[str, Any]) -> None:
+def _parts(folder: Path, others: dict[str, Any]) -> dict[str, Any]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(
             f"pretrained: {str(folder)!r} has no model_index.json, expected a pipeline in diffusers' format"
         )
-    parts = read_json(index, "pretrained")
+    parts: dict[str, Any] = read_json(index, "pretrained")
     check_parts(parts, str(folder))
     wanted = [
         name for name, value in parts.items() if isinstance(value, list) and value[0] is not None and name not in others
@@ -334,6 +337,7 @@ def _check_folder(folder: Path, others: dict[str, Any]) -> None:
     missing = [name for name in wanted if not (folder / name).is_dir()]
     if missing:
         raise UserError(f"pretrained: {str(folder)!r} lacks {missing}, which its model_index.json names")
+    return parts
 
 
 def check_parts(parts: Any, pretrained: str) -> None:

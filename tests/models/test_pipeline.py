@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from lightning_diffclf import Candidates, DiffusionClassifier, Draws
 from lightning_diffclf.models.flux import pack, unpack
@@ -194,6 +195,24 @@ def test_what_cannot_be_loaded_is_explained(folder, tmp_path, monkeypatch):
         load(str(tmp_path / "sd"))
     (tmp_path / "sd" / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match=r"model_index.json' cannot be read"):
+        load(str(tmp_path / "sd"))
+
+
+@pytest.mark.parametrize(
+    ("part", "weight"),
+    [
+        ("unet", "mid_block.resnets.0.conv1.weight"),
+        ("vae", "encoder.conv_in.weight"),
+        ("text_encoder", "final_layer_norm.bias"),
+    ],
+)
+def test_weights_that_are_missing_are_named(folder, tmp_path, part, weight):
+    shutil.copytree(folder, tmp_path / "sd")
+    file = next((tmp_path / "sd" / part).glob("*.safetensors"))
+    weights = load_file(file)
+    (key,) = [key for key in weights if key.endswith(weight)]
+    save_file({name: value for name, value in weights.items() if name != key}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights of its {part}: .*{weight}"):
         load(str(tmp_path / "sd"))
 
 
