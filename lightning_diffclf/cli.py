@@ -202,7 +202,7 @@ class DiffClfCLI(LightningCLI):
             if path is None:
                 self.config_init[subcommand]["ckpt_path"] = None
             else:
-                print(f"resuming from {path}")
+                print(f"{'resuming from' if self._fits else 'weights of'} {path}")
         if path in ("best", "hpc", "registry"):
             pass  # Lightning's
         elif path is not None:

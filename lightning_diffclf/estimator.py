@@ -231,6 +231,7 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
             run.add(part.to(self._device), content_ids(part))
             yield from run.work()
         yield from run.finish()
+        self.module_.cpu()  # so that it can be unpickled anywhere
 
 
 @contextmanager

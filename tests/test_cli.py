@@ -321,7 +321,7 @@ def test_bad_settings_give_one_clear_error(args, message, capsys):
 def test_the_version_and_unknown_commands(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"diffclf {lightning_diffclf.__version__}\n"
-    assert "no command 'clasify'; did you mean 'classify'?" in fails(capsys, main, ["clasify"])
+    assert "no command 'classif'; did you mean 'classify'?" in fails(capsys, main, ["classif"])
     assert "no command 'tset'; did you mean 'test'?" in fails(capsys, main, ["tset", "--config=dit_digits.yaml"])
 
 

@@ -93,6 +93,12 @@ def classify(args: Sequence[str]) -> Namespace:
         "--reduction", type=Literal["mean", "sum"], default="sum", help="how probabilities are read off scores"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="first find the labels worth trying, by the gradient of the error by the prompts (GradientSearch): pays "
+        "where labels are many; a label that it leaves out has probability 0",
+    )
     parser.add_argument("--microbatch", type=int, default=32, help="rows of a network call")
     parser.add_argument("--size", type=int | None, default=None, help="side of the images (default: the model's own)")
     parser.add_argument("--device", type=str, default="auto", help="cuda, cpu, …")

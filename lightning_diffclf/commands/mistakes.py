@@ -40,7 +40,7 @@ def similar(given: str, known: Iterable[str]) -> list[str]:
         ['--classifier.draws']
         >>> similar("--ckpt", ["--ckpt_path", "--config"])
         ['--ckpt_path']
-        >>> similar("clasify", ["classify", "compare"]), similar("--help-me", ["--trainer.devices"])
+        >>> similar("classif", ["classify", "compare"]), similar("--help-me", ["--trainer.devices"])
         (['classify'], [])
     """
     known = list(dict.fromkeys(known))
@@ -56,8 +56,8 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     """That there is no such thing, and what may have been meant.
 
     Example:
-        >>> unknown("command", "clasify", ["classify", "compare"])
-        "no command 'clasify'; did you mean 'classify'?"
+        >>> unknown("command", "classif", ["classify", "compare"])
+        "no command 'classif'; did you mean 'classify'?"
     """
     found = similar(given, known)
     return f"no {what} {given!r}" + (f"; did you mean {found[0]!r}?" if found else "")

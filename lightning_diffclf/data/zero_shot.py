@@ -23,6 +23,8 @@ from lightning_diffclf.data.stream import Share, evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.identity import ByArguments
 
+DEFAULT_SIZE = (512, 512)  # Stable Diffusion's
+
 CATS = (
     "Abyssinian", "Bengal", "Birman", "Bombay", "British Shorthair", "Egyptian Mau", "Maine Coon", "Persian", "Ragdoll",
     "Russian Blue", "Siamese", "Sphynx",
@@ -225,7 +227,7 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
             ``webdataset``, for tar shards (``root``: a pattern or a folder), with ``class_names`` or a CSV of prompts.
         root: Folder of the data.
         size: Height and width of the images; if omitted, those that the Trainer's module was trained on
-            (:class:`~lightning_diffclf.data.protocols.HasNativeSize`).
+            (:class:`~lightning_diffclf.data.protocols.HasNativeSize`), or 512 where none says so.
         eval_batch_size: Images in a batch of one process.
         num_workers: Processes that read images.
         download: Let torchvision download what is missing.
@@ -238,8 +240,7 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
             published DiT networks want it (:func:`~lightning_diffclf.data.images.published_crop`).
 
     Raises:
-        ValueError: if the name is unknown, numbers are out of range, or names are not as many as classes; from
-            ``setup``, if no size is given and the module does not say its own.
+        ValueError: if the name is unknown, numbers are out of range, or names are not as many as classes.
         FileNotFoundError: from ``setup``, if the data are not there.
     """
 
@@ -285,12 +286,10 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
-        if self._given_size is None:
-            module: object = getattr(self.trainer, "lightning_module", None)
-            if not isinstance(module, HasNativeSize):
-                raise UserError("size: none given, and no module that says its own; expected one (--data.size)")
-            self._given_size = module.native_size
-        return self._given_size
+        if self._given_size is not None:
+            return self._given_size
+        module: object = getattr(self.trainer, "lightning_module", None)
+        return module.native_size if isinstance(module, HasNativeSize) else DEFAULT_SIZE
 
     @property
     def source(self) -> Any:
