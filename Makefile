@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+PYTHONS ?= 3.10 3.11 3.12 3.13
 RUN_DIR := runs/dit_digits
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format constraints clean
+.PHONY: help env demo test test-versions lint format constraints clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 env: $(STAMP) ## Make or update the environment in .venv
 
@@ -35,6 +36,15 @@ demo: env ## Train a DiT on handwritten digits and classify with it
 
 test: lint ## Lint, check types and run all tests (make test PYTEST_ARGS="-k schedule")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-versions: env ## Run all tests on each Python with the newest dependencies, and on the first with the oldest
+	@for python in $(PYTHONS); do $(call isolated,$$python,highest) || failed="$$failed $$python"; done; \
+	$(call isolated,$(firstword $(PYTHONS)),lowest-direct) || failed="$$failed oldest"; \
+	test -z "$$failed" || { echo "error: tests failed with:$$failed" >&2; exit 1; }
+
+# uv finds or fetches the Python $(1), and chooses the $(2) versions that pyproject.toml allows.
+isolated = $(BIN)/uv run --isolated --no-project --python $(1) --resolution $(2) --with-editable '.[test]' \
+	python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
 
 lint: env ## Check style, spelling and types
 	$(BIN)/ruff check .

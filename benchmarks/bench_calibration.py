@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_elimination import PAPER, stored
-from make_errors import DATA, TASKS, network
-from safetensors.torch import load_file
+from bench_elimination import stored
 from sklearn.linear_model import LogisticRegression
+from tasks import TASKS
 
 from lightning_diffclf import DiffusionClassifier, Draws, Exhaustive, PairedTest, Posterior
 from lightning_diffclf.results.calibration import CrossFitted, Sample, fold_of
@@ -62,19 +61,15 @@ def platt(feature_B: np.ndarray, right_B: np.ndarray, fold_B: np.ndarray) -> np.
 def main() -> None:
     print(f"{date.today()}\n")
     print("| task | rule | accuracy | confidence | ECE | NLL | Brier |\n| --- | --- | --- | --- | --- | --- | --- |")
-    for task, (data_module, draws) in TASKS.items():
-        data = data_module()
-        data.setup()
-        module = network(task)
-        module.load_state_dict(load_file(DATA / f"{task}.safetensors"))
-        everything = DiffusionClassifier(module, Draws(draws))
-        classes = list(module.candidates.classes)
+    for task in (TASKS["digits"], TASKS["digit_pairs"]):
+        everything = DiffusionClassifier(task.network(), Draws(task.draws))
+        classes = list(everything.denoiser.candidates.classes)
         with tempfile.TemporaryDirectory() as folder:
-            errors = stored(task, everything, data.test.parts["id"].tolist(), Path(folder))
+            errors = stored(task, everything, Path(folder))
             errors_of = {image.image_id: image.errors_SK for image in errors}
-            for rule in (Exhaustive(), PAPER[task], PairedTest(0.01)):
+            for rule in (Exhaustive(), task.stages, PairedTest(0.01)):
                 rows = rows_of(replay(errors, rule), errors_of, classes, everything.weights_S)
-                report(task, rule, rows, classes)
+                report(task.name, rule, rows, classes)
 
 
 def report(task: str, rule: object, rows: list[Record], classes: list[int]) -> None:

@@ -1,12 +1,13 @@
 """What elimination rules save: python benchmarks/bench_elimination.py [--task digits].
 
-Two real tasks, with networks trained by `dit_digits.yaml` and `dit_digit_pairs.yaml`, whose weights and errors are in
-benchmarks/data/ (`make_errors.py` made them). Rules that look at errors only are replayed on the stored errors of all
-test images; those that look at predictions run the network on all of them.
+Real tasks (tasks.py), with networks trained by `dit_digits.yaml` and so on, whose weights and errors are in
+benchmarks/data/ (`make_errors.py` made them). Rules that look at errors only are replayed on the stored errors; those
+that look at predictions run the network on all test images.
 
-Agreement is with all draws of all candidates (the stored errors). Seconds and rows a second are measured with the
-network, on all images or on the first ones (``--timed-rows``). Overhead is the time of the engine over that of the bare
-network on the very same micro-batches, in alternating repetitions: the median of the ratios.
+Agreement is with all draws of all candidates, on the images whose errors are stored. "As alone" is how many of all test
+images are decided as without the proposal. Seconds and rows a second are measured with the network, on the first images
+(``--timed-rows``). Overhead is the time of the engine over that of the bare network on the very same micro-batches, in
+alternating repetitions: the median of the ratios.
 """
 
 import argparse
@@ -19,37 +20,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_errors import DATA, TASKS, load_errors, network
-from safetensors.torch import load_file
+from tasks import TASKS, Task
 
 from lightning_diffclf import (
-    ClassConditionalDiT,
     Classification,
     DiffusionClassifier,
     Draws,
     Exhaustive,
-    GradientSearch,
     LikelihoodRatio,
     PairedTest,
-    Stages,
 )
-from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.linear_probe import LinearProbe
 from lightning_diffclf.results.errors import ErrorsInfo, ErrorsWriter, StoredErrors
 from lightning_diffclf.results.replay import replay
 
 ALPHAS = (0.05, 0.01, 0.002)
-PAPER = {"digits": Stages((10, 100), (5, 1)), "digit_pairs": Stages((2, 6, 12, 64), (20, 10, 5, 1))}
 MICROBATCH = 256
 
 
-def stored(task: str, classifier: DiffusionClassifier, ids: list[int], folder: Path) -> StoredErrors:
+def stored(task: Task, classifier: DiffusionClassifier, folder: Path) -> StoredErrors:
     """The committed errors as a file that replays."""
-    errors_BKS, labels, timesteps = load_errors(task)
+    images, _, ids = task.test()
+    dims = classifier.denoiser.encode(images[:1])[0].numel()
+    errors_BKS, labels, timesteps = task.errors()
     np.testing.assert_allclose(timesteps, classifier.timesteps_S, rtol=1e-6)  # stored in float64
-    path = folder / f"{task}.parquet"
+    path = folder / f"{task.name}.parquet"
     writer = ErrorsWriter(path, ErrorsInfo.of(classifier))
-    for image_id, errors_KS, label in zip(ids, errors_BKS, labels, strict=True):
+    for image_id, errors_KS, label in zip(ids[: len(labels)], errors_BKS, labels, strict=True):
         candidates, draws = errors_KS.shape
         scores = torch.from_numpy(errors_KS.mean(1))
         kept = torch.from_numpy(errors_KS.astype(np.float32))
@@ -63,7 +60,7 @@ def stored(task: str, classifier: DiffusionClassifier, ids: list[int], folder: P
                 differences_K=scores - scores.min(),
                 draws_K=every,
                 nfe=candidates * draws,
-                dims=128 if task == "digit_pairs" else 64,
+                dims=dims,
                 timesteps_S=classifier.timesteps_S,
                 errors_KS=kept,
                 **unused,
@@ -79,34 +76,33 @@ def timed(classifier: DiffusionClassifier, images: torch.Tensor, ids: list[int],
     module, calls = classifier.denoiser, []
     predict = module.predict
     module.predict = lambda *rows: calls.append(rows) or predict(*rows)
-    results = list(classifier(images, ids))
+    nfe = sum(result.nfe for result in classifier(images, ids))
     module.predict = predict
     engine, bare = [], []
     for _ in range(repetitions):
         start = time.perf_counter()
-        list(classifier(images, ids))
+        classifier(images, ids)
         engine.append(time.perf_counter() - start)
         start = time.perf_counter()
         with torch.no_grad():
             for rows in calls:
                 predict(*rows)
         bare.append(time.perf_counter() - start)
-    nfe = sum(r.nfe for r in results)
     return {
         "seconds": statistics.median(engine) / len(images),
         "rate": nfe / statistics.median(engine),
         "bare": nfe / statistics.median(bare),
         "overhead": statistics.median(e / b for e, b in zip(engine, bare, strict=True)),
-        "labels": [r.label for r in results],
-        "nfe": nfe / len(images),
     }
 
 
-def probe(module: ClassConditionalDiT, data: DigitsDataModule, top: int) -> LinearProbe:
+def probe(task: Task, classifier: DiffusionClassifier) -> LinearProbe:
     """Fitted to the images that the network was trained on."""
+    data = task.data()
+    data.setup()
     train = data.train.parts
     batches = zip(train["image"][:20_000].split(500), train["label"][:20_000].split(500), strict=True)
-    return LinearProbe(module, "net.blocks.2", timestep=0.2, top=top).fit(batches)
+    return LinearProbe(classifier.denoiser, "net.blocks.2", timestep=0.2, top=task.top).fit(batches)
 
 
 def main() -> None:
@@ -118,61 +114,64 @@ def main() -> None:
         f"{date.today()}, {platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"Python {platform.python_version()}"
     )
-    for task in args.task or TASKS:
-        run_task(task, args.timed_rows)
+    for name in args.task or TASKS:
+        run_task(TASKS[name], args.timed_rows)
 
 
-def run_task(task: str, timed_rows: int) -> None:
-    data_module, draws = TASKS[task]
-    data = data_module()
-    data.setup()
-    module = network(task)
-    module.load_state_dict(load_file(DATA / f"{task}.safetensors"))
-    images, labels, ids = (data.test.parts[name] for name in ("image", "label", "id"))
-    everything = DiffusionClassifier(module, Draws(draws))
+def run_task(task: Task, timed_rows: int) -> None:
+    images, labels, ids = task.test()
+    everything = DiffusionClassifier(task.network(), Draws(task.draws))
     with tempfile.TemporaryDirectory() as folder:
-        errors = stored(task, everything, ids.tolist(), Path(folder))
+        errors = stored(task, everything, Path(folder))
         exhaustive = replay(errors, Exhaustive())
-        replays = {rule: replay(errors, rule) for rule in (PAPER[task], *(PairedTest(alpha) for alpha in ALPHAS))}
-    reference = np.array([r.label for r in exhaustive.results])
-    stages_nfe = replays[PAPER[task]].nfe_per_image
-    small = probe(module, data, top=3 if task == "digits" else 20)
-    recall = small.recall(images, labels.tolist())
-    agreeing = small.recall(images, reference.tolist())
+        replays = {rule: replay(errors, rule) for rule in (task.stages, *(PairedTest(alpha) for alpha in ALPHAS))}
+    reference = np.array([result.label for result in exhaustive.results])
     print(
-        f"\n{task}: {len(images)} images, {len(module.candidates)} candidates, {draws} draws. The linear probe's top "
-        f"{small.top} hold the right class of {recall:.2%}, the class that all draws decide for of {agreeing:.2%}.\n"
+        f"\n## {task.name}\n\n{len(images)} images, {len(everything.denoiser.candidates)} candidates, {task.draws} "
+        f"draws; all errors of {len(reference)} images. The search is {task.search}."
     )
-    print(
-        "| rule | accuracy | agreement | NFE / image | fewer than exhaustive | fewer than stages | s / image | "
-        "rows / s | overhead |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    rules = [(Exhaustive(), None), *((rule, None) for rule in replays)]
-    rules += [(LikelihoodRatio(alpha), None) for alpha in ALPHAS]
-    rules += [(LikelihoodRatio(alpha), small) for alpha in ALPHAS]
-    rules += [(LikelihoodRatio(alpha), GradientSearch()) for alpha in ALPHAS]
-    full = []  # rows a second of the bare network on full micro-batches
-    for rule, proposal in rules:
-        known = exhaustive if isinstance(rule, Exhaustive) else replays.get(rule)
-        count = len(images) if known is None else min(len(images), max(4, int(timed_rows / known.nfe_per_image)))
-        classifier = DiffusionClassifier(
-            module, Draws(draws), elimination=rule, microbatch=MICROBATCH, proposal=proposal
+    proposals = {"": None}
+    if task.top:
+        small = proposals["probe"] = probe(task, everything)
+        recall, agreeing = small.recall(images, labels.tolist()), small.recall(images, reference.tolist())
+        print(
+            f"The linear probe's top {small.top} hold the right class of {recall:.2%}, the class that all draws decide "
+            f"for of {agreeing:.2%}."
         )
-        time_ = timed(classifier, images[:count], ids[:count].tolist(), repetitions=3)
-        if isinstance(rule, Exhaustive):
-            full.append(time_["bare"])
+    proposals["search"] = task.search
+    print(
+        "\n| rule | accuracy | agreement | as alone | NFE / image | fewer than exhaustive | fewer than stages | "
+        "s / image | rows / s | overhead |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
+    rules = [(rule, "") for rule in (Exhaustive(), *replays)]
+    rules += [(LikelihoodRatio(alpha, inflation=task.inflation), name) for name in proposals for alpha in ALPHAS]
+    full = []  # rows a second of the bare network on full micro-batches
+    alone: dict[object, np.ndarray] = {}
+    for rule, name in rules:
+        known = exhaustive if isinstance(rule, Exhaustive) else replays.get(rule)
+        classifier = DiffusionClassifier(
+            everything.denoiser, everything.draws, elimination=rule, microbatch=MICROBATCH, proposal=proposals[name]
+        )
+        same = ""
         if known is None:
-            decided = np.array(time_["labels"])
-            accuracy, agreement, nfe = (decided == labels.numpy()).mean(), (decided == reference).mean(), time_["nfe"]
+            results = classifier(images, ids)
+            decided = np.array([result.label for result in results])
+            accuracy, nfe = (decided == labels.numpy()).mean(), np.mean([result.nfe for result in results])
+            agreement = (decided[: len(reference)] == reference).mean()
+            same = f"{(decided == alone.setdefault(rule, decided)).mean():.2%}"  # the first time, it is alone
         else:
             accuracy, agreement, nfe = known.accuracy, known.agreement, known.nfe_per_image
-        after = "" if proposal is None else f" after the {'probe' if proposal is small else 'search'}"
-        name = f"{rule}".replace(", growth=1.2", "").replace(", inflation=1.0", "")
+        count = min(len(images), max(1, int(timed_rows / nfe)))
+        time_ = timed(classifier, images[:count], ids[:count], repetitions=3)
+        if isinstance(rule, Exhaustive):
+            full.append(time_["bare"])
+        text = f"{rule}".replace(", growth=1.2", "").replace(", inflation=1.0", "") + (
+            f" after the {name}" if name else ""
+        )
+        fewer = [other.nfe_per_image / nfe for other in (exhaustive, replays[task.stages])]
         print(
-            f"| {name}{after} | {accuracy:.2%} | {agreement:.2%} | {nfe:.1f} | "
-            f"{exhaustive.nfe_per_image / nfe:.1f} | {stages_nfe / nfe:.1f} | {time_['seconds']:.4f} | "
-            f"{time_['rate']:.0f} | {time_['overhead']:.2f} |",
+            f"| {text} | {accuracy:.2%} | {agreement:.2%} | {same} | {nfe:.1f} | {fewer[0]:.1f} | {fewer[1]:.1f} | "
+            f"{time_['seconds']:.4f} | {time_['rate']:.0f} | {time_['overhead']:.2f} |",
             flush=True,
         )
     print(f"\nBare network on full micro-batches: {full[0]:.0f} rows / s.")

@@ -28,9 +28,7 @@ class AppendingWriter(ExperimentWriter):
             file.truncate(file.read().rfind(b"\n") + 1)
         with path.open(newline="") as file:
             self.metrics_keys = next(csv.reader(file), [])
-        if (
-            not self.metrics_keys
-        ):  # killed in its first line, of which the base class would take an empty file to be rid
+        if not self.metrics_keys:  # killed in its first line; the base class would take an empty file for a whole one
             path.unlink()
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

@@ -6,6 +6,7 @@ Suffixes of shapes: B images, K candidates, P numbers of one condition, M images
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -178,6 +179,14 @@ class GradientSearch(Search):
             nfe[b] = math.ceil(cost * self.draws)
             if dropped[b] < self.draws:
                 found[b] = self.keep(w_BK[b, candidates[b]], candidates[b], group_K)
+        if any(dropped):
+            worst = max(range(len(ids)), key=dropped.__getitem__)
+            warnings.warn(
+                f"search: {sum(dropped)} of {self.draws * len(searched)} gradients were NaN or infinite and do not "
+                f"count (image {ids[worst]!r}: {dropped[worst]} of {self.draws}); without any, all candidates stay",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return Found(found, nfe, dropped)
 
     def times(self, schedule: NoiseSchedule) -> Tensor:
@@ -281,8 +290,9 @@ def cost_of(classifier: DiffusionClassifier, x0: Tensor) -> float:
         first = torch.zeros(1, dtype=torch.int64, device=x0.device)
         conditions = denoiser.conditions(first)
         try:
-            gradient(denoiser, x0, torch.zeros_like(x0), t[0], _flat(conditions), conditions)
-        except (RuntimeError, NotImplementedError) as error:
+            with FlopCounterMode(display=False) as both:
+                gradient(denoiser, x0, torch.zeros_like(x0), t[0], _flat(conditions), conditions)
+        except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -292,8 +302,6 @@ def cost_of(classifier: DiffusionClassifier, x0: Tensor) -> float:
             ) from error
         with FlopCounterMode(display=False) as forward:
             denoiser.predict(*denoiser.schedule.network_rows(x0, t.to(x0.device)), first)
-        with FlopCounterMode(display=False) as both:
-            gradient(denoiser, x0, torch.zeros_like(x0), t[0], _flat(conditions), conditions)
         total = forward.get_total_flops()
         # A backward pass is at most two forward ones, if nothing is counted.
         _COSTS[classifier] = both.get_total_flops() / total if total else 3.0

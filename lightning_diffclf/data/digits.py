@@ -68,9 +68,7 @@ class DigitsDataModule(ByArguments, L.LightningDataModule):
 
     def __init__(self, batch_size: int = 256, eval_batch_size: int = 60, seed: int = 0) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise UserError(f"{name}: {value}, expected at least 1")
+        _at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.save_hyperparameters()
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
 
@@ -139,9 +137,7 @@ class DigitPairsDataModule(DigitsDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        for name, value in (("train_pairs", train_pairs), ("test_pairs", test_pairs)):
-            if value < 1:
-                raise UserError(f"{name}: {value}, expected at least 1")
+        _at_least_one(train_pairs=train_pairs, test_pairs=test_pairs)
         self.save_hyperparameters()
         self.train_pairs, self.test_pairs = train_pairs, test_pairs
 
@@ -183,15 +179,19 @@ class DigitTriplesDataModule(DigitsDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        for name, value in (("train_triples", train_triples), ("test_triples", test_triples)):
-            if value < 1:
-                raise UserError(f"{name}: {value}, expected at least 1")
+        _at_least_one(train_triples=train_triples, test_triples=test_triples)
         self.save_hyperparameters()
         self.train_triples, self.test_triples = train_triples, test_triples
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         self.train, self.test = _rows(self.train, 3, self.train_triples, 0), _rows(self.test, 3, self.test_triples, 1)
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{name}: {value}, expected at least 1")
 
 
 def _rows(digits: InMemoryImages, places: int, count: int, seed: int) -> InMemoryImages:

@@ -251,7 +251,9 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
         if self._are_pixels(images):
             mean, std = self.autoencoder.moments(images)
             images = self.autoencoder.to_latents(mean if noise is None else mean + std * noise)
-        self._check_shape(images)
+        if tuple(images.shape[1:]) != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise UserError(f"images: shape {tuple(images.shape)}, expected (B, {expected})")
         return images
 
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
@@ -270,12 +272,6 @@ class ClassConditionalDiT(ByArguments, L.LightningModule):
         """The network's class of each candidate (N,)."""
         rows = self._asked(candidate.device).rows
         return candidate if rows is None else rows[candidate]
-
-    def _check_shape(self, images: Tensor) -> None:
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise UserError(
-                f"images: shape {tuple(images.shape)}, expected (B, {', '.join(map(str, self.image_shape))})"
-            )
 
     # --- training --------------------------------------------------------------------------------------------------
 

@@ -189,7 +189,7 @@ def test_validation_sees_averaged_weights_whatever_the_order(ema_first, tmp_path
     averaged = list(DiffusionClassifier(module, Draws(4))(batch["image"][:7], batch["id"][:7]))
     for seen, expected in zip(callback.results, averaged, strict=True):
         torch.testing.assert_close(seen.scores_K, expected.scores_K, rtol=1e-5, atol=1e-7)
-    ema._swap_models(module)  # and not the trained ones
+    ema._swap(module)  # and not the trained ones
     trained = list(DiffusionClassifier(module, Draws(4))(batch["image"][:7], batch["id"][:7]))
     assert not torch.allclose(callback.results[0].scores_K, trained[0].scores_K, rtol=1e-4)
 

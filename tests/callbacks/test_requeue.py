@@ -25,6 +25,7 @@ ONE_TASK = {"NTASKS": 1, "NTASKS_PER_NODE": 1, "NNODES": 1, "PROCID": 0, "LOCALI
 def _handlers():
     """A run that is left by SystemExit leaves its handlers to a process that is about to end."""
     before = {number: signal.getsignal(number) for number in (*SIGNALS, *ENDS)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
