@@ -1,13 +1,13 @@
 """How long do resume, finish, report, compare and merge take on large runs? python benchmarks/bench_load.py.
 
-Each is a process of its own, on runs that `make_runs.py` makes up: 20,000 images under 1,000 candidates and 1,281,167
+Each is a process of its own, on runs that ``load_runs.py`` makes up: 20,000 images under 1,000 candidates and 1,281,167
 images of which each has 10 of 1,000 classes as candidates, in 2,000 parts as eight ranks leave them. "resume" counts
 what was decided before as one rank of one, so that all of it is its own, and as one rank of eight; "finish" is what
 follows the last image: one file of all parts, calibration, metrics.json and pictures. The rest are commands of
 ``diffclf``.
 
 "over the imports" is what a process took on top of one that only imports what it imports: PyTorch and Lightning take
-seconds and about a gigabyte.
+seconds and most of a gigabyte. On a machine with other work, CPU seconds say more than seconds.
 """
 
 import argparse
@@ -23,7 +23,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-HERE = Path(__file__).parent
+WORK = Path(__file__).with_name("load_runs.py")
+
+# What a process imports, by the first of its arguments
+IMPORTED: dict[object, str] = {
+    "-m": "lightning_diffclf.cli",
+    WORK: "lightning_diffclf.callbacks.rank_evaluation",
+}
 
 
 class Cost(NamedTuple):
@@ -48,36 +54,32 @@ def cost(*arguments: object) -> Cost:
 def steps(folder: Path) -> Iterator[tuple[str, list[object]]]:
     """What is measured, in an order in which each leaves what the next needs."""
     a, b, halves = folder / "a", folder / "b", [folder / "first", folder / "second"]
-    diffclf, resume = ["-m", "lightning_diffclf"], [HERE / "resume_run.py"]
-    yield "report, in parts", [*diffclf, "report", a]
-    yield "compare, in parts", [*diffclf, "compare", a, b]
+    diffclf, resume = ["-m", "lightning_diffclf"], [WORK, "resume", a]
+    yield "report", [*diffclf, "report", a]
+    yield "resume", resume
+    yield "resume, one rank of eight", [*resume, "--ranks", 8]
+    yield "compare", [*diffclf, "compare", a, b]
     yield "merge two halves", [*diffclf, "merge", *halves, "--out", folder / "whole"]
-    yield "resume, in parts", [*resume, a]
-    yield "resume, in parts, one rank of eight", [*resume, a, "--ranks", 8]
-    yield "resume, nothing left, and finish", [*resume, a, "--finish"]
-    yield "report, ended", [*diffclf, "report", a]
-    yield "compare, one ended", [*diffclf, "compare", a, b]
-    yield "resume, ended", [*resume, a]
-    yield "resume, ended, one rank of eight", [*resume, a, "--ranks", 8]
+    yield "resume and finish", [*resume, "--finish"]
+    yield "report of one file", [*diffclf, "report", a]
+    yield "resume from one file, one rank of eight", [*resume, "--ranks", 8]
 
 
 def measure(folder: Path, images: int, candidates: int, classes: int, parts: int) -> None:
     """Print the table of one size."""
     sizes = {"--images": images, "--candidates": candidates, "--classes": classes, "--parts": parts}
-    cost(HERE / "make_runs.py", folder, *(value for size in sizes.items() for value in size))
+    cost(WORK, "make", folder, *(value for size in sizes.items() for value in size))
     print(f"\n{images:,} images, {candidates:,} of {classes:,} candidates each, {parts:,} parts\n")
-    print("| what | s | CPU, s | peak, MB | s over the imports | MB over the imports |\n" + "| --- " * 6 + "|")
-    modules = {"-m": "lightning_diffclf.cli", "resume": "lightning_diffclf.callbacks.rank_evaluation"}
-    imports = {module: cost("-c", f"import {module}") for module in modules.values()}
-    rows = [(f"import {module}", found, found) for module, found in imports.items()]
-    for row in rows:
-        print_row(*row)
+    print("| what | s | CPU, s | peak, MB | CPU s over the imports | MB over the imports |\n" + "| --- " * 6 + "|")
+    imports = {module: cost("-c", f"import {module}") for module in IMPORTED.values()}
+    for module, found in imports.items():
+        print_row(f"import {module}", found, found)
     for what, arguments in steps(folder):
-        print_row(what, cost(*arguments), imports[modules["-m" if arguments[0] == "-m" else "resume"]])
+        print_row(what, cost(*arguments), imports[IMPORTED[arguments[0]]])
 
 
 def print_row(what: str, found: Cost, imports: Cost) -> None:
-    over = f"{found.seconds - imports.seconds:.1f} | {found.megabytes - imports.megabytes:.0f}"
+    over = f"{found.cpu - imports.cpu:.1f} | {found.megabytes - imports.megabytes:.0f}"
     print(f"| {what} | {found.seconds:.1f} | {found.cpu:.1f} | {found.megabytes:.0f} | {over} |", flush=True)
 
 
@@ -87,10 +89,11 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, nargs="+", default=[1000, 10])
     parser.add_argument("--classes", type=int, nargs="+", default=[1000, 1000])
     parser.add_argument("--parts", type=int, nargs="+", default=[2000, 2000])
-    parser.add_argument("--folder", type=Path, help="for the runs, some 8 GB; a temporary one if omitted")
+    parser.add_argument("--folder", type=Path, help="for the runs, some 2 GB; a temporary one if omitted")
     given = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "pyarrow"))
     print(f"{date.today()}, {platform.machine()} CPU, Python {platform.python_version()}, {versions}")
+    print(f"{os.cpu_count()} cores, on which {os.getloadavg()[0]:.0f} processes ran when it began")
     for sizes in zip(given.images, given.candidates, given.classes, given.parts, strict=True):
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             measure(Path(folder), *sizes)

@@ -74,29 +74,37 @@ class Sample:
         self.outline = outline
         self.labelled = 0
         self._folds: list[list[_Example]] = [[] for _ in range(FOLDS)]
+        self._ends = [b"\xff" * 65] * FOLDS  # what comes after them in order is not kept
 
     def update(self, chunk: Chunk) -> None:
         """Show it more images."""
         outline = self.outline
-        for columns in Columns(chunk, self.COLUMNS).pieces(outline.together):
+        for columns in Columns(chunk, self.COLUMNS).pieces():
             columns = columns.take(columns.numbers("label") >= 0)
             self.labelled += len(columns)
-            differences_BC = columns.class_differences(outline.classes, outline.num_classes).numpy()
-            label_B = columns.numbers("label")
+            tried, label_B = columns.tried(outline.classes, outline.num_classes), columns.numbers("label")
             # Images whose class was not among the candidates, or that were not decided, say nothing about temperatures.
-            tells_B = np.isfinite(differences_BC[np.arange(len(label_B)), label_B])
+            tells_B = (tried.has(label_B) & np.isfinite(tried.differences_BW)).any(1)
             tells_B &= columns.numbers("prediction") >= 0
-            new: list[list[_Example]] = [[] for _ in range(FOLDS)]
-            ids = columns.strings("id")
-            for row in np.flatnonzero(tells_B):
-                differences_C = differences_BC[row].astype(np.float32)  # as stored
-                new[fold_of(ids[row])].append(
-                    _Example(order_of(ids[row]), int(label_B[row]), columns.dims, differences_C)
-                )
-            self._folds = [
-                nsmallest(ENOUGH, old + more, key=lambda one: one.order)
-                for old, more in zip(self._folds, new, strict=True)
-            ]
+            kept_B = np.zeros(len(columns), dtype=bool)
+            places = []
+            for row, image_id in enumerate(columns.strings("id")):
+                if tells_B[row]:
+                    fold, order = fold_of(image_id), order_of(image_id)
+                    if order < self._ends[fold]:
+                        kept_B[row] = True
+                        places.append((fold, order))
+            kept = columns.take(kept_B)
+            differences_BC = kept.class_differences(outline.classes, outline.num_classes).numpy()
+            for (fold, order), label, differences_C in zip(places, label_B[kept_B], differences_BC, strict=True):
+                self._keep(fold, _Example(order, int(label), kept.dims, differences_C.astype(np.float32)))  # as stored
+
+    def _keep(self, fold: int, example: _Example) -> None:
+        """Keep an example, and twice as many of a fold as are needed at most."""
+        self._folds[fold].append(example)
+        if len(self._folds[fold]) >= 2 * ENOUGH:
+            self._folds[fold] = nsmallest(ENOUGH, self._folds[fold], key=lambda one: one.order)
+            self._ends[fold] = self._folds[fold][-1].order
 
     def fit(self, leave_out: int | None = None) -> Posterior:
         """The evaluation's posterior with the temperature that suits these images best.
@@ -107,7 +115,8 @@ class Sample:
         Returns:
             The posterior as it is, if no image can tell.
         """
-        examples = [one for fold, some in enumerate(self._folds) if fold != leave_out for one in some]
+        folds = [nsmallest(ENOUGH, some, key=lambda one: one.order) for some in self._folds]
+        examples = [one for fold, some in enumerate(folds) if fold != leave_out for one in some]
         examples = nsmallest(ENOUGH, examples, key=lambda one: one.order)
         if not examples:
             return self.outline.posterior
@@ -137,7 +146,7 @@ class CrossFitted:
 
     def update(self, chunk: Chunk) -> None:
         """Judge more images."""
-        for columns in Columns(chunk, self.COLUMNS).pieces(self.outline.together):
+        for columns in Columns(chunk, self.COLUMNS).pieces():
             columns = columns.take(columns.numbers("label") >= 0)
             fold_B = np.array([fold_of(image_id) for image_id in columns.strings("id")], dtype=int)
             right_B, (confidence_B, label_B, squares_B) = np.empty(len(columns), bool), np.empty((3, len(columns)))

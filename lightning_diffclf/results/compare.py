@@ -70,7 +70,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
         raise UserError(f"compare: image {image_id!r} has label {labels}")
     a, b = (known[f"answer_{which}"] == known[f"label_{which}"] for which in ("first", "second"))
     only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
-    ids = set(common.index)
+    ids = list(common.index)
     return Comparison(
         images=len(common),
         agreement=wilson(int((common["answer_first"] == common["answer_second"]).sum()), len(common)),

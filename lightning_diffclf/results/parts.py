@@ -27,7 +27,13 @@ ROW_GROUP_BYTES = 2**24  # of a file that is written: what its readers have to h
 
 CHECKED_TOGETHER = 64  # rows that are in several files
 
-WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}  # bytes of a value in memory, by Parquet's types
+WIDTHS = {
+    "BOOLEAN": 1,
+    "INT32": 4,
+    "INT64": 8,
+    "FLOAT": 4,
+    "DOUBLE": 8,
+}  # bytes of a value in memory, by Parquet's types
 
 
 class Vanished(FileNotFoundError):

@@ -195,7 +195,7 @@ def test_chunks_of_any_size_and_kind_give_the_same(monkeypatch):
         assert found.numbers() == pytest.approx(expected.numbers(), rel=1e-12)
         for name, sums in expected.sums.items():
             np.testing.assert_allclose(found.sums[name], sums, rtol=1e-12)
-    monkeypatch.setattr("lightning_diffclf.results.summary.CELLS", 50)  # in pieces of 8 images
+    monkeypatch.setattr("lightning_diffclf.results.columns.CELLS", 50)  # in pieces of 8 images
     assert Summary.of(outline, [rows]).numbers() == pytest.approx(expected.numbers(), rel=1e-12)
 
 

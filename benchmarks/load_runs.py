@@ -1,17 +1,27 @@
-"""Folders of evaluations as bench_load.py needs them: python benchmarks/make_runs.py FOLDER [--images 20000].
+"""What bench_load.py measures in processes of their own: folders of large evaluations, and how one is resumed.
 
-Decisions are made up, from random numbers that do not repeat: they compress no better than those of a network. Of each
-image, all candidates but the winner are dropped after some draws. ``FOLDER/a`` and ``FOLDER/b`` are two runs on the
-same images, killed before they ended; ``FOLDER/first`` and ``FOLDER/second`` are the halves of ``a``.
+``load_runs.py make FOLDER --images 20000`` makes the folders. Decisions are made up, from random numbers that do not
+repeat: they compress no better than those of a network. Of each image, all candidates but the winner are dropped after
+some draws. ``FOLDER/a`` and ``FOLDER/b`` are two runs on the same images, killed before they ended; ``FOLDER/first``
+and ``FOLDER/second`` are the halves of ``a``.
+
+``load_runs.py resume RUN`` does what an evaluation does before its first image, with ``--finish`` also what it does
+after the last one.
 """
 
 import argparse
 import os
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pyarrow as pa
+import torch
 
+from lightning_diffclf import Candidates, DiffusionClassifier, NoiseSchedule, Recipe
+from lightning_diffclf.callbacks.rank_evaluation import RankEvaluation
+from lightning_diffclf.callbacks.run_writer import RunWriter
+from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import SCHEMA, write_table
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import PARTS, SETTINGS_KEY, claim
@@ -113,14 +123,51 @@ def halve(run: Path, halves: list[Path], its: Settings) -> None:
             os.link(path, half / PARTS / path.name)
 
 
+class Denoiser:
+    """What is known of the network that decided; it is not called any more."""
+
+    schedule = NoiseSchedule.linear()
+
+    def __init__(self, names: list[str]) -> None:
+        self.candidates = Candidates(names)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def resume(run: Path, ranks: int, finish: bool) -> None:
+    """Count what was decided before, as the first of so many ranks; of the last image on, if asked for, the rest."""
+    its = Settings.read(run)
+    names, timesteps_S = its.info["candidate_names"], Outline.of(its.info).timesteps_S
+    classifier = DiffusionClassifier(Denoiser(names), Recipe(draws=len(timesteps_S)), keep_errors=True)
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    trainer.strategy.world_size = ranks
+    metrics = ClassifierMetrics(Outline.of(its.info))
+    options = {"next_free": False, "flush_every": 100, "error_maps": 24, "keep_errors": False, "keep_distances": False}
+    writer = RunWriter(trainer, run, its, classifier, **options)
+    RankEvaluation(trainer, classifier, metrics, None, None, None, writer)
+    if finish:
+        writer.finish(metrics.compute(), None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--candidates", type=int, default=1000)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--parts", type=int, default=2000)
+    work = parser.add_subparsers(dest="work", required=True)
+    making = work.add_parser("make")
+    making.add_argument("folder", type=Path)
+    for name, usual in (("images", 20_000), ("candidates", 1000), ("classes", 1000), ("parts", 2000)):
+        making.add_argument(f"--{name}", type=int, default=usual)
+    resuming = work.add_parser("resume")
+    resuming.add_argument("run", type=Path)
+    resuming.add_argument("--ranks", type=int, default=1)
+    resuming.add_argument("--finish", action="store_true")
     given = parser.parse_args()
+    if given.work == "resume":
+        resume(given.run, given.ranks, given.finish)
+        return
     for seed, name in enumerate(("a", "b")):
         make(given.folder / name, seed, given.images, given.candidates, given.classes, given.parts)
     halve(given.folder / "a", [given.folder / "first", given.folder / "second"], settings(given.classes, 0))
