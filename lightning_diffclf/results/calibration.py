@@ -86,25 +86,29 @@ class Sample:
             # Images whose class was not among the candidates, or that were not decided, say nothing about temperatures.
             tells_B = (tried.has(label_B) & np.isfinite(tried.differences_BW)).any(1)
             tells_B &= columns.numbers("prediction") >= 0
-            kept_B = np.zeros(len(columns), dtype=bool)
-            places = []
-            for row, image_id in enumerate(columns.strings("id")):
-                if tells_B[row]:
-                    fold, order = fold_of(image_id), order_of(image_id)
-                    if order < self._ends[fold]:
-                        kept_B[row] = True
-                        places.append((fold, order))
-            kept = columns.take(kept_B)
-            differences_BC = kept.class_differences(outline.classes, outline.num_classes).numpy()
-            for (fold, order), label, differences_C in zip(places, label_B[kept_B], differences_BC, strict=True):
-                self._keep(fold, _Example(order, int(label), kept.dims, differences_C.astype(np.float32)))  # as stored
+            ids, found = columns.strings("id"), [list[tuple[bytes, int]]() for _ in range(FOLDS)]
+            for row in np.flatnonzero(tells_B).tolist():
+                found[fold_of(ids[row])].append((order_of(ids[row]), row))
+            for fold, some in enumerate(found):
+                self._keep(fold, columns, label_B, some)
 
-    def _keep(self, fold: int, example: _Example) -> None:
-        """Keep an example, and twice as many of a fold as are needed at most."""
-        self._folds[fold].append(example)
-        if len(self._folds[fold]) >= 2 * ENOUGH:
-            self._folds[fold] = nsmallest(ENOUGH, self._folds[fold], key=lambda one: one.order)
-            self._ends[fold] = self._folds[fold][-1].order
+    def _keep(self, fold: int, columns: Columns, label_B: np.ndarray, found: list[tuple[bytes, int]]) -> None:
+        """Of what is kept of a fold and of more images, given by order and row, keep those that come first."""
+        first = nsmallest(ENOUGH, (one for one in found if one[0] < self._ends[fold]))
+        if not first:
+            return
+        chosen_B = np.zeros(len(columns), dtype=bool)
+        chosen_B[[row for _, row in first]] = True
+        chosen, dims = columns.take(chosen_B), columns.dims
+        differences_BC = chosen.class_differences(self.outline.classes, self.outline.num_classes).numpy()
+        more = [
+            _Example(order, int(label_B[row]), dims, differences_C.astype(np.float32))  # as stored
+            for (order, row), differences_C in zip(sorted(first, key=lambda one: one[1]), differences_BC, strict=True)
+        ]
+        kept = nsmallest(ENOUGH, self._folds[fold] + more, key=lambda one: one.order)
+        self._folds[fold] = kept
+        if len(kept) == ENOUGH:
+            self._ends[fold] = kept[-1].order
 
     def fit(self, leave_out: int | None = None) -> Posterior:
         """The evaluation's posterior with the temperature that suits these images best.
@@ -115,8 +119,7 @@ class Sample:
         Returns:
             The posterior as it is, if no image can tell.
         """
-        folds = [nsmallest(ENOUGH, some, key=lambda one: one.order) for some in self._folds]
-        examples = [one for fold, some in enumerate(folds) if fold != leave_out for one in some]
+        examples = [one for fold, some in enumerate(self._folds) if fold != leave_out for one in some]
         examples = nsmallest(ENOUGH, examples, key=lambda one: one.order)
         if not examples:
             return self.outline.posterior
