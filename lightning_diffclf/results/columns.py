@@ -54,7 +54,7 @@ class Lists:
         shape = len(self.length), int(self.length.max(initial=0))
         if len(self.values) == shape[0] * shape[1]:
             return self.values.astype(kind).reshape(shape)
-        found_BK = np.full(shape, fill, kind)
+        found_BK: np.ndarray = np.full(shape, fill, kind)
         found_BK[self.row, self.position] = self.values
         return found_BK
 
