@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.markup import escape
 from rich.table import Table
@@ -103,7 +104,8 @@ def _kept(run: Evaluation, answers: pd.Series) -> Interval | None:
     for chunk in run.chunks(names, list(answers.index)):
         for columns in Columns(chunk, names).pieces():
             answer_B = answers.loc[columns.strings("id")].to_numpy()
-            kept_B = columns.tried(run.outline.classes, run.outline.num_classes).has(answer_B).any(1)
+            tried = columns.tried(run.outline.classes, run.outline.num_classes)
+            kept_B = np.asarray(tried.has(answer_B).any(axis=1))
             hits += int(kept_B[answer_B >= 0].sum())
             images += int((answer_B >= 0).sum())
     return wilson(hits, images) if images else None
