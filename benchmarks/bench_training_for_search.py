@@ -137,7 +137,7 @@ def run(module: ClassConditionalDiT, images: Tensor, ids: Sequence[int], **setti
 
 
 def labels_of(results: Sequence[Any]) -> np.ndarray:
-    return np.array([result.label for result in results])
+    return np.array([result.prediction for result in results])
 
 
 def after_proposal(

@@ -279,7 +279,8 @@ def evaluate_command(given: Namespace) -> None:
     """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
     configs = [evaluation_config(given.ckpt, given.trust_checkpoint)] if not given.config else given.config
     part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
-    out = given.out or f"{default_output(given.ckpt, configs)}{part}"
+    run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(given.ckpt, configs)
+    out = given.out or f"{run_dir / 'evaluation'}{part}"
     kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
     from_checkpoint = [f"--ckpt_path={given.ckpt}"] if given.ckpt else []
     DiffClfCLI(
@@ -289,7 +290,7 @@ def evaluate_command(given: Namespace) -> None:
             f"--classifier.output_dir={out}",
             *([] if given.out else ["--classifier.next_free=true"]),
             "--verbose=false",
-            f"--run_dir={Path(out).parent}",
+            f"--run_dir={given.run_dir or Path(out).parent}",
             *[f"--classifier.keep_{what}=true" for what in kept],
             *(["--classifier.plan=true"] if given.plan else []),
             *(["--untrained"] if given.untrained else []),
@@ -300,14 +301,14 @@ def evaluate_command(given: Namespace) -> None:
     )
 
 
-def default_output(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
-    """Folder for results: beside ``checkpoints/`` of a run's checkpoint, else in the last ``run_dir`` of the files."""
+def default_run_dir(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
+    """Folder of a run: that of ``checkpoints/`` with its checkpoint, else the last ``run_dir`` of the files."""
     if ckpt is None or is_published(ckpt):
         run_dir = Path()
         for config in configs:  # names of files, or YAML itself
             for layer in layers(find(config)) if is_file_name(config) else []:
                 found = (yaml.safe_load(layer.read_text(encoding="utf-8")) or {}).get("run_dir", run_dir)
                 run_dir = Path(found) if isinstance(found, (str, Path)) else run_dir  # else the parser will complain
-        return run_dir / "evaluation"
+        return run_dir
     folder = Path(ckpt).parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
+    return folder.parent if folder.name == "checkpoints" else folder

@@ -75,7 +75,7 @@ def test_several_templates_and_another_rule(scenes, capsys):
 def test_a_search_leaves_labels_out(scenes, capsys):
     folder, truth = scenes
     found = answers(capsys, folder, *COMMON, "--search")
-    assert {one["image"]: one["label"] for one in found} == truth
+    assert {one["image"]: one["prediction"] for one in found} == truth
     left_out = 0
     for one in found:
         kept = [label for label in one["draws"] if one["draws"][label]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_diffclf.cli import default_output, main
+from lightning_diffclf.cli import default_run_dir, main
 from lightning_diffclf.commands.configs import CONFIGS, layers
 
 # which go on top of another, or below it
@@ -149,7 +149,7 @@ def test_what_a_file_extends_comes_below_it(tmp_path, capsys):
     assert values["model"]["init_args"] == parsed(capsys, "dit_digits.yaml")["model"]["init_args"] | {"lr": 0.01}
     assert (values["ema"]["decay"], values["checkpoint"]["every_n_train_steps"]) == (0.2, 3)
     assert (values["seed_everything"], values["run_dir"]) == (7, "runs/side")
-    assert default_output(None, [str(top)]) == Path("runs/side/evaluation")
+    assert default_run_dir(None, [str(top)]) == Path("runs/side")
     # what is written of a run is whole: it is read again without the files that it was made of
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(values))
     assert parsed(capsys, str(tmp_path / "again.yaml")) == values

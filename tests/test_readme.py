@@ -19,7 +19,7 @@ def commands_of(code: str) -> list[str]:
 
 
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
+ZERO_SHOT, TRAINED, OWN = (code for language, code in BLOCKS if language == "python")
 COMMANDS = [command for language, code in BLOCKS if language == "bash" for command in commands_of(code)]
 SMALLER = {
     "train.py": "--trainer.max_steps=3 --trainer.val_check_interval=3 --checkpoint.every_n_train_steps=3 "
@@ -51,13 +51,18 @@ def test_commands_and_api_run_as_written(folder, monkeypatch, capsys):
     assert seen == set(MAINS)
     assert len(list(Path("runs/dit_digits").glob("evaluation*"))) == 3
     assert Path("runs/dit_digits/all/errors.parquet").is_file()
-    code = PYTHON[0].replace("Draws(100)", "Draws(10)").replace("draws=100", "draws=2").replace("(10, 100)", "(2, 10)")
+    code = TRAINED.replace("Draws(100)", "Draws(10)").replace("draws=100", "draws=2").replace("(10, 100)", "(2, 10)")
     exec(compile(code, "README.md", "exec"), {})
     assert len(re.findall(r"^\d+ \d tensor\(", capsys.readouterr().out, re.MULTILINE)) == 4
 
 
 def test_own_denoiser_classifies(capsys):
     torch.manual_seed(0)
-    assert len(PYTHON[1].splitlines()) <= 30
-    exec(compile(PYTHON[1], "README.md", "exec"), {})
+    assert len(OWN.splitlines()) <= 30
+    exec(compile(OWN, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == "['dark', 'bright', 'bright']"
+
+
+def test_zero_shot_says_which_digit(capsys):
+    exec(compile(ZERO_SHOT.replace("tests/data", str(ROOT / "tests" / "data")), "README.md", "exec"), {})
+    assert re.fullmatch(r"\[\{'score': 0\.\d+, 'label': '\w+'\}\]\n", capsys.readouterr().out)

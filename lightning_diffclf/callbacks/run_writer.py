@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from lightning_diffclf.results import charts
 from lightning_diffclf.results.calibration import Sample, calibrate
 from lightning_diffclf.results.error_maps import error_map
 from lightning_diffclf.results.errors import ErrorsInfo
+from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import Record, from_table
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import Store, Stored, claim, clean, finish, refresh, scan
@@ -80,7 +81,7 @@ class RunWriter:
             errors = ErrorsInfo.of(classifier) if keep_errors else None
             self._store = Store(self.folder, settings, self._rank, flush_every, errors, keep_distances)
             self.finished = self._store.finished
-            made = sum(len(t) - t["error_map"].null_count for t in self._mine(["error_map"]))
+            self._mine, made = self._found_before()
             self._maps = -(-error_maps // self._ranks) - made  # that this rank may still make
         except BaseException:
             self.close()
@@ -103,10 +104,17 @@ class RunWriter:
         assert outcome is not None
         return outcome
 
-    def _mine(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """What was decided before counts on the rank that decided it, so that seconds add up."""
-        for table in scan(self.folder, ["rank", *columns], self._store.settings):
-            yield table.filter(pa.array(table["rank"].to_numpy() % self._ranks == self._rank))
+    def _found_before(self) -> tuple[pa.Array, int]:
+        """Of what was decided before: the images that count on this rank, and how many of them have an error map.
+
+        They count on the rank that decided them, so that seconds add up.
+        """
+        mine, maps = [pa.array([], pa.string())], 0
+        for table in self._store.before.chunks(["rank", "error_map"]):
+            here = table.filter(pa.array(table["rank"].to_numpy() % self._ranks == self._rank))
+            mine += here["id"].chunks
+            maps += len(here) - here["error_map"].null_count
+        return pa.concat_arrays(mine), maps
 
     @property
     def run(self) -> str:
@@ -115,7 +123,7 @@ class RunWriter:
 
     def decided_before(self) -> Iterator[pa.Table]:
         """What counts on this rank of that which was decided before, a few megabytes at a time."""
-        return self._mine(Summary.COLUMNS)
+        return together(self._store.before.chunks(Summary.COLUMNS, self._mine))
 
     # --- images --------------------------------------------------------------------------------------------------
 

@@ -296,6 +296,7 @@ def evaluate(args: Sequence[str]) -> Namespace:
     )
     own.add_argument("--ckpt", help="checkpoint; a run of ours needs nothing else")
     own.add_argument("-c", "--config", action="append", default=[], help="YAML file, or the name of one in configs/")
+    own.add_argument("--run_dir", help="folder of the run (default: the checkpoint's, or what --config says)")
     own.add_argument("--out", help="folder for the results (default: `evaluation` in the folder of the run)")
     own.add_argument(
         "--part",

@@ -74,29 +74,41 @@ class Sample:
         self.outline = outline
         self.labelled = 0
         self._folds: list[list[_Example]] = [[] for _ in range(FOLDS)]
+        self._ends = [b"\xff" * 65] * FOLDS  # what comes after them in order is not kept
 
     def update(self, chunk: Chunk) -> None:
         """Show it more images."""
         outline = self.outline
-        for columns in Columns(chunk, self.COLUMNS).pieces(outline.together):
+        for columns in Columns(chunk, self.COLUMNS).pieces():
             columns = columns.take(columns.numbers("label") >= 0)
             self.labelled += len(columns)
-            differences_BC = columns.class_differences(outline.classes, outline.num_classes).numpy()
-            label_B = columns.numbers("label")
+            tried, label_B = columns.tried(outline.classes, outline.num_classes), columns.numbers("label")
             # Images whose class was not among the candidates, or that were not decided, say nothing about temperatures.
-            tells_B = np.isfinite(differences_BC[np.arange(len(label_B)), label_B])
+            tells_B = (tried.has(label_B) & np.isfinite(tried.differences_BW)).any(1)
             tells_B &= columns.numbers("prediction") >= 0
-            new: list[list[_Example]] = [[] for _ in range(FOLDS)]
-            ids = columns.strings("id")
-            for row in np.flatnonzero(tells_B):
-                differences_C = differences_BC[row].astype(np.float32)  # as stored
-                new[fold_of(ids[row])].append(
-                    _Example(order_of(ids[row]), int(label_B[row]), columns.dims, differences_C)
-                )
-            self._folds = [
-                nsmallest(ENOUGH, old + more, key=lambda one: one.order)
-                for old, more in zip(self._folds, new, strict=True)
-            ]
+            ids, found = columns.strings("id"), [list[tuple[bytes, int]]() for _ in range(FOLDS)]
+            for row in np.flatnonzero(tells_B).tolist():
+                found[fold_of(ids[row])].append((order_of(ids[row]), row))
+            for fold, some in enumerate(found):
+                self._keep(fold, columns, label_B, some)
+
+    def _keep(self, fold: int, columns: Columns, label_B: np.ndarray, found: list[tuple[bytes, int]]) -> None:
+        """Of what is kept of a fold and of more images, given by order and row, keep those that come first."""
+        first = nsmallest(ENOUGH, (one for one in found if one[0] < self._ends[fold]))
+        if not first:
+            return
+        chosen_B = np.zeros(len(columns), dtype=bool)
+        chosen_B[[row for _, row in first]] = True
+        chosen, dims = columns.take(chosen_B), columns.dims
+        differences_BC = chosen.class_differences(self.outline.classes, self.outline.num_classes).numpy()
+        more = [
+            _Example(order, int(label_B[row]), dims, differences_C.astype(np.float32))  # as stored
+            for (order, row), differences_C in zip(sorted(first, key=lambda one: one[1]), differences_BC, strict=True)
+        ]
+        kept = nsmallest(ENOUGH, self._folds[fold] + more, key=lambda one: one.order)
+        self._folds[fold] = kept
+        if len(kept) == ENOUGH:
+            self._ends[fold] = kept[-1].order
 
     def fit(self, leave_out: int | None = None) -> Posterior:
         """The evaluation's posterior with the temperature that suits these images best.
@@ -137,7 +149,7 @@ class CrossFitted:
 
     def update(self, chunk: Chunk) -> None:
         """Judge more images."""
-        for columns in Columns(chunk, self.COLUMNS).pieces(self.outline.together):
+        for columns in Columns(chunk, self.COLUMNS).pieces():
             columns = columns.take(columns.numbers("label") >= 0)
             fold_B = np.array([fold_of(image_id) for image_id in columns.strings("id")], dtype=int)
             right_B, (confidence_B, label_B, squares_B) = np.empty(len(columns), bool), np.empty((3, len(columns)))

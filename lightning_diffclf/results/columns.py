@@ -3,35 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.results.predictions import SCHEMA, Record
 
+CELLS = 2**19  # numbers in an array
+
 Chunk: TypeAlias = Sequence[Record] | pa.Table | pa.RecordBatch
 """Some decisions: as objects, or as columns of predictions.parquet, at least those that are asked for."""
 
 
-class Lists(NamedTuple):
+@dataclass(frozen=True)
+class Lists:
     """The lists of a column, one after the other.
 
     Attributes:
         values: All values (N,).
-        row: The image of each (N,), int64.
-        position: Its place in the list (N,), int64.
         length: Length of each image's list (B,), int64.
     """
 
     values: np.ndarray
-    row: np.ndarray
-    position: np.ndarray
     length: np.ndarray
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        """The image of each value (N,), int64."""
+        return np.repeat(np.arange(len(self.length)), self.length)
+
+    @cached_property
+    def position(self) -> np.ndarray:
+        """Its place in the list (N,), int64."""
+        return np.arange(len(self.values)) - np.repeat(self.length.cumsum() - self.length, self.length)
+
+    @property
+    def minimum(self) -> np.ndarray:
+        """The lowest value of each image (B,); no list may be empty."""
+        return np.asarray(np.minimum.reduceat(self.values, self.length.cumsum() - self.length))
+
+    def padded(self, fill: float, kind: type) -> np.ndarray:
+        """A row for each image (B, K), K the length of the longest list; ``fill`` where an image has fewer."""
+        shape = len(self.length), int(self.length.max(initial=0))
+        if len(self.values) == shape[0] * shape[1]:
+            return self.values.astype(kind).reshape(shape)
+        found_BK: np.ndarray = np.full(shape, fill, kind)
+        found_BK[self.row, self.position] = self.values
+        return found_BK
+
+
+class Tried(NamedTuple):
+    """The classes that have a candidate, and where the best one of each stands; W is no more than is needed.
+
+    Attributes:
+        classes_BW: Class of each place (B, W), int64; -1 for a place without any.
+        differences_BW: As :func:`~lightning_diffclf.classifier.posterior.class_differences` has them (B, W), float64;
+            infinite for a place without a class.
+    """
+
+    classes_BW: np.ndarray
+    differences_BW: np.ndarray
+
+    def has(self, class_B: np.ndarray) -> np.ndarray:
+        """Where each image has a class of its own (B, W), bool."""
+        return np.asarray(self.classes_BW == class_B[:, None])
 
 
 class Columns:
@@ -53,8 +95,10 @@ class Columns:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def pieces(self, most: int) -> list[Columns]:
-        """The same images, at most ``most`` together."""
+    def pieces(self) -> list[Columns]:
+        """The same images, so many together that arrays over their candidates have :data:`CELLS` numbers at most."""
+        longest = pc.max(pc.list_value_length(self.table["candidates_K"])).as_py() if len(self) else 1
+        most = max(1, CELLS // max(1, longest))
         return [Columns(self.table.slice(a, most), self.table.column_names) for a in range(0, len(self), most)]
 
     def take(self, chosen_B: np.ndarray) -> Columns:
@@ -74,28 +118,42 @@ class Columns:
         """A column of lists."""
         column = self.table[name].combine_chunks() if len(self) else pa.array([], self.table[name].type)
         length = np.asarray(column.value_lengths().to_numpy(), dtype=np.int64)
-        row = np.repeat(np.arange(len(length)), length)
-        position = np.arange(len(row)) - np.repeat(length.cumsum() - length, length)
-        return Lists(np.asarray(column.flatten().to_numpy(zero_copy_only=False)), row, position, length)
+        return Lists(np.asarray(column.flatten().to_numpy(zero_copy_only=False)), length)
 
     @cached_property
     def dims(self) -> int:
         """Number of values of x0, which all images of a run share; 1 without images."""
         return int(self.table["dims"][0].as_py()) if len(self) else 1
 
-    def candidate_classes(self, classes: Sequence[int], num_classes: int) -> np.ndarray:
-        """Whether a class has a candidate (B, num_classes), bool; ``classes`` says whose each candidate is."""
-        candidates = self.lists("candidates_K")
-        present_BC = np.zeros((len(self), num_classes), dtype=bool)
-        present_BC[candidates.row, np.asarray(classes)[candidates.values]] = True
-        return present_BC
-
     def class_differences(self, classes: Sequence[int], num_classes: int) -> Tensor:
-        """:func:`~lightning_diffclf.classifier.posterior.class_differences` of all classes (B, num_classes)."""
-        candidates, differences = self.lists("candidates_K"), self.lists("differences_K")
-        shape = len(self), int(candidates.length.max(initial=0))
-        differences_BK = np.full(shape, np.inf)
-        class_BK = np.zeros(shape, dtype=np.int64)
-        differences_BK[differences.row, differences.position] = differences.values
-        class_BK[candidates.row, candidates.position] = np.asarray(classes)[candidates.values]
+        """:func:`~lightning_diffclf.classifier.posterior.class_differences` of all classes (B, num_classes).
+
+        Args:
+            classes: Class index of each candidate of the denoiser.
+            num_classes: Number of classes C.
+        """
+        differences_BK = self.lists("differences_K").padded(np.inf, np.float64)
+        class_BK = np.asarray(classes)[self.lists("candidates_K").padded(0, np.int64)]
         return class_differences(torch.from_numpy(differences_BK), torch.from_numpy(class_BK), num_classes)
+
+    def tried(self, classes: Sequence[int], num_classes: int) -> Tried:
+        """The classes that have a candidate; arguments as of :meth:`class_differences`.
+
+        Where images have fewer candidates than there are classes, there is a place for each candidate; otherwise one
+        for each class.
+        """
+        candidates = self.lists("candidates_K")
+        class_BK = np.append(np.asarray(classes), -1)[candidates.padded(-1, np.int64)]
+        if class_BK.shape[1] >= num_classes:
+            tried_BA = np.zeros((len(self), num_classes + 1), dtype=bool)  # the last for what pads
+            np.put_along_axis(tried_BA, class_BK, True, axis=1)
+            classes_BC = np.where(tried_BA[:, :-1], np.arange(num_classes), -1)
+            return Tried(classes_BC, self.class_differences(classes, num_classes).numpy())
+        differences_BK = np.nan_to_num(
+            self.lists("differences_K").padded(np.inf, np.float64), nan=np.inf, posinf=np.inf
+        )
+        order_BK = np.lexsort((differences_BK, class_BK), axis=1)
+        class_BK, differences_BK = (np.take_along_axis(a, order_BK, axis=1) for a in (class_BK, differences_BK))
+        again = class_BK[:, 1:] == class_BK[:, :-1]  # a worse candidate of the same class
+        class_BK[:, 1:][again], differences_BK[:, 1:][again] = -1, np.inf
+        return Tried(class_BK, differences_BK)

@@ -77,7 +77,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
         raise UserError(f"compare: image {image_id!r} has label {labels}")
     a, b = (known[f"answer_{which}"] == known[f"label_{which}"] for which in ("first", "second"))
     only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
-    ids = set(common.index)
+    ids = list(common.index)
     return Comparison(
         images=len(common),
         agreement=wilson(int((common["answer_first"] == common["answer_second"]).sum()), len(common)),
@@ -99,14 +99,15 @@ def _kept(run: Evaluation, answers: pd.Series) -> Interval | None:
     """How often the class of an image in ``answers``, by id, is among the candidates that the run's proposal kept."""
     if not run.outline.proposes:
         return None
+    names = ("id", "candidates_K", "differences_K")
     hits = images = 0
-    for chunk in run.chunks(("id", "candidates_K"), list(answers.index)):
-        for columns in Columns(chunk, ("id", "candidates_K")).pieces(run.outline.together):
+    for chunk in run.chunks(names, list(answers.index)):
+        for columns in Columns(chunk, names).pieces():
             answer_B = answers.loc[columns.strings("id")].to_numpy()
-            kept_BC = columns.candidate_classes(run.outline.classes, run.outline.num_classes)
-            known = np.flatnonzero(answer_B >= 0)
-            hits += int(kept_BC[known, answer_B[known]].sum())
-            images += len(known)
+            tried = columns.tried(run.outline.classes, run.outline.num_classes)
+            kept_B = np.asarray(tried.has(answer_B).any(axis=1))
+            hits += int(kept_B[answer_B >= 0].sum())
+            images += int((answer_B >= 0).sum())
     return wilson(hits, images) if images else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 
 from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.summary import Outline
@@ -23,7 +24,7 @@ class Sureness:
     COLUMNS = ("id", "label", "prediction", "margin", "choice_S")
 
     def __init__(self) -> None:
-        self.ids: list[str] = []
+        self._ids: list[pa.ChunkedArray] = []
         self._parts: list[tuple[np.ndarray, ...]] = []
 
     def update(self, chunk: Chunk) -> None:
@@ -34,12 +35,17 @@ class Sureness:
         votes_B = np.bincount(choice.row[agree], minlength=len(columns)) / np.maximum(choice.length, 1)
         # An image without an answer has no rival either, so that its margin is infinite: it is the least sure of all.
         margin_B = np.where(prediction_B >= 0, columns.numbers("margin"), -np.inf)
-        self.ids += columns.strings("id")
+        self._ids.append(columns.table["id"])
         self._parts.append((columns.numbers("label"), prediction_B, margin_B, votes_B))
 
     @cached_property
     def _columns(self) -> list[np.ndarray]:
         return [np.concatenate(parts) for parts in zip(*self._parts, strict=True)]
+
+    @cached_property
+    def ids(self) -> pa.ChunkedArray:
+        """Id of each image (B,)."""
+        return pa.chunked_array([piece for some in self._ids for piece in some.chunks], pa.string())
 
     @property
     def label(self) -> np.ndarray:

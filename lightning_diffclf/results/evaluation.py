@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from lightning_diffclf.classifier import Posterior
@@ -18,10 +17,11 @@ from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sample
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
+from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.statistics import Scores
-from lightning_diffclf.results.store import scan
+from lightning_diffclf.results.store import Stored
 from lightning_diffclf.results.summary import Outline, Summary
 
 
@@ -56,6 +56,10 @@ class Evaluation:
         return evaluation
 
     @cached_property
+    def _stored(self) -> Stored:
+        return Stored(self.path, self.settings)
+
+    @cached_property
     def outline(self) -> Outline:
         """What summaries need to know."""
         try:
@@ -68,20 +72,19 @@ class Evaluation:
 
     def chunks(self, columns: Sequence[str], ids: Collection[str] | None = None) -> Iterator[pa.Table]:
         """Some columns of the decisions, a few megabytes at a time; of the images ``ids`` only, if given."""
-        wanted = None if ids is None else pa.array(sorted(ids), pa.string())
-        for chunk in scan(self.path, list(dict.fromkeys(columns)), self.settings):
-            yield chunk if wanted is None else chunk.filter(pc.is_in(chunk["id"], wanted))
+        wanted = None if ids is None else pa.array(ids, pa.string())
+        return together(self._stored.chunks(list(dict.fromkeys(columns)), wanted))
 
     def summary_of(self, ids: Collection[str]) -> Summary:
         """The summary of some images."""
         return Summary.of(self.outline, self.chunks(Summary.COLUMNS, ids))
 
-    # --- one pass over all decisions -------------------------------------------------------------------------------
-
-    @cached_property
+    @property
     def images(self) -> int:
         """Number of images."""
-        return sum(chunk.num_rows for chunk in self.chunks(["id"]))
+        return len(self._stored.ids)
+
+    # --- one pass over all decisions -------------------------------------------------------------------------------
 
     @cached_property
     def _first_pass(self) -> tuple[Summary, Sample, Sureness, Costs, Survivors]:
@@ -147,7 +150,7 @@ class Evaluation:
         others = np.flatnonzero(~known_B | sure.right)
         wrong = wrong[np.argsort(-sure.margin[wrong], kind="stable")][: most * 3 // 4]
         others = others[np.argsort(sure.margin[others], kind="stable")][: most - len(wrong)]
-        shown = [sure.ids[i] for i in (*wrong, *others)]
+        shown = [sure.ids[int(i)].as_py() for i in (*wrong, *others)]
         found = {row.id: row for chunk in self.chunks(SCHEMA.names, shown) for row in from_table(chunk)}
         return [found[image_id] for image_id in shown]
 

@@ -1,18 +1,21 @@
 """Parquet files that together are one table, an image a row: read a few megabytes at a time, each image once.
 
-Of a row that is in several files, the first counts. Only the ids of all rows are in memory.
+Of a row that is in several files, the first counts. Only the ids of all rows are in memory, as Arrow has them: a few
+bytes more than their text.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_diffclf.errors import UserError
@@ -23,6 +26,14 @@ CHUNK_BYTES = 2**25  # what is read at a time, about; twice as much is in memory
 ROW_GROUP_BYTES = 2**24  # of a file that is written: what its readers have to hold
 
 CHECKED_TOGETHER = 64  # rows that are in several files
+
+WIDTHS = {
+    "BOOLEAN": 1,
+    "INT32": 4,
+    "INT64": 8,
+    "FLOAT": 4,
+    "DOUBLE": 8,
+}  # bytes of a value in memory, by Parquet's types
 
 
 class Vanished(FileNotFoundError):
@@ -35,6 +46,7 @@ class _Group(NamedTuple):
     path: Path
     stamp: tuple[int, int, int]  # of the file, by which another one of that name is told apart
     number: int
+    row_bytes: float  # of a row in memory, about
 
 
 class Parts:
@@ -48,7 +60,7 @@ class Parts:
         agree: Raises UserError where two tables disagree about the same images.
 
     Attributes:
-        ids: Id of each row, each image once, in the order of the files.
+        ids: Id of each row (N,), each image once, in the order of the files.
 
     Raises:
         Vanished: from here and all methods, if a file is gone.
@@ -71,32 +83,37 @@ class Parts:
                 if schema is None and (file.metadata.num_rows or path == paths[-1]):
                     schema = file.schema_arrow
                 for number in range(file.num_row_groups):
-                    some = file.read_row_group(number, columns=["id"])["id"].to_pylist()
-                    self._groups.append(_Group(path, stamp, number))
+                    some = file.read_row_group(number, columns=["id"], use_threads=False)["id"]
+                    self._groups.append(_Group(path, stamp, number, _row_bytes(file.metadata.row_group(number))))
                     sizes.append(len(some))
-                    ids += some
+                    ids += some.cast(pa.string()).chunks
         self.schema, self._starts = schema or pa.schema([]), np.cumsum(sizes)
-        first_of: dict[str, int] = {}
-        again = [row for row, image_id in enumerate(ids) if first_of.setdefault(image_id, row) != row]
+        encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode("encode")
+        self.ids = encoded.dictionary
+        image_of = encoded.indices.to_numpy()  # of each row, numbered in the order in which they come first
+        self._rows = np.unique(image_of, return_index=True)[1]  # where each comes first
+        again = np.flatnonzero(self._rows[image_of] != np.arange(len(image_of)))
         if agree is not None:
             for begin in range(0, len(again), CHECKED_TOGETHER):
                 some_again = again[begin : begin + CHECKED_TOGETHER]
-                agree(self._take([first_of[ids[row]] for row in some_again]), self._take(some_again))
-        self.ids, self._rows = list(first_of), np.array(list(first_of.values()), dtype=np.int64)
+                agree(self._take(self._rows[image_of[some_again]]), self._take(some_again))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """All rows, each image once, a row group at a time in the order of the files.
+    def tables(self, columns: Sequence[str] | None = None, chosen: np.ndarray | None = None) -> Iterator[pa.Table]:
+        """All rows, each image once, a row group at a time in the order of the files; groups without any are not read.
 
         Args:
             columns: Those to read, in the order of the schema; all if omitted.
+            chosen: Whether each row of :attr:`ids` is wanted (N,), bool; all are if omitted.
         """
+        rows = self._rows if chosen is None else self._rows[chosen]
         for number, (begin, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
-            here = self._rows[np.searchsorted(self._rows, begin) : np.searchsorted(self._rows, end)] - begin
-            table = self._read(number, columns)
-            yield table if len(here) == len(table) else table.take(pa.array(here))
+            here = rows[np.searchsorted(rows, begin) : np.searchsorted(rows, end)] - begin
+            if len(here):
+                table = self._read(number, columns)
+                yield table if len(here) == len(table) else table.take(pa.array(here))
 
     def ordered(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """All rows, each image once, ordered by id, some :data:`CHUNK_BYTES` at a time."""
@@ -118,13 +135,46 @@ class Parts:
             FailedWrite: if it cannot be written.
         """
         with sealed_writer(path, self.schema, "results", **settings) as out:
-            for table in self.ordered():
+            for table in self._sorted(path.parent):
                 out.write_table(table, _rows_of(ROW_GROUP_BYTES, table))
+
+    def _sorted(self, folder: Path) -> Iterator[pa.Table]:
+        """As :meth:`ordered`, but no file is read twice: rows wait in a temporary file in ``folder`` for their turn.
+
+        All rows are cut into windows, each of :data:`CHUNK_BYTES` about and after the one before. What is read at a
+        time goes to the file in pieces, one for each window; then a window is the pieces of it, put in order.
+        """
+        place_of = np.empty(len(self), dtype=np.int64)
+        order = order_by_id(self.ids)
+        place_of[order] = np.arange(len(self))
+        sizes = np.array([group.row_bytes for group in self._groups])[self._group_of(self._rows)]
+        window_at = (sizes[order].cumsum() // CHUNK_BYTES).astype(np.int64)
+        pieces: dict[int, list[tuple[int, np.ndarray]]] = {window: [] for window in np.unique(window_at).tolist()}
+        with tempfile.TemporaryFile(dir=folder) as file:
+            settings = pa.ipc.IpcWriteOptions(compression="lz4")
+            with pa.ipc.new_file(file, self.schema, options=settings) as spill:
+                number = end = 0
+                for table in together(self.tables()):
+                    begin, end = end, end + len(table)
+                    by_place = np.argsort(place_of[begin:end])
+                    places = place_of[begin:end][by_place]
+                    mixed = table.combine_chunks().take(pa.array(by_place))
+                    for window, first, count in zip(
+                        *np.unique(window_at[places], return_index=True, return_counts=True), strict=True
+                    ):
+                        spill.write_table(mixed.slice(first, count).combine_chunks())
+                        pieces[int(window)].append((number, places[first : first + count]))
+                        number += 1
+            file.seek(0)
+            with pa.ipc.open_file(file) as spilled:
+                for some in pieces.values():
+                    table = pa.Table.from_batches([spilled.get_batch(number) for number, _ in some], self.schema)
+                    yield table.take(pa.array(np.argsort(np.concatenate([places for _, places in some]))))
 
     def _take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows by their numbers over all files, in the order given."""
         wanted = np.asarray(rows)
-        group_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        group_of = self._group_of(wanted)
         by_group = np.argsort(group_of, kind="stable")
         taken = []
         for number in np.unique(group_of):
@@ -132,14 +182,19 @@ class Parts:
             taken.append(self._read(number, columns).take(pa.array(here)))
         return pa.concat_tables(taken).take(pa.array(np.argsort(by_group)))
 
+    def _group_of(self, rows: np.ndarray) -> np.ndarray:
+        """Number of the row group of each row."""
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
     def _read(self, number: int, columns: Sequence[str] | None) -> pa.Table:
-        path, stamp, group = self._groups[number]
+        path, stamp, group, _ = self._groups[number]
         fields = [field for field in self.schema if columns is None or field.name in columns]
         with _reading(path) as file:
             if _stamp(path) != stamp:
                 raise Vanished(path)
             there = set(file.schema_arrow.names)
-            table = file.read_row_group(group, columns=[field.name for field in fields if field.name in there])
+            names = [field.name for field in fields if field.name in there]
+            table = file.read_row_group(group, columns=names, use_threads=False)
         arrays = [table[field.name] if field.name in there else pa.nulls(len(table), field.type) for field in fields]
         return pa.table(arrays, schema=pa.schema(fields))
 
@@ -172,7 +227,32 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def order_by_id(ids: Sequence[str]) -> np.ndarray:
+def _row_bytes(group: pq.RowGroupMetaData) -> float:
+    """What a row of a row group takes in memory, about: equal values take next to nothing in the file."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    sizes = [max(c.total_uncompressed_size, c.num_values * WIDTHS.get(c.physical_type, 1)) for c in columns]
+    return sum(sizes) / max(1, group.num_rows)
+
+
+def together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in larger tables, of :data:`CHUNK_BYTES` about: parts of a run may have few rows each."""
+    waiting: list[pa.Table] = []
+    size = 0
+    for table in tables:
+        waiting.append(table)
+        size += table.nbytes
+        if size >= CHUNK_BYTES:
+            yield pa.concat_tables(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def order_by_id(ids: pa.StringArray) -> np.ndarray:
     """Positions (N,) that sort ids: as numbers where all are."""
-    numeric = all(i.removeprefix("-").isdecimal() for i in ids)
-    return np.array(sorted(range(len(ids)), key=lambda row: int(ids[row]) if numeric else ids[row]), dtype=np.int64)
+    if len(pc.filter(ids, pc.match_substring_regex(ids, r"^-?[0-9]{1,18}$"))) == len(ids):
+        return np.asarray(pc.array_sort_indices(ids.cast(pa.int64()))).astype(np.int64)
+    names = ids.to_pylist()
+    if all(name.removeprefix("-").isdecimal() for name in names):  # larger ones, or other digits
+        return np.array(sorted(range(len(names)), key=[int(name) for name in names].__getitem__), dtype=np.int64)
+    return np.asarray(pc.array_sort_indices(ids)).astype(np.int64)  # UTF-8 sorts as its characters do

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lightning_diffclf.classifier import Classification
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
@@ -117,7 +118,8 @@ class Store:
         distances: Keep the distances between candidates' predictions as well.
 
     Attributes:
-        finished: Ids of the images that were decided before.
+        before: What was decided before.
+        finished: Ids of these images.
 
     Raises:
         ValueError: if a part cannot be read or is of another run.
@@ -135,7 +137,8 @@ class Store:
         if flush_every < 1:
             raise UserError(f"flush_every: {flush_every}, expected at least 1")
         self.folder, self.settings, self.rank, self.flush_every = folder, settings, rank, flush_every
-        self.finished = frozenset(_parts(_files(folder), settings).ids)
+        self.before = Stored(folder, settings)
+        self.finished = Ids(self.before.ids)
         self._errors_info, self._distances = errors, distances
         self._session, self._number = uuid.uuid4().hex[:12], 0
         self._records: list[Record] = []
@@ -204,36 +207,88 @@ def scan(run: Path, columns: Sequence[str] | None = None, settings: Settings | N
         >>> sum(table.num_rows for table in scan(Path("out"), ["id"]))  # doctest: +SKIP
         50000
     """
-    settings, seen = settings or Settings.read(run), set[str]()
-    names = None if columns is None else ["id", *columns]
-    for _ in _attempts():
-        with suppress(Vanished):
-            for table in _parts(_files(run), settings).tables(names):
-                ids = table["id"].to_pylist()
-                fresh = table if seen.isdisjoint(ids) else table.filter([image_id not in seen for image_id in ids])
-                seen.update(ids)
-                if len(fresh):
-                    yield fresh
-            return
-    raise _unsteady(run)
+    return Stored(run, settings or Settings.read(run)).chunks(columns)
 
 
-@dataclass(frozen=True)
 class Stored:
-    """Some columns of a run's records, to be read in chunks as often as needed: each pass is a :func:`scan`.
+    """A run's records, to be read in chunks as often as needed. Which files and images there are is found out once.
 
     Args:
         run: Its folder.
         settings: Those of the run.
-        columns: The columns to read.
+        columns: The columns that iteration reads; all if omitted.
     """
 
-    run: Path
-    settings: Settings
-    columns: Sequence[str]
+    def __init__(self, run: Path, settings: Settings, columns: Sequence[str] | None = None) -> None:
+        self._run, self._settings, self._columns = run, settings, columns
+        self._parts: Parts | None = None
 
     def __iter__(self) -> Iterator[pa.Table]:
-        return scan(self.run, self.columns, self.settings)
+        return self.chunks(self._columns)
+
+    @property
+    def ids(self) -> pa.StringArray:
+        """Ids of all images (N,).
+
+        Raises:
+            UserError: as :func:`scan`.
+        """
+        for _ in _attempts():
+            with suppress(Vanished):
+                return self._found().ids
+        raise _unsteady(self._run)
+
+    def chunks(self, columns: Sequence[str] | None, ids: pa.Array | None = None) -> Iterator[pa.Table]:
+        """Some columns, a part or a few megabytes at a time; see :func:`scan`.
+
+        Args:
+            columns: Those to read, besides ``id``; all if None.
+            ids: Of these images only; of all if omitted.
+
+        Raises:
+            UserError: as :func:`scan`.
+        """
+        names, given = None if columns is None else ["id", *columns], list[pa.ChunkedArray]()
+        for _ in _attempts():
+            with suppress(Vanished):
+                parts = self._found()
+                chosen = np.full(len(parts), True) if ids is None else np.asarray(pc.is_in(parts.ids, ids))
+                if given:  # before the run ended, from files that are gone
+                    chosen &= ~np.asarray(pc.is_in(parts.ids, pa.chunked_array([c for t in given for c in t.chunks])))
+                for table in parts.tables(names, chosen):
+                    given.append(table["id"])
+                    yield table
+                return
+            self._parts = None
+        raise _unsteady(self._run)
+
+    def _found(self) -> Parts:
+        if self._parts is None:
+            self._parts = _parts(_files(self._run), self._settings)
+        return self._parts
+
+
+class Ids(Set[str]):
+    """A set of ids in little more memory than their text: each rank has those of all images that were decided.
+
+    Args:
+        ids: The ids (N,), each once.
+    """
+
+    def __init__(self, ids: pa.StringArray) -> None:
+        self._ids = ids.take(pc.array_sort_indices(ids))  # by UTF-8, which sorts as Python does
+
+    def __contains__(self, image_id: object) -> bool:
+        if not isinstance(image_id, str):
+            return False
+        place = bisect_left(self._ids, image_id, key=pa.StringScalar.as_py)
+        return place < len(self) and self._ids[place].as_py() == image_id
+
+    def __iter__(self) -> Iterator[str]:
+        return (one.as_py() for one in self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 def read_table(run: Path, settings: Settings | None = None, columns: Sequence[str] | None = None) -> pa.Table:

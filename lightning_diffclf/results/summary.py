@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from lightning_diffclf.classifier import DiffusionClassifier, Posterior
-from lightning_diffclf.results.columns import Chunk, Columns
+from lightning_diffclf.results.columns import Chunk, Columns, Tried
 from lightning_diffclf.results.statistics import Interval, Judged, Scores, wilson
 
 MOST_RANKS = 2**14  # processes of a run
-CELLS = 2**21  # numbers in an array
 
 NO_ANSWER = "no answer"
 
@@ -93,11 +92,6 @@ class Outline:
         """Number of classes C."""
         return len(self.class_names)
 
-    @property
-    def together(self) -> int:
-        """Images whose differences and probabilities may be in memory together."""
-        return max(1, CELLS // max(len(self.classes), self.num_classes))
-
     def name(self, c: int) -> str:
         """Name of class ``c``; of C, which stands for no answer."""
         return self.class_names[c] if c < self.num_classes else NO_ANSWER
@@ -141,15 +135,16 @@ class Summary:
 
     def update(self, chunk: Chunk) -> None:
         """Count some more images."""
-        for columns in Columns(chunk, self.COLUMNS).pieces(self.outline.together):
+        for columns in Columns(chunk, self.COLUMNS).pieces():
             self._add(images=len(columns), nfe=columns.numbers("nfe").sum())
             self._add_search(columns)
             np.add.at(self.sums["seconds_R"], columns.numbers("rank"), columns.numbers("seconds"))
             labelled = columns.take(columns.numbers("label") >= 0)
             if len(labelled):
-                self._add_decisions(labelled)
+                tried = labelled.tried(self.outline.classes, self.outline.num_classes)
+                self._add_decisions(labelled, tried)
                 self._add_draws(labelled)
-                self.scores.add(judge(labelled, self.outline, self.outline.posterior))
+                self.scores.add(judge(labelled, self.outline, self.outline.posterior, tried))
 
     def _add(self, **sums: Any) -> None:
         for name, value in sums.items():
@@ -164,27 +159,23 @@ class Summary:
             dropped_draws=dropped.clip(min=0).sum(),
         )
 
-    def _add_decisions(self, columns: Columns) -> None:
-        outline = self.outline
-        label_B, answer_B, answered_B = decided(columns, outline)
+    def _add_decisions(self, columns: Columns, tried: Tried) -> None:
+        label_B, answer_B, answered_B = decided(columns, self.outline)
         top5 = columns.lists("top5")
-        tried_BC = columns.candidate_classes(outline.classes, outline.num_classes)
         self._add(
             answered=answered_B.sum(),
             answered_right=((answer_B == label_B) & answered_B).sum(),
             top5=(top5.values == label_B[top5.row]).sum(),
-            proposed=tried_BC[np.arange(len(label_B)), label_B].sum(),
-            chance=(1 / tried_BC.sum(1)).sum(),
+            proposed=tried.has(label_B).sum(),
+            chance=(1 / (tried.classes_BW >= 0).sum(1)).sum(),
         )
         np.add.at(self.sums["confusion_CA"], (label_B, answer_B), 1)
         np.add.at(self.sums["nfe_C"], label_B, columns.numbers("nfe"))
 
     def _add_draws(self, columns: Columns) -> None:
         """Of each image, the draws that all candidates saw: only these are fair to each of them."""
-        label_B, draws, choice = columns.numbers("label"), columns.lists("draws_K"), columns.lists("choice_S")
-        complete_B = np.full(len(columns), np.iinfo(np.int64).max)
-        np.minimum.at(complete_B, draws.row, draws.values)
-        seen = choice.position < complete_B[choice.row]
+        label_B, choice = columns.numbers("label"), columns.lists("choice_S")
+        seen = choice.position < columns.lists("draws_K").minimum[choice.row]
         right = seen & (choice.values == label_B[choice.row])
         total = len(self.sums["judged_S"])
         self._add(
@@ -294,13 +285,24 @@ def decided(columns: Columns, outline: Outline) -> tuple[np.ndarray, np.ndarray,
     return columns.numbers("label"), answer_B, ~columns.numbers("abstained") & (prediction_B >= 0)
 
 
-def judge(columns: Columns, outline: Outline, posterior: Posterior) -> Judged:
-    """What the class probabilities of labelled images amount to, where ``posterior`` makes them of differences."""
+def judge(columns: Columns, outline: Outline, posterior: Posterior, tried: Tried | None = None) -> Judged:
+    """What the class probabilities of labelled images amount to, where ``posterior`` makes them of differences.
+
+    Args:
+        columns: The images.
+        outline: The evaluation.
+        posterior: Turns differences into probabilities.
+        tried: The classes of their candidates, if known already.
+    """
     label_B = columns.numbers("label")
-    p_BC = posterior(columns.class_differences(outline.classes, outline.num_classes), columns.dims)
+    tried = columns.tried(outline.classes, outline.num_classes) if tried is None else tried
+    # Classes without a candidate have probability zero, unless nothing is known of any: then all are equally likely.
+    p_BW = posterior(torch.from_numpy(tried.differences_BW), columns.dims).numpy()
+    known_B, equal = np.isfinite(tried.differences_BW).any(1), 1 / outline.num_classes
+    confidence_B, label_p_B = p_BW.max(1, initial=0), (p_BW * tried.has(label_B)).sum(1)
     return Judged(
-        confidence=p_BC.amax(1).numpy(),
+        confidence=np.where(known_B, confidence_B, equal),
         right=columns.numbers("prediction") == label_B,
-        label=p_BC.gather(1, torch.tensor(label_B)[:, None])[:, 0].numpy(),
-        squares=p_BC.square().sum(1).numpy(),
+        label=np.where(known_B, label_p_B, equal),
+        squares=np.where(known_B, np.square(p_BW).sum(1), equal),
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_diffclf.commands.data import encode_command
+from lightning_diffclf.commands import run
 from lightning_diffclf.data.image_folder import ClassFolders, ImageFolderDataModule, divide
 from tests.photos import autoencoder, photos
 from tests.trainers import FakeTrainer
@@ -174,7 +174,7 @@ def test_latents_made_of_the_parts(given):
     autoencoder(vae)
     for part in ("train", "test"):
         options = {"data": given / part, "out": given.parent / "latents" / part, "size": 8, "vae": vae}
-        encode_command([*(f"--{name}={value}" for name, value in options.items()), "--accelerator=cpu"])
+        run("encode", [*(f"--{name}={value}" for name, value in options.items()), "--accelerator=cpu"])
     data = data_of(given.parent / "latents")
     assert (data.image_shape, data.class_names) == ((4, 1, 1), list(CLASSES))
     assert len(data.latents("fit")) == 2

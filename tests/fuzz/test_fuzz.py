@@ -205,13 +205,13 @@ def test_settings_in_checkpoints():
 
 
 def test_yaml_files():
-    from lightning_diffclf.cli import default_output
+    from lightning_diffclf.cli import default_run_dir
 
     usual = (Path(__file__).parents[2] / "configs" / "dit_digits.yaml").read_bytes()
 
     def attempt(rng: np.random.Generator) -> None:
         content = damaged(usual, rng) if rng.random() < 0.5 else strange_text(rng).encode("utf-8", "replace")
-        default_output(None, [str(written(content, ".yaml"))])
+        default_run_dir(None, [str(written(content, ".yaml"))])
 
     fuzz(attempt, 100)
 

@@ -108,3 +108,26 @@ def test_images_that_cannot_tell_are_left_out():
     assert sample_of(strange, outline).fit().temperature == pytest.approx(expected.temperature)
     assert sample_of([], outline).fit() == Posterior()
     assert calibrate([rows[:49]], outline) is None
+
+
+def test_few_candidates_of_many_classes_are_judged_as_all_would_be():
+    """Places for candidates only, not for classes, give the probabilities of a softmax over all classes."""
+    rng, classes = np.random.default_rng(0), np.array([3, 0, 3, 7, 1, 5, 0, 9])
+    outline = dataclasses.replace(made_up_outline(10), classes=tuple(classes.tolist()))
+    rows = []
+    for row, count in zip(made_up_rows(40, 8), rng.integers(1, 6, 40), strict=True):
+        chosen = rng.permutation(8)[:count].astype(np.int32)
+        differences = rng.exponential(0.02, count).astype(np.float32)
+        differences[rng.random(count) < 0.2] = np.inf
+        rows.append(dataclasses.replace(row, candidates_K=chosen, differences_K=differences))
+    judged, columns = judge(Columns(rows, Sample.COLUMNS), outline, Posterior()), Columns(rows, Sample.COLUMNS)
+    assert columns.tried(outline.classes, 10).classes_BW.shape == (40, 5)
+    for i, row in enumerate(rows):
+        best_C = np.full(10, np.inf)
+        np.minimum.at(best_C, classes[row.candidates_K], row.differences_K)
+        p_C = softmax(-best_C * 64) if np.isfinite(best_C).any() else np.full(10, 0.1)
+        assert judged.confidence[i] == pytest.approx(p_C.max())
+        assert judged.label[i] == pytest.approx(p_C[row.label])
+        assert judged.squares[i] == pytest.approx(np.square(p_C).sum())
+        tried = columns.tried(outline.classes, 10).classes_BW[i]
+        assert sorted(tried[tried >= 0]) == sorted(set(classes[row.candidates_K].tolist()))

@@ -21,7 +21,7 @@ from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import SCHEMA, to_table, write_table
 from lightning_diffclf.results.report import headline, make_figures, write_report
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.store import SETTINGS_KEY, claim, finish
+from lightning_diffclf.results.store import SETTINGS_KEY, Stored, claim, finish
 from lightning_diffclf.results.summary import Outline, Summary
 from tests.gaussians import CLASSES, Gaussians, Samples
 from tests.results.made_up import made_up_outline, made_up_rows, made_up_run, proposed_rows
@@ -258,7 +258,7 @@ def test_chunks_of_any_size_and_kind_give_the_same(monkeypatch):
         assert found.numbers() == pytest.approx(expected.numbers(), rel=1e-12)
         for name, sums in expected.sums.items():
             np.testing.assert_allclose(found.sums[name], sums, rtol=1e-12)
-    monkeypatch.setattr("lightning_diffclf.results.summary.CELLS", 50)  # in pieces of 8 images
+    monkeypatch.setattr("lightning_diffclf.results.columns.CELLS", 50)  # in pieces of 8 images
     assert Summary.of(outline, [rows]).numbers() == pytest.approx(expected.numbers(), rel=1e-12)
 
 
@@ -292,15 +292,14 @@ def test_a_report_reads_only_the_columns_it_needs(tmp_path, monkeypatch):
     run = made_up_run(tmp_path / "run", made_up_rows(60, 4), 4)
     asked = []
 
-    def spied(path, columns, settings):
+    def spied(stored, columns, ids=None):
         asked.append(set(columns))
-        return read(path, columns, settings)
+        return read(stored, columns, ids)
 
-    from lightning_diffclf.results import evaluation
-
-    read = evaluation.scan
-    monkeypatch.setattr(evaluation, "scan", spied)
+    read = Stored.chunks
+    monkeypatch.setattr(Stored, "chunks", spied)
     make_figures(Evaluation.read(run))
+    assert asked
     assert not any({"thumbnail", "error_map", "scores_K"} & columns for columns in asked)
     Evaluation.read(run).gallery(5)
     assert asked[-1] == set(SCHEMA.names)

@@ -1,0 +1,247 @@
+"""How long do resume, finish, report, compare and merge take on large runs? python benchmarks/bench_load.py.
+
+The runs are made up: 20,000 images under 1,000 candidates, and 1,281,167 images of which each has 10 of 1,000 classes
+as candidates, in 2,000 parts as eight ranks leave them. Scores are random numbers that do not repeat: they compress no
+better than those of a network. Of each image, all candidates but the winner are dropped after some draws.
+
+"resume" counts what was decided before as one rank of one, so that all of it is its own, or as one rank of eight;
+"finish" is what follows the last image: one file of all parts, calibration, metrics.json and pictures. The rest are
+commands of ``diffclf``.
+
+Each step is a process of its own, a fork of one that has imported everything and done nothing: its seconds are without
+those of the imports, its peak memory is with them. On a machine with other work, CPU seconds say more than seconds.
+"""
+
+import argparse
+import os
+import platform
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import NamedTuple
+
+import lightning as L
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lightning_diffclf import Candidates, DiffusionClassifier, NoiseSchedule, Recipe
+from lightning_diffclf.callbacks.rank_evaluation import RankEvaluation
+from lightning_diffclf.callbacks.run_writer import RunWriter
+from lightning_diffclf.commands.results import compare_command, merge_command, report_command
+from lightning_diffclf.results.metrics import ClassifierMetrics
+from lightning_diffclf.results.predictions import SCHEMA, write_table
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import PARTS, SETTINGS_KEY, claim
+from lightning_diffclf.results.summary import Outline
+
+IMPORTED = process_time()  # CPU seconds until here
+
+DRAWS, RANKS = 100, 8
+
+
+def outline(classes: int) -> Outline:
+    """Of an evaluation in which each class has one candidate."""
+    names = tuple(f"class {c}" for c in range(classes))
+    timesteps = tuple(np.random.default_rng(0).permutation(1000)[:DRAWS].tolist())
+    return Outline(tuple(range(classes)), names, timesteps, proposes=True)
+
+
+def settings(classes: int, seed: int) -> Settings:
+    """Those of a run."""
+    found = outline(classes)
+    return Settings({"seed": seed}, found.to_info() | {"candidate_names": list(found.class_names)})
+
+
+def decisions(
+    rng: np.random.Generator, ids_B: np.ndarray, labels_B: np.ndarray, rank: int, candidates: int, classes: int
+) -> pa.Table:
+    """Decisions of a rank on images each of which has ``candidates`` of all ``classes``."""
+    shape = images, _ = len(labels_B), candidates
+    row_B = np.arange(images)
+    steps_BK = rng.integers(1, classes // candidates + 1, shape)  # so that no class comes twice
+    candidates_BK = (labels_B[:, None] + steps_BK.cumsum(1) - steps_BK[:, :1]) % classes
+    winner_B = np.where(rng.random(images) < 0.7, 0, rng.integers(candidates, size=images))
+    draws_BK = np.minimum(4 + rng.exponential(12, shape).astype(np.int64), DRAWS)
+    draws_BK[row_B, winner_B] = draws_BK.max(1)
+    differences_BK = rng.exponential(0.02, shape)
+    differences_BK[row_B, winner_B] = 0
+    prediction_B, spent_B = candidates_BK[row_B, winner_B], draws_BK.max(1)
+    votes = [answers(rng, candidates_BK, prediction_B, spent_B, agree) for agree in (0.5, 0.9)]
+    thumbnails = [rng.bytes(size) if candidates == classes else None for size in rng.integers(1500, 3000, images)]
+    columns = {
+        "id": ids_B.astype(str).tolist(),
+        "label": labels_B,
+        "prediction": prediction_B,
+        "top5": listed(np.concatenate([prediction_B[:, None], candidates_BK[:, 1:5]], 1)),
+        "margin": rng.exponential(5, images),
+        "abstained": np.zeros(images, dtype=bool),
+        "candidates_K": listed(candidates_BK),
+        "scores_K": listed(rng.normal(0.3, 0.05, (images, 1)) + differences_BK),
+        "differences_K": listed(differences_BK),
+        "draws_K": listed(draws_BK),
+        "nfe": draws_BK.sum(1),
+        "dims": np.full(images, 4 * 32 * 32),
+        "choice_S": votes[0],
+        "leader_S": votes[1],
+        "seconds": rng.exponential(1, images),
+        "rank": np.full(images, rank),
+        "thumbnail": thumbnails,
+        "error_map": pa.nulls(images),
+    }
+    arrays = [
+        array.cast(field.type) if isinstance(array, pa.Array) else pa.array(array, field.type)
+        for field, array in zip(SCHEMA, columns.values(), strict=True)
+    ]
+    return pa.table(arrays, schema=SCHEMA)
+
+
+def listed(values_BK: np.ndarray) -> pa.Array:
+    """A list for each row."""
+    ends = np.arange(len(values_BK) + 1) * values_BK.shape[1]
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values_BK.ravel()))
+
+
+def answers(
+    rng: np.random.Generator, candidates_BK: np.ndarray, prediction_B: np.ndarray, spent_B: np.ndarray, agree: float
+) -> pa.Array:
+    """For each draw spent on an image a class, which is ``agree`` times the one decided for."""
+    row = np.repeat(np.arange(len(spent_B)), spent_B)
+    others = candidates_BK[row, rng.integers(candidates_BK.shape[1], size=len(row))]
+    values = np.where(rng.random(len(row)) < agree, prediction_B[row], others)
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], spent_B.cumsum()]), pa.int32()), pa.array(values))
+
+
+def make_run(run: Path, seed: int, images: int, candidates: int, classes: int, parts: int) -> None:
+    """A run that was killed when all its images were decided, in random order, as shards have them."""
+    its = settings(classes, seed)
+    claim(run, its)
+    labels = np.random.default_rng(0).integers(classes, size=images)
+    rng = np.random.default_rng(seed)
+    for part, ids_B in enumerate(np.array_split(rng.permutation(images), parts)):
+        number, rank = divmod(part, RANKS)
+        table = decisions(rng, ids_B, labels[ids_B], rank, candidates, classes)
+        path = run / PARTS / f"{rank:05d}-0123456789ab-{number:06d}.parquet"
+        write_table(table.replace_schema_metadata({SETTINGS_KEY: its.digest.encode()}), path)
+
+
+def halve(run: Path, halves: list[Path], its: Settings) -> None:
+    """Runs that share the files of ``run``, each some of them."""
+    for number, half in enumerate(halves):
+        (claim(half, its) / PARTS).mkdir()
+        for path in sorted((run / PARTS).iterdir())[number :: len(halves)]:
+            os.link(path, half / PARTS / path.name)
+
+
+class Denoiser:
+    """What is known of the network that decided; it is not called any more."""
+
+    schedule = NoiseSchedule.linear()
+
+    def __init__(self, names: list[str]) -> None:
+        self.candidates = Candidates(names)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def resume(run: Path, ranks: int = 1, finish: bool = False) -> None:
+    """What an evaluation does before its first image, as the first of so many ranks, and what after the last one."""
+    its = Settings.read(run)
+    names, timesteps_S = its.info["candidate_names"], Outline.of(its.info).timesteps_S
+    classifier = DiffusionClassifier(Denoiser(names), Recipe(draws=len(timesteps_S)), keep_errors=True)
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    trainer.strategy.world_size = ranks
+    metrics = ClassifierMetrics(Outline.of(its.info))
+    options = {"next_free": False, "flush_every": 100, "error_maps": 24, "keep_errors": False, "keep_distances": False}
+    writer = RunWriter(trainer, run, its, classifier, **options)
+    RankEvaluation(trainer, classifier, metrics, None, None, None, writer)
+    if finish:
+        writer.finish(metrics.compute(), None)
+
+
+class Cost(NamedTuple):
+    """What a process took."""
+
+    seconds: float
+    cpu: float
+    megabytes: float
+
+
+def cost(work: Callable[[], object]) -> Cost:
+    """Of ``work`` in a fork, which prints nothing."""
+    begin = perf_counter()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status, used = os.wait4(child, 0)
+    if status != 0:
+        raise SystemExit("the step failed")
+    return Cost(perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+
+
+def make(folder: Path, *sizes: int) -> None:
+    """``a`` and ``b``, two runs on the same images, and ``first`` and ``second``, the halves of ``a``."""
+    for seed, name in enumerate(("a", "b")):
+        make_run(folder / name, seed, *sizes)
+    halve(folder / "a", [folder / "first", folder / "second"], settings(sizes[2], 0))
+
+
+def steps(folder: Path) -> dict[str, Callable[[], object]]:
+    """What is measured, in an order in which each leaves what the next needs."""
+    a, b, halves = folder / "a", str(folder / "b"), [str(folder / "first"), str(folder / "second")]
+    return {
+        "report": lambda: report_command([str(a)]),
+        "resume": lambda: resume(a),
+        "resume, one rank of eight": lambda: resume(a, ranks=8),
+        "compare": lambda: compare_command([str(a), b]),
+        "merge two halves": lambda: merge_command([*halves, "--out", str(folder / "whole")]),
+        "resume and finish": lambda: resume(a, finish=True),
+        "report of one file": lambda: report_command([str(a)]),
+        "resume from one file, one rank of eight": lambda: resume(a, ranks=8),
+    }
+
+
+def measure(folder: Path, images: int, candidates: int, classes: int, parts: int) -> None:
+    """Print the table of one size."""
+    cost(lambda: make(folder, images, candidates, classes, parts))
+    print(f"\n{images:,} images, {candidates:,} of {classes:,} candidates each, {parts:,} parts\n")
+    print("| what | s | CPU, s | peak, MB | of these imports, MB |\n" + "| --- " * 5 + "|", flush=True)
+    imports = cost(lambda: None)
+    for what, work in steps(folder).items():
+        found = cost(work)
+        numbers = f"{found.seconds:.1f} | {found.cpu:.1f} | {found.megabytes:.0f} | {imports.megabytes:.0f}"
+        print(f"| {what} | {numbers} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, usual in (("images", [20_000, 1_281_167]), ("candidates", [1000, 10]), ("classes", [1000, 1000])):
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=usual)
+    parser.add_argument("--parts", type=int, nargs="+", default=[2000, 2000])
+    parser.add_argument("--folder", type=Path, help="for the runs, some 2 GB; a temporary one if omitted")
+    given = parser.parse_args()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "pyarrow"))
+    print(f"{date.today()}, {platform.machine()} CPU, Python {platform.python_version()}, {versions}")
+    print(f"{os.cpu_count()} cores, on which {os.getloadavg()[0]:.0f} processes ran when it began")
+    print(f"imports: {IMPORTED:.1f} CPU s", flush=True)
+    for sizes in zip(given.images, given.candidates, given.classes, given.parts, strict=True):
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            measure(Path(folder), *sizes)
+
+
+if __name__ == "__main__":
+    main()
