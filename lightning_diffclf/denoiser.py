@@ -105,11 +105,20 @@ class SharingDenoiser(ConditionalDenoiser, Protocol):
 
 
 def predict_rows(denoiser: ConditionalDenoiser, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
-    """Network output for N rows of M pairs: by ``predict_shared`` where the denoiser has it, else by ``predict``."""
-    if hasattr(denoiser, "predict_shared"):
-        shared: Tensor = denoiser.predict_shared(x_t, t, pair, candidate)
+    """Network output for N rows of M pairs: by ``predict_shared`` where it belongs to ``predict``, else by that one."""
+    if _shares(denoiser):
+        shared: Tensor = denoiser.predict_shared(x_t, t, pair, candidate)  # type: ignore[attr-defined]
         return shared
     return denoiser.predict(x_t[pair], t[pair], candidate)
+
+
+def _shares(denoiser: ConditionalDenoiser) -> bool:
+    """Whether the class, or object, that says what ``predict`` does also says what it does for pairs.
+
+    Otherwise a subclass that has a ``predict`` of its own would be classified by the one of its base.
+    """
+    places = (getattr(denoiser, "__dict__", {}), *map(vars, type(denoiser).__mro__))
+    return next(("predict_shared" in one for one in places if "predict" in one or "predict_shared" in one), False)
 
 
 @contextmanager

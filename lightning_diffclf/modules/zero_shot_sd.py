@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_diffclf.data.prompts import TEMPLATES, PromptSet, from_csv, from_names
 from lightning_diffclf.data.protocols import HasClassNames, HasPrompts
-from lightning_diffclf.denoiser import ConditionVectors
+from lightning_diffclf.denoiser import ConditionVectors, predict_rows
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.hub import TEXT_TO_IMAGE
 from lightning_diffclf.identity import ByArguments
@@ -118,7 +118,7 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
 
     def predict_shared(self, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
         """As :meth:`predict` for ``x_t[pair]`` and ``t[pair]``; what rows have in common is computed once."""
-        return self.denoiser.predict_shared(x_t, t, pair, candidate)
+        return predict_rows(self.denoiser, x_t, t, pair, candidate)
 
     def conditions(self, candidate: Tensor) -> tuple[Tensor, ...]:
         """What the text encoders make of candidates (N,), as :meth:`predict_from` takes it."""

@@ -530,8 +530,25 @@ def test_a_denoiser_that_can_share_gets_each_pair_of_image_and_draw_once(microba
         results.append(classifier(some_images(5), ids="abcde"))
         calls.append(denoiser.calls)
     for a, b in zip(*results, strict=True):
-        assert (a.label, a.nfe, a.draws_K.tolist()) == (b.label, b.nfe, b.draws_K.tolist())
+        assert (a.prediction, a.nfe, a.draws_K.tolist()) == (b.prediction, b.nfe, b.draws_K.tolist())
         torch.testing.assert_close(a.scores_K, b.scores_K, rtol=1e-6, atol=0)
     for (rows, _, candidate), (pairs, times, same) in zip(*calls, strict=True):
         assert torch.equal(candidate, same)
         assert len(pairs) == len(times) == len(pairs.unique(dim=0)) == len(rows.unique(dim=0))
+
+
+def test_a_predict_of_its_own_is_not_passed_over():
+    """By the pairs of the class that it comes from."""
+
+    class Other(Sharing):
+        def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
+            return super().predict(x_t, t, candidate) / 2
+
+    changed = Sharing()
+    changed.predict = Other().predict
+    expected = [result.scores_K for result in DiffusionClassifier(Other(), Draws(3))(some_images(2), ids="ab")]
+    found = [result.scores_K for result in DiffusionClassifier(changed, Draws(3))(some_images(2), ids="ab")]
+    whole = [result.scores_K for result in DiffusionClassifier(Sharing(), Draws(3))(some_images(2), ids="ab")]
+    for own, replaced, shared in zip(expected, found, whole, strict=True):
+        assert torch.equal(own, replaced)
+        assert not torch.allclose(own, shared)
