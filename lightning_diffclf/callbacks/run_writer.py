@@ -23,7 +23,8 @@ from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import Record, from_table
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.store import Store, Stored, claim, clean, finish, refresh, scan
+from lightning_diffclf.results.store import Store, claim, clean, finish, refresh
+from lightning_diffclf.results.stored import Stored, scan
 from lightning_diffclf.results.summary import Outline, Summary
 from lightning_diffclf.results.thumbnails import thumbnail
 

@@ -21,7 +21,7 @@ from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.statistics import Scores
-from lightning_diffclf.results.store import Stored
+from lightning_diffclf.results.stored import Stored
 from lightning_diffclf.results.summary import Outline, Summary
 
 

@@ -26,7 +26,8 @@ from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors
 from lightning_diffclf.results.parts import Parts
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table, to_table, write_table
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.store import Store, claim, finish, merge, read_table, scan
+from lightning_diffclf.results.store import Store, claim, finish, merge
+from lightning_diffclf.results.stored import read_table, scan
 from tests.classifier.toys import Toy, some_images
 
 ROOT = Path(__file__).parents[2]
