@@ -234,7 +234,7 @@ class DiffusionClassifierCallback(L.Callback):
             self.metrics = self._writer.finish(summary, score) | self.metrics
         elif trainer.is_global_zero and summary is not None and trainer.loggers and trainer.state.fn == "fit":
             folder = Path(trainer.default_root_dir) / "validation"
-            for path in charts.save(charts.of_summary(summary), folder, ["png"]):
+            for path in charts.save(charts.specs(charts.of_summary(summary)), folder, ["png"]):
                 log_picture(trainer, f"{self.name}/{path.stem}", path)
 
     # All evaluations go the same way.

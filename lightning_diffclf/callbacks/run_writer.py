@@ -183,7 +183,7 @@ class RunWriter:
         else:
             calibrated = calibrate(Stored(self.folder, settings, Sample.COLUMNS), outline)
             written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
-            charts.save(charts.of_summary(summary), self.folder, ["png"])
+            charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
         own = {} if score is None else score(self._records())
         described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info
         write_json({"metrics": own | written, "settings": described}, self.folder / "metrics.json", 2, "results")

@@ -28,7 +28,7 @@ from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
 from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.parts import Vanished
-from lightning_diffclf.results.predictions import Record, to_table, write_table
+from lightning_diffclf.results.predictions import ENCODING, Record, to_table, write_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.stored import (
     ERRORS_SUFFIX,
@@ -209,7 +209,7 @@ def _write_whole(paths: Sequence[Path], settings: Settings, run: Path) -> int:
     errors = [errors_of(path) for path in paths if errors_of(path).is_file()]
     if errors:
         merge_errors(errors, run / ERRORS)
-    records.write(run / PREDICTIONS)
+    records.write(run / PREDICTIONS, **ENCODING)
     # Records first: who finds errors missing finds records missing as well, and looks again.
     for path in [*paths, *errors]:
         if path.parent == run / PARTS:
