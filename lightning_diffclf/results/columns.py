@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.results.predictions import SCHEMA, Record
 
-CELLS = 2**19  # numbers in an array
+CELLS = 2**18  # numbers in an array
 
 Chunk: TypeAlias = "Sequence[Record] | pa.Table | pa.RecordBatch | Columns"
 """Some decisions: as objects, or as columns of predictions.parquet, at least those that are asked for."""
