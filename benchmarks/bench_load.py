@@ -32,11 +32,13 @@ import torch
 from lightning_diffclf import Candidates, DiffusionClassifier, NoiseSchedule, Recipe
 from lightning_diffclf.callbacks.rank_evaluation import RankEvaluation
 from lightning_diffclf.callbacks.run_writer import RunWriter
+from lightning_diffclf.commands import arguments
 from lightning_diffclf.commands.results import compare_command, merge_command, report_command
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import SCHEMA, write_table
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.store import PARTS, SETTINGS_KEY, claim
+from lightning_diffclf.results.store import claim
+from lightning_diffclf.results.stored import PARTS, SETTINGS_KEY
 from lightning_diffclf.results.summary import Outline
 
 IMPORTED = process_time()  # CPU seconds until here
@@ -92,6 +94,8 @@ def decisions(
         "rank": np.full(images, rank),
         "thumbnail": thumbnails,
         "error_map": pa.nulls(images),
+        "search_nfe": np.zeros(images, dtype=int),
+        "dropped_draws": np.zeros(images, dtype=int),
     }
     arrays = [
         array.cast(field.type) if isinstance(array, pa.Array) else pa.array(array, field.type)
@@ -204,13 +208,13 @@ def steps(folder: Path) -> dict[str, Callable[[], object]]:
     """What is measured, in an order in which each leaves what the next needs."""
     a, b, halves = folder / "a", str(folder / "b"), [str(folder / "first"), str(folder / "second")]
     return {
-        "report": lambda: report_command([str(a)]),
+        "report": lambda: report_command(arguments.report([str(a)])),
         "resume": lambda: resume(a),
         "resume, one rank of eight": lambda: resume(a, ranks=8),
-        "compare": lambda: compare_command([str(a), b]),
-        "merge two halves": lambda: merge_command([*halves, "--out", str(folder / "whole")]),
+        "compare": lambda: compare_command(arguments.compare([str(a), b])),
+        "merge two halves": lambda: merge_command(arguments.merge([*halves, "--out", str(folder / "whole")])),
         "resume and finish": lambda: resume(a, finish=True),
-        "report of one file": lambda: report_command([str(a)]),
+        "report of one file": lambda: report_command(arguments.report([str(a)])),
         "resume from one file, one rank of eight": lambda: resume(a, ranks=8),
     }
 

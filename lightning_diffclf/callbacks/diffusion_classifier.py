@@ -71,7 +71,7 @@ class DiffusionClassifierCallback(L.Callback):
         recipe: What decides results.
         results: Decisions of this rank in the last evaluation, without errors and distances, some 16 bytes a
             candidate; empty where they were written, which is to be read with
-            :func:`~lightning_diffclf.results.store.scan`.
+            :func:`~lightning_diffclf.results.stored.scan`.
         metrics: Metrics of the last evaluation over all ranks; empty without labels.
         fitting: What fits the probe of the recipe to training images, where it has to be.
         planned: What the last evaluation would have cost, after a run with ``plan``; else None.
@@ -234,7 +234,7 @@ class DiffusionClassifierCallback(L.Callback):
             self.metrics = self._writer.finish(summary, score) | self.metrics
         elif trainer.is_global_zero and summary is not None and trainer.loggers and trainer.state.fn == "fit":
             folder = Path(trainer.default_root_dir) / "validation"
-            for path in charts.save(charts.of_summary(summary), folder, ["png"]):
+            for path in charts.save(charts.specs(charts.of_summary(summary)), folder, ["png"]):
                 log_picture(trainer, f"{self.name}/{path.stem}", path)
 
     # All evaluations go the same way.

@@ -23,7 +23,8 @@ from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import Record, from_table
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.store import Store, Stored, claim, clean, finish, refresh, scan
+from lightning_diffclf.results.store import Store, claim, clean, finish, refresh
+from lightning_diffclf.results.stored import Stored, scan
 from lightning_diffclf.results.summary import Outline, Summary
 from lightning_diffclf.results.thumbnails import thumbnail
 
@@ -182,7 +183,7 @@ class RunWriter:
         else:
             calibrated = calibrate(Stored(self.folder, settings, Sample.COLUMNS), outline)
             written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
-            charts.save(charts.of_summary(summary), self.folder, ["png"])
+            charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
         own = {} if score is None else score(self._records())
         described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info
         write_json({"metrics": own | written, "settings": described}, self.folder / "metrics.json", 2, "results")

@@ -92,20 +92,21 @@ class Posterior:
             raise UserError(f"fit: {num_images} rows of scores and {len(target_B)} targets, expected equally many, ≥ 1")
         if int(target_B.min()) < 0 or int(target_B.max()) >= num_candidates:
             raise UserError(f"fit: targets {target_B.min()} … {target_B.max()}, expected 0 … {num_candidates - 1}")
-        logits_BK = -scores_BK.double()
-        finite = logits_BK.isfinite()
+        target_B = target_B.to(scores_BK.device)
         # A broken right candidate has probability zero at any temperature: such images say nothing.
-        usable_B = finite.gather(1, target_B.to(finite.device)[:, None])[:, 0]
-        logits_BK, finite, target_B = logits_BK[usable_B], finite[usable_B], target_B.to(finite.device)[usable_B]
-        # Only differences within an image matter, and errors of images differ far more than those of its candidates.
-        logits_BK = (logits_BK - logits_BK.gather(1, target_B[:, None])).where(finite, 0)
-        spread = logits_BK[logits_BK != 0].square().mean().sqrt()
-        if not bool(spread > 0):  # no two candidates differ: all temperatures are equally likely
-            return self
-        # Start where the logits have unit spread. In log temperature the problem is smooth and has one minimum.
+        usable_B = scores_BK.gather(1, target_B[:, None])[:, 0].isfinite()
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode cannot be differentiated
+            logits_BK, target_B = -scores_BK[usable_B].double(), target_B[usable_B]
+            finite = logits_BK.isfinite()
+            # Only differences within an image matter, and errors of images differ far more than those of its
+            # candidates. In place, as these arrays are large.
+            logits_BK.sub_(logits_BK.gather(1, target_B[:, None])).masked_fill_(~finite, 0)
+            spread = torch.linalg.vector_norm(logits_BK) / logits_BK.count_nonzero().sqrt()
+            if not bool(spread > 0):  # no two candidates differ: all temperatures are equally likely
+                return self
+            # Start where the logits have unit spread. In log temperature the problem is smooth and has one minimum.
+            logits_BK.div_(spread)
         with torch.inference_mode(False), torch.enable_grad():
-            # Tensors of inference mode cannot be differentiated: copies.
-            logits_BK, target_B, finite = logits_BK.clone() / float(spread), target_B.clone(), finite.clone()
             log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
             together = max(1, CELLS // num_candidates)
             optimizer = torch.optim.LBFGS([log_temperature], max_iter=200, line_search_fn="strong_wolfe")

@@ -79,8 +79,8 @@ class Sample:
     def update(self, chunk: Chunk) -> None:
         """Show it more images."""
         outline = self.outline
-        for columns in Columns(chunk, self.COLUMNS).pieces():
-            columns = columns.take(columns.numbers("label") >= 0)
+        for columns in Columns.of(chunk, self.COLUMNS).pieces():
+            columns = columns.labelled
             self.labelled += len(columns)
             tried, label_B = columns.tried(outline.classes, outline.num_classes), columns.numbers("label")
             # Images whose class was not among the candidates, or that were not decided, say nothing about temperatures.
@@ -99,7 +99,7 @@ class Sample:
             return
         chosen_B = np.zeros(len(columns), dtype=bool)
         chosen_B[[row for _, row in first]] = True
-        chosen, dims = columns.take(chosen_B), columns.dims
+        chosen, dims = Columns(columns, ("candidates_K", "differences_K")).take(chosen_B), columns.dims
         differences_BC = chosen.class_differences(self.outline.classes, self.outline.num_classes).numpy()
         more = [
             _Example(order, int(label_B[row]), dims, differences_C.astype(np.float32))  # as stored
@@ -149,14 +149,16 @@ class CrossFitted:
 
     def update(self, chunk: Chunk) -> None:
         """Judge more images."""
-        for columns in Columns(chunk, self.COLUMNS).pieces():
-            columns = columns.take(columns.numbers("label") >= 0)
+        for columns in Columns.of(chunk, self.COLUMNS).pieces():
+            columns = columns.labelled
+            tried = columns.tried(self.outline.classes, self.outline.num_classes)
+            numbers = Columns(columns, ("label", "prediction", "dims"))
             fold_B = np.array([fold_of(image_id) for image_id in columns.strings("id")], dtype=int)
             right_B, (confidence_B, label_B, squares_B) = np.empty(len(columns), bool), np.empty((3, len(columns)))
             judged = Judged(confidence_B, right_B, label_B, squares_B)
             for fold in np.unique(fold_B):
                 mine = fold_B == fold
-                found = judge(columns.take(mine), self.outline, self.posteriors[fold])
+                found = judge(numbers.take(mine), self.outline, self.posteriors[fold], tried.take(mine))
                 for values_B, some in zip(judged, found, strict=True):
                     values_B[mine] = some
             self.scores.add(judged)

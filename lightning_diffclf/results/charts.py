@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,24 @@ def of_summary(summary: Summary) -> dict[str, Chart]:
     return charts
 
 
-def save(charts: dict[str, Chart], folder: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
-    """Write each chart as PNG (for slides) and SVG (for papers) to ``folder``; returns the files."""
-    paths = []
+def specs(charts: dict[str, Chart]) -> dict[str, dict[str, Any]]:
+    """Each chart as Vega-Lite has it, by name."""
     with alt.data_transformers.enable("default", max_rows=None):
-        for name, chart in charts.items():
-            spec = chart.to_json()
-            for kind in kinds:
-                path = folder / f"{name}.{kind}"
-                if kind == "png":
-                    write_bytes(vl_convert.vegalite_to_png(spec, scale=2), path, "figure")
-                else:
-                    write_text(vl_convert.vegalite_to_svg(spec), path, "figure")
-                paths.append(path)
+        return {name: chart.to_dict() for name, chart in charts.items()}
+
+
+def save(specs: dict[str, dict[str, Any]], folder: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
+    """Write each of :func:`specs` as PNG (for slides) and SVG (for papers) to ``folder``; returns the files."""
+    paths = []
+    for name, spec in specs.items():
+        text = json.dumps(spec)
+        for kind in kinds:
+            path = folder / f"{name}.{kind}"
+            if kind == "png":
+                write_bytes(vl_convert.vegalite_to_png(text, scale=2), path, "figure")
+            else:
+                write_text(vl_convert.vegalite_to_svg(text), path, "figure")
+            paths.append(path)
     return paths
 
 

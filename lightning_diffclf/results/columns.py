@@ -16,9 +16,9 @@ from torch import Tensor
 from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.results.predictions import SCHEMA, Record
 
-CELLS = 2**19  # numbers in an array
+CELLS = 2**18  # numbers in an array
 
-Chunk: TypeAlias = Sequence[Record] | pa.Table | pa.RecordBatch
+Chunk: TypeAlias = "Sequence[Record] | pa.Table | pa.RecordBatch | Columns"
 """Some decisions: as objects, or as columns of predictions.parquet, at least those that are asked for."""
 
 
@@ -75,9 +75,13 @@ class Tried(NamedTuple):
         """Where each image has a class of its own (B, W), bool."""
         return np.asarray(self.classes_BW == class_B[:, None])
 
+    def take(self, chosen_B: np.ndarray) -> Tried:
+        """Those of some images."""
+        return Tried(self.classes_BW[chosen_B], self.differences_BW[chosen_B])
+
 
 class Columns:
-    """Columns of some decisions (B images) as arrays.
+    """Columns of some decisions (B images) as arrays, each of which is made once, when it is asked for first.
 
     Args:
         chunk: The decisions.
@@ -86,11 +90,22 @@ class Columns:
 
     def __init__(self, chunk: Chunk, names: Sequence[str]) -> None:
         names = list(dict.fromkeys(names))
-        if isinstance(chunk, (pa.Table, pa.RecordBatch)):
+        self.table: pa.Table
+        self._labelled: Columns | None = None
+        self._lists: dict[str, Lists] = {}
+        self._tried: dict[tuple[tuple[int, ...], int], Tried] = {}
+        if isinstance(chunk, Columns):
+            self.table = chunk.table.select(names)
+        elif isinstance(chunk, (pa.Table, pa.RecordBatch)):
             self.table = pa.table({name: chunk.column(name) for name in names})
         else:
             arrays = [pa.array([getattr(row, name) for row in chunk], SCHEMA.field(name).type) for name in names]
             self.table = pa.table(arrays, names=names)
+
+    @classmethod
+    def of(cls, chunk: Chunk, names: Sequence[str]) -> Columns:
+        """The same; what has columns already may have others, and keeps the arrays that were made of them."""
+        return chunk if isinstance(chunk, Columns) else cls(chunk, names)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -99,11 +114,23 @@ class Columns:
         """The same images, so many together that arrays over their candidates have :data:`CELLS` numbers at most."""
         longest = pc.max(pc.list_value_length(self.table["candidates_K"])).as_py() if len(self) else 1
         most = max(1, CELLS // max(1, longest))
+        if len(self) <= most:
+            return [self]
         return [Columns(self.table.slice(a, most), self.table.column_names) for a in range(0, len(self), most)]
 
     def take(self, chosen_B: np.ndarray) -> Columns:
         """Those images for which ``chosen_B`` (B,), bool, is true."""
         return self if chosen_B.all() else Columns(self.table.filter(pa.array(chosen_B)), self.table.column_names)
+
+    @property
+    def labelled(self) -> Columns:
+        """Those with a label."""
+        if self._labelled is None:
+            labelled = self.take(self.numbers("label") >= 0)
+            if labelled is self:  # which does not hold itself: it would stay in memory for longer
+                return self
+            self._labelled = labelled
+        return self._labelled
 
     def strings(self, name: str) -> list[str]:
         """A column of text (B,)."""
@@ -116,6 +143,11 @@ class Columns:
 
     def lists(self, name: str) -> Lists:
         """A column of lists."""
+        if name not in self._lists:
+            self._lists[name] = self._read_lists(name)
+        return self._lists[name]
+
+    def _read_lists(self, name: str) -> Lists:
         column = self.table[name].combine_chunks() if len(self) else pa.array([], self.table[name].type)
         length = np.asarray(column.value_lengths().to_numpy(), dtype=np.int64)
         return Lists(np.asarray(column.flatten().to_numpy(zero_copy_only=False)), length)
@@ -142,6 +174,12 @@ class Columns:
         Where images have fewer candidates than there are classes, there is a place for each candidate; otherwise one
         for each class.
         """
+        key = tuple(classes), num_classes
+        if key not in self._tried:
+            self._tried[key] = self._find_tried(classes, num_classes)
+        return self._tried[key]
+
+    def _find_tried(self, classes: Sequence[int], num_classes: int) -> Tried:
         candidates = self.lists("candidates_K")
         class_BK = np.append(np.asarray(classes), -1)[candidates.padded(-1, np.int64)]
         if class_BK.shape[1] >= num_classes:

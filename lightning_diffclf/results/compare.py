@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results import charts, tables
-from lightning_diffclf.results.columns import Columns
+from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.statistics import Interval, mcnemar, wilson
+from lightning_diffclf.results.summary import Outline, Summary
 
 
 @dataclass(frozen=True)
@@ -78,37 +78,55 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
     a, b = (known[f"answer_{which}"] == known[f"label_{which}"] for which in ("first", "second"))
     only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
     ids = list(common.index)
+    summaries, kept = [], []
+    for run, other in ((first, "answer_second"), (second, "answer_first")):
+        summary, recall = Summary(run.outline), Kept(run.outline, common[other])
+        run.show(summary, *([recall] if run.outline.proposes else []), ids=ids)
+        summaries.append(summary.numbers())
+        kept.append(recall.share)
     return Comparison(
         images=len(common),
         agreement=wilson(int((common["answer_first"] == common["answer_second"]).sum()), len(common)),
         labelled=len(known),
-        first=first.summary_of(ids).numbers(),
-        second=second.summary_of(ids).numbers(),
+        first=summaries[0],
+        second=summaries[1],
         only_first=only_first,
         only_second=only_second,
         both=int((a & b).sum()),
         neither=int((~a & ~b).sum()),
         p_value=mcnemar(only_first, only_second),
         missing=len(ours) + len(theirs) - 2 * len(common),
-        first_kept=_kept(first, common["answer_second"]),
-        second_kept=_kept(second, common["answer_first"]),
+        first_kept=kept[0],
+        second_kept=kept[1],
     )
 
 
-def _kept(run: Evaluation, answers: pd.Series) -> Interval | None:
-    """How often the class of an image in ``answers``, by id, is among the candidates that the run's proposal kept."""
-    if not run.outline.proposes:
-        return None
-    names = ("id", "candidates_K", "differences_K")
-    hits = images = 0
-    for chunk in run.chunks(names, list(answers.index)):
-        for columns in Columns(chunk, names).pieces():
-            answer_B = answers.loc[columns.strings("id")].to_numpy()
-            tried = columns.tried(run.outline.classes, run.outline.num_classes)
-            kept_B = np.asarray(tried.has(answer_B).any(axis=1))
-            hits += int(kept_B[answer_B >= 0].sum())
-            images += int((answer_B >= 0).sum())
-    return wilson(hits, images) if images else None
+class Kept:
+    """How often the class that another run decided for is among the candidates that a run's proposal kept.
+
+    Args:
+        outline: The evaluation.
+        answers: The class that the other run decided for, by id; -1 where there is none.
+    """
+
+    COLUMNS = ("id", "candidates_K", "differences_K")
+
+    def __init__(self, outline: Outline, answers: pd.Series) -> None:
+        self._outline, self._answers = outline, answers
+        self._hits = self._images = 0
+
+    def update(self, chunk: Chunk) -> None:
+        """Count more images."""
+        for columns in Columns.of(chunk, self.COLUMNS).pieces():
+            answer_B = self._answers.loc[columns.strings("id")].to_numpy()
+            tried = columns.tried(self._outline.classes, self._outline.num_classes)
+            self._hits += int((tried.has(answer_B).any(1) & (answer_B >= 0)).sum())
+            self._images += int((answer_B >= 0).sum())
+
+    @property
+    def share(self) -> Interval | None:
+        """Of the images so far; None without any."""
+        return wilson(self._hits, self._images) if self._images else None
 
 
 def _answers(run: Evaluation) -> pd.DataFrame:
@@ -154,7 +172,7 @@ def save_plots(first: Evaluation, second: Evaluation, found: Comparison, folder:
         figures["disagreement"] = charts.disagreement(frame)
         both = zip(names, (first, second), strict=True)
         figures["cost"] = charts.by_cost(pd.concat([tables.costs(run.costs).assign(run=name) for name, run in both]))
-    charts.save(figures, folder)
+    charts.save(charts.specs(figures), folder)
 
 
 def _names(first: Evaluation, second: Evaluation) -> tuple[str, str]:

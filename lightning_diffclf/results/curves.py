@@ -29,7 +29,7 @@ class Sureness:
 
     def update(self, chunk: Chunk) -> None:
         """Take more images."""
-        columns = Columns(chunk, self.COLUMNS)
+        columns = Columns.of(chunk, self.COLUMNS)
         prediction_B, choice = columns.numbers("prediction"), columns.lists("choice_S")
         agree = (choice.values == prediction_B[choice.row]) & (choice.values >= 0)
         votes_B = np.bincount(choice.row[agree], minlength=len(columns)) / np.maximum(choice.length, 1)
@@ -87,9 +87,9 @@ class Costs:
 
     def update(self, chunk: Chunk) -> None:
         """Count more images."""
-        columns = Columns(chunk, self.COLUMNS)
+        columns = Columns.of(chunk, self.COLUMNS)
         self.draws = max(self.draws, int(columns.lists("leader_S").length.max(initial=0)))
-        columns = columns.take(columns.numbers("label") >= 0)
+        columns = columns.labelled
         label_B, draws, leader = columns.numbers("label"), columns.lists("draws_K"), columns.lists("leader_S")
         self.labelled += len(columns)
         self._searches += int(columns.numbers("search_nfe").clip(min=0).sum())  # spent before the first draw
@@ -129,7 +129,7 @@ class Survivors:
 
     def update(self, chunk: Chunk) -> None:
         """Count more images."""
-        columns = Columns(chunk, self.COLUMNS)
+        columns = Columns.of(chunk, self.COLUMNS)
         draws, total = columns.lists("draws_K"), self._draws
         self._longest = max(self._longest, int(draws.values.max(initial=0)))
         ended_BS = np.bincount(draws.row * (total + 1) + draws.values, minlength=len(columns) * (total + 1))

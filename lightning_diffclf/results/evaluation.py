@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,23 @@ from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sample
+from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.statistics import Scores
-from lightning_diffclf.results.store import Stored
+from lightning_diffclf.results.stored import Stored
 from lightning_diffclf.results.summary import Outline, Summary
+
+
+class Counts(Protocol):
+    """What is counted over all decisions, in the columns ``COLUMNS``."""
+
+    @property
+    def COLUMNS(self) -> Sequence[str]: ...
+
+    def update(self, chunk: Chunk) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,13 @@ class Evaluation:
         wanted = None if ids is None else pa.array(ids, pa.string())
         return together(self._stored.chunks(list(dict.fromkeys(columns)), wanted))
 
-    def summary_of(self, ids: Collection[str]) -> Summary:
-        """The summary of some images."""
-        return Summary.of(self.outline, self.chunks(Summary.COLUMNS, ids))
+    def show(self, *counts: Counts, ids: Collection[str] | None = None) -> None:
+        """Let all of ``counts`` count the decisions, which are read once; of the images ``ids`` only, if given."""
+        names = [name for one in counts for name in one.COLUMNS]
+        for chunk in self.chunks(names, ids):
+            for columns in Columns(chunk, names).pieces():
+                for one in counts:
+                    one.update(columns)
 
     @property
     def images(self) -> int:
@@ -90,9 +105,7 @@ class Evaluation:
     def _first_pass(self) -> tuple[Summary, Sample, Sureness, Costs, Survivors]:
         outline = self.outline
         parts = Summary(outline), Sample(outline), Sureness(), Costs(outline), Survivors(outline)
-        for chunk in self.chunks([name for part in parts for name in part.COLUMNS]):
-            for part in parts:
-                part.update(chunk)
+        self.show(*parts)
         return parts
 
     @property
@@ -124,8 +137,7 @@ class Evaluation:
         if sample.labelled < ENOUGH_TO_SAY:
             return None
         crossfitted = CrossFitted(sample)
-        for chunk in self.chunks(CrossFitted.COLUMNS):
-            crossfitted.update(chunk)
+        self.show(crossfitted)
         return crossfitted
 
     @property

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +23,13 @@ import pyarrow.parquet as pq
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.seal import Damaged, check_seal, sealed_writer
 
-CHUNK_BYTES = 2**25  # what is read at a time, about; twice as much is in memory while it is put in order
+CHUNK_BYTES = 2**23  # what is read at a time, about; a few times as much is in memory while it is put in order
 
-ROW_GROUP_BYTES = 2**24  # of a file that is written: what its readers have to hold
+ROW_GROUP_BYTES = 2**23  # of a file that is written: what its readers have to hold
 
 CHECKED_TOGETHER = 64  # rows that are in several files
+
+READERS = 2  # threads that read and decode: for most of that, Arrow lets others work
 
 WIDTHS = {
     "BOOLEAN": 1,
@@ -36,8 +40,15 @@ WIDTHS = {
 }  # bytes of a value in memory, by Parquet's types
 
 
-class Vanished(FileNotFoundError):
-    """A file that was there is gone or another one: the run has ended meanwhile, and holds its rows in another file."""
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Vanished(Exception):
+    """A file that was there is gone or another one: the run has ended meanwhile, and holds its rows in another file.
+
+    No OSError: where one file is made of others, those are of the file that is written.
+    """
 
 
 class _Group(NamedTuple):
@@ -47,6 +58,23 @@ class _Group(NamedTuple):
     stamp: tuple[int, int, int]  # of the file, by which another one of that name is told apart
     number: int
     row_bytes: float  # of a row in memory, about
+
+
+class _File(NamedTuple):
+    """What is found out about a file when it is opened first."""
+
+    schema: pa.Schema
+    groups: list[_Group]
+    ids: list[pa.ChunkedArray]  # of each row group
+
+
+def _look_into(path: Path) -> _File:
+    stamp = _stamp(path)
+    with _reading(path) as file:
+        numbers = range(file.num_row_groups)
+        groups = [_Group(path, stamp, number, _row_bytes(file.metadata.row_group(number))) for number in numbers]
+        ids = [file.read_row_group(number, columns=["id"], use_threads=False)["id"] for number in numbers]
+        return _File(file.schema_arrow, groups, ids)
 
 
 class Parts:
@@ -76,17 +104,14 @@ class Parts:
     ) -> None:
         self._groups: list[_Group] = []
         sizes, ids = [0], []
-        for path in paths:
-            stamp = _stamp(path)
-            with _reading(path) as file:
-                check(path, file.schema_arrow)
-                if schema is None and (file.metadata.num_rows or path == paths[-1]):
-                    schema = file.schema_arrow
-                for number in range(file.num_row_groups):
-                    some = file.read_row_group(number, columns=["id"], use_threads=False)["id"]
-                    self._groups.append(_Group(path, stamp, number, _row_bytes(file.metadata.row_group(number))))
-                    sizes.append(len(some))
-                    ids += some.cast(pa.string()).chunks
+        for path, file in zip(paths, ahead(_look_into, paths), strict=True):
+            check(path, file.schema)
+            if schema is None and (any(map(len, file.ids)) or path == paths[-1]):
+                schema = file.schema
+            self._groups += file.groups
+            for some in file.ids:
+                sizes.append(len(some))
+                ids += some.cast(pa.string()).chunks
         self.schema, self._starts = schema or pa.schema([]), np.cumsum(sizes)
         encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode("encode")
         self.ids = encoded.dictionary
@@ -109,11 +134,11 @@ class Parts:
             chosen: Whether each row of :attr:`ids` is wanted (N,), bool; all are if omitted.
         """
         rows = self._rows if chosen is None else self._rows[chosen]
-        for number, (begin, end) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
-            here = rows[np.searchsorted(rows, begin) : np.searchsorted(rows, end)] - begin
-            if len(here):
-                table = self._read(number, columns)
-                yield table if len(here) == len(table) else table.take(pa.array(here))
+        cuts = np.searchsorted(rows, self._starts)
+        read = np.flatnonzero(np.diff(cuts)).tolist()
+        for number, table in zip(read, ahead(lambda number: self._read(number, columns), read), strict=True):
+            here = rows[cuts[number] : cuts[number + 1]] - self._starts[number]
+            yield table if len(here) == len(table) else table.take(pa.array(here))
 
     def ordered(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """All rows, each image once, ordered by id, some :data:`CHUNK_BYTES` at a time."""
@@ -232,6 +257,18 @@ def _row_bytes(group: pq.RowGroupMetaData) -> float:
     columns = [group.column(number) for number in range(group.num_columns)]
     sizes = [max(c.total_uncompressed_size, c.num_values * WIDTHS.get(c.physical_type, 1)) for c in columns]
     return sum(sizes) / max(1, group.num_rows)
+
+
+def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """``work`` of each item, in their order; that of the next begins in another thread before it is asked for."""
+    with ThreadPoolExecutor(READERS) as pool:
+        begun = deque[Future[R]]()
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) == READERS:
+                yield begun.popleft().result()
+        for future in begun:
+            yield future.result()
 
 
 def together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

@@ -185,6 +185,17 @@ SCHEMA = pa.schema(
 )
 
 
+# Numbers that hardly repeat, and pictures: a dictionary would only add to them.
+ENCODING: dict[str, Any] = {
+    "use_dictionary": [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        for field in SCHEMA
+        if field.name not in ("margin", "scores_K", "differences_K", "seconds", "thumbnail", "error_map")
+    ],
+    "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("scores_K", "differences_K")},
+}
+
+
 def to_table(records: Sequence[Record]) -> pa.Table:
     """Records as a table of :data:`SCHEMA`."""
     columns = {}
@@ -218,5 +229,5 @@ def list_views(column: pa.ListArray) -> list[np.ndarray]:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write ``table`` to ``path`` at once; see :func:`~.seal.sealed_writer`."""
-    with sealed_writer(path, table.schema, "results") as out:
+    with sealed_writer(path, table.schema, "results", **ENCODING) as out:
         out.write_table(table)

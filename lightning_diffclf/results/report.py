@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import numpy as np
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -49,12 +49,16 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
     """
     evaluation = Evaluation.read(run)
     path = Path(run) / REPORT if out is None else Path(out)
-    figures = make_figures(evaluation)
-    for picture in (path.parent / FIGURES).glob("*.???"):  # of an earlier report; files of others stay
-        if picture.stem in charts.NAMES_OF_PICTURES:
-            picture.unlink()
-    charts.save(figures, path.parent / FIGURES)
-    write_text(render(evaluation, figures, gallery), path, "report")
+    with ThreadPoolExecutor(1) as beside:  # what needs seconds of its own
+        library = beside.submit(vl_convert.javascript_bundle)  # type: ignore[call-arg]  # its stub knows no default
+        specs = charts.specs(make_figures(evaluation))
+        for picture in (path.parent / FIGURES).glob("*.???"):  # of an earlier report; files of others stay
+            if picture.stem in charts.NAMES_OF_PICTURES:
+                picture.unlink()
+        pictures = beside.submit(charts.save, specs, path.parent / FIGURES)
+        html = render(evaluation, specs, library.result(), gallery)
+        pictures.result()
+    write_text(html, path, "report")
     return path
 
 
@@ -118,19 +122,16 @@ def _search_lines(numbers: dict[str, float]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def render(run: Evaluation, figures: dict[str, Any], gallery: int) -> str:
-    """The report as HTML that needs nothing else."""
+def render(run: Evaluation, specs: dict[str, dict[str, Any]], library: str, gallery: int) -> str:
+    """The report as HTML that needs nothing else, with the ``library`` that draws charts from their ``specs``."""
     environment = Environment(loader=PackageLoader("lightning_diffclf.results", "."), undefined=StrictUndefined)
     environment.autoescape = True
-    with alt.data_transformers.enable("default", max_rows=None):
-        specs = {name: chart.to_dict() for name, chart in figures.items()}
-    library = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub does not know the default
     rows = run.gallery(gallery)
     per_class = tables.classes(run.summary).to_dict("records") if run.summary.labelled else []
     return environment.get_template("report.html.j2").render(
         title=f"{run.path.resolve().parent.name}/{run.path.resolve().name}",
         headline=headline(run),
-        figures=list(figures),
+        figures=list(specs),
         specs=_safe(specs),
         library=library.replace("</script", "<\\/script"),
         classes=per_class,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import ndtri
 from scipy.stats import binomtest
 
 from lightning_diffclf.errors import UserError
@@ -34,8 +36,10 @@ def wilson(right: int, total: int, confidence: float = 0.95) -> Interval:
     """
     if not 0 <= right <= total or total < 1:
         raise UserError(f"interval: {right} of {total}, expected a count of at least one trial")
-    low, high = binomtest(right, total).proportion_ci(confidence, method="wilson")
-    return Interval(right / total, float(low), float(high))
+    share, z2 = right / total, float(ndtri(0.5 + confidence / 2)) ** 2
+    middle, half = share + z2 / (2 * total), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * total)) / total)
+    low, high = ((middle + side * half) / (1 + z2 / total) for side in (-1, 1))
+    return Interval(share, low if right > 0 else 0.0, high if right < total else 1.0)  # exact, but for rounding
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -15,34 +15,38 @@ from __future__ import annotations
 
 import time
 import uuid
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lightning_diffclf.classifier import Classification
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
 from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
 from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
-from lightning_diffclf.results.parts import Parts, Vanished
-from lightning_diffclf.results.predictions import SCHEMA, Record, list_views, to_table, write_table
+from lightning_diffclf.results.parts import Vanished
+from lightning_diffclf.results.predictions import ENCODING, Record, to_table, write_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
-
-PREDICTIONS = "predictions.parquet"
-PARTS = "parts"
-ERRORS_SUFFIX = ".errors.parquet"
-
-ATTEMPTS = 10  # to read a run that changes meanwhile
+from lightning_diffclf.results.stored import (
+    ERRORS_SUFFIX,
+    PARTS,
+    PREDICTIONS,
+    SETTINGS_KEY,
+    Ids,
+    Stored,
+    attempts,
+    described,
+    errors_of,
+    files_of,
+    parts_of,
+    scan,
+    unsteady,
+)
 
 FLUSH_SECONDS = 60.0  # a part is also written when the last one is so old: images may take minutes each
-
-SETTINGS_KEY = b"diffclf_settings"  # where a Parquet file keeps the settings, or in a part, their digest
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -186,185 +190,6 @@ class Store:
         return self.folder / PARTS / f"{self.rank:05d}-{self._session}-{self._number:06d}{suffix}"
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def scan(run: Path, columns: Sequence[str] | None = None, settings: Settings | None = None) -> Iterator[pa.Table]:
-    """The records of a run a few megabytes at a time, each image once, whether it has ended or not.
-
-    A run that has ended is ordered by id; others are not. A run may end meanwhile.
-
-    Args:
-        run: Its folder.
-        columns: The columns to read, in the order of :data:`~.predictions.SCHEMA`; all if omitted.
-        settings: Those of the run, if known already.
-
-    Raises:
-        FileNotFoundError: if there is no run.
-        ValueError: if a file cannot be read, is of another run, or files disagree about an image.
-
-    Example:
-        >>> sum(table.num_rows for table in scan(Path("out"), ["id"]))  # doctest: +SKIP
-        50000
-    """
-    return Stored(run, settings or Settings.read(run)).chunks(columns)
-
-
-class Stored:
-    """A run's records, to be read in chunks as often as needed. Which files and images there are is found out once.
-
-    Args:
-        run: Its folder.
-        settings: Those of the run.
-        columns: The columns that iteration reads; all if omitted.
-    """
-
-    def __init__(self, run: Path, settings: Settings, columns: Sequence[str] | None = None) -> None:
-        self._run, self._settings, self._columns = run, settings, columns
-        self._parts: Parts | None = None
-
-    def __iter__(self) -> Iterator[pa.Table]:
-        return self.chunks(self._columns)
-
-    @property
-    def ids(self) -> pa.StringArray:
-        """Ids of all images (N,).
-
-        Raises:
-            UserError: as :func:`scan`.
-        """
-        for _ in _attempts():
-            with suppress(Vanished):
-                return self._found().ids
-        raise _unsteady(self._run)
-
-    def chunks(self, columns: Sequence[str] | None, ids: pa.Array | None = None) -> Iterator[pa.Table]:
-        """Some columns, a part or a few megabytes at a time; see :func:`scan`.
-
-        Args:
-            columns: Those to read, besides ``id``; all if None.
-            ids: Of these images only; of all if omitted.
-
-        Raises:
-            UserError: as :func:`scan`.
-        """
-        names, given = None if columns is None else ["id", *columns], list[pa.ChunkedArray]()
-        for _ in _attempts():
-            with suppress(Vanished):
-                parts = self._found()
-                chosen = np.full(len(parts), True) if ids is None else np.asarray(pc.is_in(parts.ids, ids))
-                if given:  # before the run ended, from files that are gone
-                    chosen &= ~np.asarray(pc.is_in(parts.ids, pa.chunked_array([c for t in given for c in t.chunks])))
-                for table in parts.tables(names, chosen):
-                    given.append(table["id"])
-                    yield table
-                return
-            self._parts = None
-        raise _unsteady(self._run)
-
-    def _found(self) -> Parts:
-        if self._parts is None:
-            self._parts = _parts(_files(self._run), self._settings)
-        return self._parts
-
-
-class Ids(Set[str]):
-    """A set of ids in little more memory than their text: each rank has those of all images that were decided.
-
-    Args:
-        ids: The ids (N,), each once.
-    """
-
-    def __init__(self, ids: pa.StringArray) -> None:
-        self._ids = ids.take(pc.array_sort_indices(ids))  # by UTF-8, which sorts as Python does
-
-    def __contains__(self, image_id: object) -> bool:
-        if not isinstance(image_id, str):
-            return False
-        place = bisect_left(self._ids, image_id, key=pa.StringScalar.as_py)
-        return place < len(self) and self._ids[place].as_py() == image_id
-
-    def __iter__(self) -> Iterator[str]:
-        return (one.as_py() for one in self._ids)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-
-def read_table(run: Path, settings: Settings | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """The records of a run, whether it has ended or not, ordered by id; :func:`scan` needs less memory.
-
-    Args:
-        run: Its folder.
-        settings: Those of the run, if known already.
-        columns: The columns to read, besides ``id``; all if omitted.
-
-    Raises:
-        FileNotFoundError: if there is no run.
-        ValueError: as :func:`scan`.
-    """
-    settings = settings or Settings.read(run)
-    names = list(SCHEMA.names) if columns is None else ["id", *columns]
-    empty = pa.schema([field for field in SCHEMA if field.name in names]).empty_table()
-    for _ in _attempts():
-        with suppress(Vanished):
-            return pa.concat_tables([empty, *_parts(_files(run), settings).ordered(names)])
-    raise _unsteady(run)
-
-
-def _attempts() -> Iterator[int]:
-    """Chances to read a run that ends meanwhile: its parts go, and their rows are elsewhere."""
-    for number in range(ATTEMPTS):
-        time.sleep(0.05 * number)
-        yield number
-
-
-def _unsteady(run: Path) -> UserError:
-    return UserError(f"run: files in {str(run)!r} come and go, expected one process that writes to it")
-
-
-def _files(run: Path) -> list[Path]:
-    # Parts first: they go when the whole is there.
-    parts = [p for p in sorted((run / PARTS).glob("*.parquet")) if not p.name.endswith(ERRORS_SUFFIX)]
-    whole = run / PREDICTIONS
-    return [whole, *parts] if whole.is_file() else parts
-
-
-def _errors_of(path: Path) -> Path:
-    """Where the errors of a file of records are, if they were kept."""
-    return path.with_name(ERRORS if path.name == PREDICTIONS else f"{path.stem}{ERRORS_SUFFIX}")
-
-
-def _parts(paths: Sequence[Path], settings: Settings) -> Parts:
-    def check(path: Path, schema: pa.Schema) -> None:
-        found = (schema.metadata or {}).get(SETTINGS_KEY, b"none").decode()
-        if found != settings.digest:
-            raise UserError(
-                f"run: {str(path)!r} belongs to a run with other settings ({found}), expected {settings.digest} as in "
-                f"{SETTINGS}; remove it, and its images will be evaluated again"
-            )
-
-    return Parts(paths, SCHEMA.with_metadata(_described(settings)), check, _check_agreement)
-
-
-def _described(settings: Settings) -> dict[bytes, bytes]:
-    return {SETTINGS_KEY: settings.digest.encode(), b"diffclf": settings.to_json().encode()}
-
-
-def _check_agreement(first: pa.Table, second: pa.Table) -> None:
-    for name in ("label", "prediction", "nfe"):
-        if name in first.column_names:
-            pairs = zip(first[name].to_pylist(), second[name].to_pylist(), strict=True)
-            for row, (a, b) in enumerate(pairs):
-                if a != b:
-                    raise UserError(f"image {first['id'][row].as_py()!r}: found twice, with {name} {a} and {b}")
-    if "scores_K" in first.column_names:
-        a_scores, b_scores = (list_views(one["scores_K"].combine_chunks()) for one in (first, second))
-        for row, (a_K, b_K) in enumerate(zip(a_scores, b_scores, strict=True)):
-            if not np.allclose(a_K, b_K, rtol=1e-2):
-                raise UserError(f"image {first['id'][row].as_py()!r}: found twice, with different scores")
-
-
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 
@@ -375,16 +200,16 @@ def finish(run: Path, settings: Settings) -> int:
         ValueError: if a file cannot be read, is of another run, or files disagree about an image.
         FailedWrite: if something cannot be written.
     """
-    return _write_whole(_files(run), settings, run)
+    return _write_whole(files_of(run), settings, run)
 
 
 def _write_whole(paths: Sequence[Path], settings: Settings, run: Path) -> int:
-    records = _parts(paths, settings)
+    records = parts_of(paths, settings)
     # Errors whose records were not written any more are of images that will be evaluated again.
-    errors = [_errors_of(path) for path in paths if _errors_of(path).is_file()]
+    errors = [errors_of(path) for path in paths if errors_of(path).is_file()]
     if errors:
         merge_errors(errors, run / ERRORS)
-    records.write(run / PREDICTIONS)
+    records.write(run / PREDICTIONS, **ENCODING)
     # Records first: who finds errors missing finds records missing as well, and looks again.
     for path in [*paths, *errors]:
         if path.parent == run / PARTS:
@@ -396,14 +221,14 @@ def _write_whole(paths: Sequence[Path], settings: Settings, run: Path) -> int:
 
 def write_whole(table: pa.Table, settings: Settings, run: Path) -> None:
     """Write the records of a whole run to its folder."""
-    write_table(table.replace_schema_metadata(_described(settings)), run / PREDICTIONS)
+    write_table(table.replace_schema_metadata(described(settings)), run / PREDICTIONS)
 
 
 def clean(run: Path) -> None:
     """Remove what killed processes left half written. Only for who has the lock of the folder, before anyone writes."""
     for folder in (run, run / PARTS):
         remove_temporaries(folder)
-    complete = {_errors_of(path) for path in _files(run)}
+    complete = {errors_of(path) for path in files_of(run)}
     for path in (run / PARTS).glob(f"*{ERRORS_SUFFIX}"):
         if path not in complete:
             path.unlink(missing_ok=True)
@@ -431,8 +256,8 @@ def merge(runs: Sequence[Path], out: Path) -> int:
     place = claim(out, settings)
     with FolderLock(place):
         clean(place)
-        for _ in _attempts():
+        for _ in attempts():
             with suppress(Vanished):
-                paths = [path for run in dict.fromkeys([place, *runs]) for path in _files(run)]
+                paths = [path for run in dict.fromkeys([place, *runs]) for path in files_of(run)]
                 return _write_whole(paths, settings, place)
-    raise _unsteady(place)
+    raise unsteady(place)

@@ -135,11 +135,11 @@ class Summary:
 
     def update(self, chunk: Chunk) -> None:
         """Count some more images."""
-        for columns in Columns(chunk, self.COLUMNS).pieces():
+        for columns in Columns.of(chunk, self.COLUMNS).pieces():
             self._add(images=len(columns), nfe=columns.numbers("nfe").sum())
             self._add_search(columns)
             np.add.at(self.sums["seconds_R"], columns.numbers("rank"), columns.numbers("seconds"))
-            labelled = columns.take(columns.numbers("label") >= 0)
+            labelled = columns.labelled
             if len(labelled):
                 tried = labelled.tried(self.outline.classes, self.outline.num_classes)
                 self._add_decisions(labelled, tried)

@@ -35,7 +35,7 @@ from lightning_diffclf.callbacks.sharding import images_on_this_rank
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.errors import StoredErrors
-from lightning_diffclf.results.store import read_table
+from lightning_diffclf.results.stored import read_table
 from tests.gaussians import CLASSES, Gaussians, Samples, class_means, loader
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from lightning_diffclf.callbacks.requeue import ENDS, SIGNALS, Requeue
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.results import store
 from lightning_diffclf.results.predictions import write_table
-from lightning_diffclf.results.store import read_table
+from lightning_diffclf.results.stored import read_table
 from tests.gaussians import Gaussians, loader
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fit_requeue.py"

@@ -17,7 +17,7 @@ from lightning_diffclf.results import parts
 from lightning_diffclf.results.errors import INFO_KEY, ErrorsInfo, ErrorsWriter, StoredErrors, merge_errors
 from lightning_diffclf.results.parts import Parts
 from lightning_diffclf.results.predictions import Record, to_table, write_table
-from lightning_diffclf.results.store import read_table
+from lightning_diffclf.results.stored import read_table
 from tests.classifier.toys import Toy, some_images
 from tests.gaussians import CLASSES, Gaussians, Samples, loader
 

@@ -20,7 +20,7 @@ from lightning_diffclf import (
 from lightning_diffclf.callbacks import plan as callbacks_plan
 from lightning_diffclf.results import plan as results_plan
 from lightning_diffclf.results.plan import Measurement, Plan, measure, spends_the_same
-from lightning_diffclf.results.store import read_table
+from lightning_diffclf.results.stored import read_table
 from tests.classifier.toys import Toy, some_images
 from tests.gaussians import CLASSES, Gaussians, loader
 

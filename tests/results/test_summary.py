@@ -21,7 +21,8 @@ from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import SCHEMA, to_table, write_table
 from lightning_diffclf.results.report import headline, make_figures, write_report
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.store import SETTINGS_KEY, Stored, claim, finish
+from lightning_diffclf.results.store import claim, finish
+from lightning_diffclf.results.stored import SETTINGS_KEY, Stored
 from lightning_diffclf.results.summary import Outline, Summary
 from tests.gaussians import CLASSES, Gaussians, Samples
 from tests.results.made_up import made_up_outline, made_up_rows, made_up_run, proposed_rows

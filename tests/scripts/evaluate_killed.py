@@ -15,7 +15,7 @@ import lightning as L
 
 from lightning_diffclf import DiffusionClassifierCallback, LikelihoodRatio
 from lightning_diffclf.files import LOCK
-from lightning_diffclf.results.store import read_table
+from lightning_diffclf.results.stored import read_table
 from tests.gaussians import Gaussians, loader
 
 

@@ -18,7 +18,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.errors import ErrorsInfo, ErrorsWriter, StoredErrors, merge_errors
 from lightning_diffclf.results.seal import check_seal
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.store import PREDICTIONS, read_table
+from lightning_diffclf.results.stored import PREDICTIONS, read_table
 from tests.classifier.toys import Toy, some_images
 from tests.fuzz.mutations import damaged, rounds
 from tests.results.made_up import made_up_rows, made_up_run

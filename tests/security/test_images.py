@@ -14,6 +14,7 @@ from lightning_diffclf.commands import run
 from lightning_diffclf.data.images import FORMATS, MAX_PIXELS, decode_image, open_image
 from lightning_diffclf.data.shards import Shards, ShardStream
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.results import charts
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.report import make_figures, render, write_report
 from lightning_diffclf.results.store import Settings, claim, write_whole
@@ -104,7 +105,7 @@ def test_names_ids_and_paths_in_a_report_are_text():
     folder = Path("<script>alert(4)<")
     write_whole(to_table(evil), settings, claim(folder, settings))
     evaluation = Evaluation.read(folder)
-    html = render(evaluation, make_figures(evaluation), gallery=240)
+    html = render(evaluation, charts.specs(make_figures(evaluation)), library="", gallery=240)
     for harm in ("<script>alert", "<img src=x", "<svg/onload", "onerror=alert(2)>'\""):
         assert harm not in html
     assert len(re.findall(r"<script\b", html)) == html.count("</script>")
