@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_diffclf.classifier import Posterior
-from lightning_diffclf.results.columns import Chunk, Columns
+from lightning_diffclf.results.columns import Chunk, Columns, one_thread
 from lightning_diffclf.results.statistics import Judged, Scores
 from lightning_diffclf.results.summary import Outline, judge
 
@@ -110,6 +110,7 @@ class Sample:
         if len(kept) == ENOUGH:
             self._ends[fold] = kept[-1].order
 
+    @one_thread()
     def fit(self, leave_out: int | None = None) -> Posterior:
         """The evaluation's posterior with the temperature that suits these images best.
 
@@ -170,6 +171,7 @@ class CrossFitted:
         return Judged(*(np.concatenate(parts) for parts in zip(*self._judged, strict=True)))
 
 
+@one_thread()
 def calibrate(chunks: Iterable[Chunk], outline: Outline) -> Calibration | None:
     """Fit the temperature to labelled images, and judge it by five-fold cross-fitting; None if there are below 50.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -20,6 +21,20 @@ CELLS = 2**18  # numbers in an array
 
 Chunk: TypeAlias = "Sequence[Record] | pa.Table | pa.RecordBatch | Columns"
 """Some decisions: as objects, or as columns of predictions.parquet, at least those that are asked for."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch works in one thread meanwhile: several wait for each other longer than they work on arrays so small.
+
+    Other threads read files at the same time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sample
-from lightning_diffclf.results.columns import Chunk, Columns
+from lightning_diffclf.results.columns import Chunk, Columns, one_thread
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
@@ -86,6 +86,7 @@ class Evaluation:
         wanted = None if ids is None else pa.array(ids, pa.string())
         return together(self._stored.chunks(list(dict.fromkeys(columns)), wanted))
 
+    @one_thread()
     def show(self, *counts: Counts, ids: Collection[str] | None = None) -> None:
         """Let all of ``counts`` count the decisions, which are read once; of the images ``ids`` only, if given."""
         names = [name for one in counts for name in one.COLUMNS]
