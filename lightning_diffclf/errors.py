@@ -22,6 +22,19 @@ class FailedWrite(UserError, OSError):
     """A file that cannot be read or written: a full disk, no permission."""
 
 
+def check_at_least(least: int, **numbers: int | None) -> None:
+    """Raise UserError unless each of ``numbers`` that is not None is ``least`` or more; names the first that is not.
+
+    Example:
+        >>> check_at_least(1, batch_size=0)
+        Traceback (most recent call last):
+        lightning_diffclf.errors.UserError: batch_size: 0, expected at least 1
+    """
+    for name, value in numbers.items():
+        if value is not None and value < least:
+            raise UserError(f"{name}: {value}, expected at least {least}")
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, as far as it fits into a message of ours."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

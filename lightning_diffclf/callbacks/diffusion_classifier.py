@@ -18,7 +18,7 @@ from lightning_diffclf.callbacks.sharding import images_on_this_rank, parse_part
 from lightning_diffclf.classifier import Classification, DiffusionClassifier, Exhaustive, Recipe
 from lightning_diffclf.data.protocols import HasScore, NeedsEveryDraw
 from lightning_diffclf.denoiser import ConditionalDenoiser
-from lightning_diffclf.errors import FailedWrite, UserError, WrongType
+from lightning_diffclf.errors import FailedWrite, UserError, WrongType, check_at_least
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.plan import Plan
@@ -100,15 +100,8 @@ class DiffusionClassifierCallback(L.Callback):
         name: str = "diffclf",
         **recipe: Any,
     ) -> None:
-        for what, value, least in (
-            ("microbatch", microbatch, 1),
-            ("fit_images", fit_images, 0),
-            ("every_n_validations", every_n_validations, 1),
-            ("flush_every", flush_every, 1),
-            ("error_maps", error_maps, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{what}: {value}, expected at least {least}")
+        check_at_least(1, microbatch=microbatch, every_n_validations=every_n_validations, flush_every=flush_every)
+        check_at_least(0, fit_images=fit_images, error_maps=error_maps)
         if keep_distances and not keep_errors:
             raise UserError("keep_distances: distances are written beside errors, expected keep_errors as well")
         self.recipe = Recipe(**recipe)

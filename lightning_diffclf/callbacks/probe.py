@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lightning_diffclf.callbacks.first_rank import on_first_rank
 from lightning_diffclf.callbacks.run_settings import data_module, dataset_identity
 from lightning_diffclf.callbacks.run_writer import RunWriter
 from lightning_diffclf.classifier import LinearProbe, Recipe
@@ -92,21 +93,17 @@ class ProbeFitting:
         Raises:
             UserError: on all ranks, if images have no labels, or the file cannot be read or written.
         """
-        outcome: dict[str, Tensor] | Exception | None = None
-        if trainer.is_global_zero:
-            try:
-                outcome = None if writer is None else read_probe(writer.folder / PROBE, writer.run)
-                if outcome is None:
-                    outcome = self._fit(trainer, denoiser, PLAN_SECONDS if briefly else math.inf)
-                    if writer is not None:
-                        write_probe(outcome, writer.folder / PROBE, writer.run)
-            except (ValueError, OSError) as error:
-                outcome = error
-        outcome = trainer.strategy.broadcast(outcome)
-        if isinstance(outcome, Exception):
-            raise outcome
-        assert outcome is not None
-        self.probe.load_state_dict(outcome)
+
+        def fitted() -> dict[str, Tensor]:
+            kept = None if writer is None else read_probe(writer.folder / PROBE, writer.run)
+            if kept is not None:
+                return kept
+            made = self._fit(trainer, denoiser, PLAN_SECONDS if briefly else math.inf)
+            if writer is not None:
+                write_probe(made, writer.folder / PROBE, writer.run)
+            return made
+
+        self.probe.load_state_dict(on_first_rank(trainer, fitted))
 
     def _fit(self, trainer: L.Trainer, denoiser: ConditionalDenoiser, seconds: float) -> dict[str, Tensor]:
         """The map as it is saved; fitted to what batches there are in so many seconds, one at least."""

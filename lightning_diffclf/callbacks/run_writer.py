@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from lightning_diffclf.callbacks.first_rank import on_first_rank
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.files import FolderLock, write_json
 from lightning_diffclf.results import charts
@@ -90,20 +91,15 @@ class RunWriter:
 
     def _claim(self, trainer: L.Trainer, folder: Path, settings: Settings, next_free: bool) -> Path:
         """Rank 0 claims and locks the folder for all ranks; they agree on what came of it."""
-        outcome: Path | Exception | None = None
-        if trainer.is_global_zero:
-            try:
-                outcome = claim(folder, settings, next_free)
-                self._lock = FolderLock(outcome)
-                clean(outcome)
-                refresh(outcome, settings)
-            except (ValueError, OSError) as error:
-                outcome = error
-        outcome = trainer.strategy.broadcast(outcome)
-        if isinstance(outcome, Exception):
-            raise outcome
-        assert outcome is not None
-        return outcome
+
+        def claimed() -> Path:
+            found = claim(folder, settings, next_free)
+            self._lock = FolderLock(found)
+            clean(found)
+            refresh(found, settings)
+            return found
+
+        return on_first_rank(trainer, claimed)
 
     def _found_before(self) -> tuple[pa.Array, int]:
         """Of what was decided before: the images that count on this rank, and how many of them have an error map.

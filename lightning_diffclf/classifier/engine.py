@@ -31,7 +31,7 @@ from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
 from lightning_diffclf.classifier.search import Found, Search
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating, predict_rows
-from lightning_diffclf.errors import UserError, WrongType
+from lightning_diffclf.errors import UserError, WrongType, check_at_least
 from lightning_diffclf.progress import tell
 
 
@@ -81,9 +81,7 @@ class DiffusionClassifier(FromCheckpoint):
         missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(denoiser, m)]
         if missing:
             raise WrongType(f"denoiser: {type(denoiser).__name__} lacks {missing}; see ConditionalDenoiser")
-        for name, value in (("microbatch", microbatch), ("in_flight", in_flight)):
-            if value is not None and value < 1:
-                raise UserError(f"{name}: {value}, expected at least 1")
+        check_at_least(1, microbatch=microbatch, in_flight=in_flight)
         if isinstance(recipe, Recipe):
             if settings:
                 raise WrongType(f"{sorted(settings)}: given beside a recipe, expected them in it")

@@ -10,13 +10,12 @@ from jsonargparse import Namespace
 from lightning_diffclf.classifier import GradientSearch, Recipe
 from lightning_diffclf.classify import RECIPE, classify, report
 from lightning_diffclf.data.images import find_images
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import check_at_least
 
 
 def classify_command(given: Namespace) -> None:
     """``diffclf classify``: photos and labels in, probabilities out."""
-    if given.top < 1:
-        raise UserError(f"top: {given.top}, expected at least 1")
+    check_at_least(1, top=given.top)
     labels = [label.strip() for label in given.labels.split(",")]
     recipe = replace(RECIPE, **{field.name: given[field.name] for field in fields(Recipe) if field.name in given})
     if recipe.elimination is None:

@@ -14,14 +14,13 @@ from lightning_diffclf.data.latents import Latents, LatentsIndex, LatentsWriter
 from lightning_diffclf.data.packing import pack, plan_shards
 from lightning_diffclf.data.shards import ShardIndex
 from lightning_diffclf.data.zero_shot import FolderImages
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.models.autoencoder import Autoencoder
 
 
 def shards_command(given: Namespace) -> None:
     """``diffclf shards``: a folder of images becomes tar shards."""
-    if given.processes < 1:
-        raise UserError(f"processes: {given.processes}, expected at least 1")
+    check_at_least(1, processes=given.processes)
     source = open_source(given.data)
     if not isinstance(source, FolderImages):
         raise UserError(f"data: {given.data!r} is no folder of images, expected one folder for each class")
@@ -43,9 +42,7 @@ def shards_command(given: Namespace) -> None:
 
 def encode_command(given: Namespace) -> None:
     """``diffclf encode``: images become latents."""
-    for name in ("size", "batch_size"):
-        if given[name] < 1:
-            raise UserError(f"{name}: {given[name]}, expected at least 1")
+    check_at_least(1, size=given.size, batch_size=given.batch_size)
     source = open_source(given.data)
     if isinstance(source, Latents):
         raise UserError(f"data: {given.data!r} are latents already, expected images or shards")

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_diffclf.commands.running import progress
-from lightning_diffclf.errors import UserError, first_line
+from lightning_diffclf.errors import UserError, check_at_least, first_line
 from lightning_diffclf.results.sample_quality import (
     PUBLISHED,
     Extractor,
@@ -37,9 +37,7 @@ from lightning_diffclf.results.sample_quality import (
 
 def fid_command(given: Namespace) -> None:
     """``diffclf fid``: FID, Inception Score, precision and recall of a folder of images."""
-    for name in ("batch_size", "size"):
-        if given[name] is not None and given[name] < 1:
-            raise UserError(f"{name}: {given[name]}, expected at least 1")
+    check_at_least(1, batch_size=given.batch_size, size=given.size)
     device, generated = usable_device(given.device), find_pictures(given.folder)
     if given.reference.endswith(".npz"):
         for name in ("size", "stats"):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_diffclf.commands.running import on_first_process, progress
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.files import replacing, write_json
 from lightning_diffclf.hub import AUTOENCODER
 from lightning_diffclf.identity import differences, digest_of_weights, identity_of
@@ -28,9 +28,7 @@ GRID_IMAGES = 400  # in one grid; drawing more takes minutes
 
 def sample_command(given: Namespace) -> None:
     """``diffclf sample``: a grid, or a folder with one file for each image."""
-    for name in ("per_class", "batch_size"):
-        if given[name] < 1:
-            raise UserError(f"{name}: {given[name]}, expected at least 1")
+    check_at_least(1, per_class=given.per_class, batch_size=given.batch_size)
     module = network_of(given.ckpt, given.vae, given.schedule).eval()
     classes, out = chosen_classes(given.classes, module), Path(given.out)
     into_grid = out.suffix.lower() in GRID_SUFFIXES

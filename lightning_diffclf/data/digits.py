@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_diffclf.data.stream import evaluation_loader, some_images, training_loader
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import check_at_least
 from lightning_diffclf.identity import ByArguments
 
 TEST_SIZE = 360
@@ -68,7 +68,7 @@ class DigitsDataModule(ByArguments, L.LightningDataModule):
 
     def __init__(self, batch_size: int = 256, eval_batch_size: int = 60, seed: int = 0) -> None:
         super().__init__()
-        _at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.save_hyperparameters()
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
 
@@ -141,7 +141,7 @@ class DigitPairsDataModule(DigitsDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        _at_least_one(train_pairs=train_pairs, test_pairs=test_pairs)
+        check_at_least(1, train_pairs=train_pairs, test_pairs=test_pairs)
         self.save_hyperparameters()
         self.train_pairs, self.test_pairs = train_pairs, test_pairs
 
@@ -183,19 +183,13 @@ class DigitTriplesDataModule(DigitsDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        _at_least_one(train_triples=train_triples, test_triples=test_triples)
+        check_at_least(1, train_triples=train_triples, test_triples=test_triples)
         self.save_hyperparameters()
         self.train_triples, self.test_triples = train_triples, test_triples
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         self.train, self.test = _rows(self.train, 3, self.train_triples, 0), _rows(self.test, 3, self.test_triples, 1)
-
-
-def _at_least_one(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{name}: {value}, expected at least 1")
 
 
 def _rows(digits: InMemoryImages, places: int, count: int, seed: int) -> InMemoryImages:

@@ -22,7 +22,7 @@ from lightning_diffclf.data.labelled import (
 )
 from lightning_diffclf.data.latents import Latents, is_latents
 from lightning_diffclf.data.zero_shot import FolderImages
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.identity import ByArguments
 
 PARTS = ("train", "val", "test")
@@ -167,14 +167,8 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for what, value, least in (
-            ("size", size, 1),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise UserError(f"{what}: {value}, expected at least {least}")
+        check_at_least(1, size=size, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_at_least(0, num_workers=num_workers)
         if channels not in (1, 3):
             raise UserError(f"channels: {channels}, expected 3 (RGB) or 1 (grey)")
         if classes is not None and len(set(classes)) < max(len(classes), 1):

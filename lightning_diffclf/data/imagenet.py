@@ -20,7 +20,7 @@ from lightning_diffclf.data.labelled import (
 from lightning_diffclf.data.latents import Latents, is_latents
 from lightning_diffclf.data.shards import Shards, is_remote
 from lightning_diffclf.data.zero_shot import IMAGENET_NAMES, FolderImages, ImageNetFolders
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.identity import ByArguments
 
 
@@ -118,15 +118,8 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for what, value, least in (
-            ("size", size, 1),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("buffer", buffer, 1),
-        ):
-            if value < least:
-                raise UserError(f"{what}: {value}, expected at least {least}")
+        check_at_least(1, size=size, batch_size=batch_size, eval_batch_size=eval_batch_size, buffer=buffer)
+        check_at_least(0, num_workers=num_workers)
         if not 0 <= skip_bad < 1:
             raise UserError(f"skip_bad: {skip_bad}, expected a share in [0, 1)")
         self.save_hyperparameters()

@@ -20,7 +20,7 @@ from lightning_diffclf.data.images import find_images, open_image, stacked, to_r
 from lightning_diffclf.data.protocols import HasNativeSize
 from lightning_diffclf.data.shards import ShardImages, Shards
 from lightning_diffclf.data.stream import Share, evaluation_loader
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.identity import ByArguments
 
 DEFAULT_SIZE = (512, 512)  # Stable Diffusion's
@@ -270,9 +270,8 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
             raise UserError(f"data: {name!r}, expected 'folder', 'webdataset' or one of {sorted(PUBLIC_SETS)}")
         if name == "webdataset" and (per_class is not None or subset is not None):
             raise UserError("data: shards are read in order, expected no subset and no per_class with 'webdataset'")
-        for what, value, least in (("eval_batch_size", eval_batch_size, 1), ("num_workers", num_workers, 0)):
-            if value < least:
-                raise UserError(f"{what}: {value}, expected at least {least}")
+        check_at_least(1, eval_batch_size=eval_batch_size)
+        check_at_least(0, num_workers=num_workers)
         if per_class is not None and (per_class < 1 or subset is not None):
             raise UserError(f"per_class: {per_class}, expected at least 1, and no subset file beside it")
         self.save_hyperparameters()

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, check_at_least
 
 FREQUENCY_SIZE = 256  # width of the sinusoidal timestep embedding
 
@@ -152,12 +152,8 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        for name, value in (
-            *(("input_size", min(height, width)), ("patch_size", patch_size), ("in_channels", in_channels)),
-            *(("hidden_size", hidden_size), ("num_heads", num_heads), ("num_classes", num_classes), ("depth", depth)),
-        ):
-            if value < 1:
-                raise UserError(f"{name}: {value}, expected at least 1")
+        check_at_least(1, input_size=min(height, width), patch_size=patch_size, in_channels=in_channels)
+        check_at_least(1, hidden_size=hidden_size, num_heads=num_heads, num_classes=num_classes, depth=depth)
         if height % patch_size or width % patch_size:
             raise UserError(f"input_size: {height} x {width}, expected multiples of the patch size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:

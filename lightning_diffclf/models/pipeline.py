@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_diffclf.denoiser import Candidates, ConditionVectors
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, first_line
 from lightning_diffclf.files import read_json
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models import class_labels, flux, pixart, sd3, unet
@@ -308,10 +308,10 @@ def load(
         raise
     except (OSError, ValueError) as error:
         if folder.exists():
-            raise UserError(f"pretrained: {pretrained!r} cannot be loaded ({_first_line(error)})") from error
+            raise UserError(f"pretrained: {pretrained!r} cannot be loaded ({first_line(error)})") from error
         moved = f"; its weights are now at {MOVED[pretrained]!r}" if pretrained in MOVED else ""
         raise UserError(
-            f"pretrained: no folder {pretrained!r}, and the Hub did not give it ({_first_line(error)}){moved}. Check "
+            f"pretrained: no folder {pretrained!r}, and the Hub did not give it ({first_line(error)}){moved}. Check "
             "the name; accept the licence of gated models on their page and log in (`hf auth login`); or, without a "
             "network, give a folder with a downloaded pipeline"
         ) from error
@@ -322,19 +322,15 @@ def load(
         try:
             pipeline.load_lora_weights(lora)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"lora: {lora!r} cannot be loaded into {pretrained!r} ({_first_line(error)})") from error
+            raise UserError(f"lora: {lora!r} cannot be loaded into {pretrained!r} ({first_line(error)})") from error
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     if attention is not None:
         try:
             network.set_attention_backend(attention)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"attention: {attention!r} cannot be used ({_first_line(error)})") from error
+            raise UserError(f"attention: {attention!r} cannot be used ({first_line(error)})") from error
     return pipeline
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _parts(folder: Path, others: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_diffclf.errors import first_line
+
 Predict = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 """Calls a network: (network, x_t, t, embeddings) to its output; all have N rows."""
 
@@ -81,10 +83,9 @@ class Sharing:
             try:
                 self._shareable = find(self.network, self.predict, x_t, self.embeddings, self.shared)
             except (RuntimeError, NotImplementedError, TypeError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 warnings.warn(
-                    f"{type(self.network).__name__} does not run on tensors without data ({reason}): results are the "
-                    "same, but what candidates have in common is computed for each of them",
+                    f"{type(self.network).__name__} does not run on tensors without data ({first_line(error)}): "
+                    "results are the same, but what candidates have in common is computed for each of them",
                     UserWarning,
                     stacklevel=2,
                 )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchmetrics.image.inception import InceptionScore
 
 from lightning_diffclf.data.images import find_images, open_image, published_crop
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, first_line
 from lightning_diffclf.files import replacing
 
 NEIGHBOURS = 3  # k of precision and recall, as published
@@ -141,7 +141,7 @@ def inception(weights: str | None, device: torch.device) -> Extractor:
         )
     except (OSError, EOFError, RuntimeError, TypeError, UnpicklingError) as error:
         # PyTorch would advise to unpickle it nevertheless
-        reason = "not a file of tensors alone" if isinstance(error, UnpicklingError) else _first_line(error)
+        reason = "not a file of tensors alone" if isinstance(error, UnpicklingError) else first_line(error)
         raise UserError(
             f"weights: {weights!r} has no Inception network ({reason}), expected {INCEPTION} of torch-fidelity"
         ) from error
@@ -161,14 +161,10 @@ def _downloaded(url: str) -> str:
         torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError, UnpicklingError) as error:
         raise UserError(
-            f"fid: the weights of the Inception network could not be downloaded ({_first_line(error)}). Get {url} "
+            f"fid: the weights of the Inception network could not be downloaded ({first_line(error)}). Get {url} "
             "elsewhere and give the file as --weights"
         ) from error
     return str(Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def find_pictures(folder: str) -> list[Path]:
