@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -257,7 +257,11 @@ def evaluation_config(path: str | Path, trusted: bool = False) -> str:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read, was not written by this package's command line, or says what it may not.
     """
-    checkpoint = read_published(path) if is_published(path) else read_checkpoint(path)
+    return settings_of(read_published(path) if is_published(path) else read_checkpoint(path), path, trusted)
+
+
+def settings_of(checkpoint: Mapping[str, Any], path: str | Path, trusted: bool = False) -> str:
+    """As :func:`evaluation_config`, of a checkpoint that was read from ``path``."""
     if CONFIG_KEY not in checkpoint:
         raise UserError(
             f"checkpoint: {str(path)!r} does not say how it was made (no {CONFIG_KEY!r}, which `diffclf fit` writes); "

@@ -91,7 +91,13 @@ def trained_module(path: str | Path, vae: str | None = None, raw: bool = False) 
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read, or is of another module.
     """
-    checkpoint = read_checkpoint(path)
+    return module_of(read_checkpoint(path), path, vae, raw)
+
+
+def module_of(
+    checkpoint: Mapping[str, Any], path: str | Path, vae: str | None = None, raw: bool = False
+) -> ClassConditionalDiT:
+    """As :func:`trained_module`, of a checkpoint that was read from ``path``."""
     weights = checkpoint.get("current_model_state", checkpoint["state_dict"]) if raw else checkpoint["state_dict"]
     saved = checkpoint.get("hyper_parameters", {})
     return made_of(ClassConditionalDiT, saved | ({} if vae is None else {"vae": vae}), weights, path)
