@@ -1,5 +1,8 @@
 """``diffclf`` and the words after it."""
 
+import subprocess
+import sys
+
 import pytest
 
 from lightning_diffclf import __version__
@@ -49,3 +52,13 @@ def test_other_words_are_told_apart(word, told):
 def test_version(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"diffclf {__version__}\n"
+
+
+def test_whoever_reads_may_leave():
+    """As `diffclf configs | head` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "lightning_diffclf", "configs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
