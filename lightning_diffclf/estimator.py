@@ -64,8 +64,9 @@ class DiTClassifier(ClassifierMixin, BaseEstimator):
         >>> from sklearn.datasets import load_digits
         >>> from sklearn.model_selection import cross_val_score
         >>> X, y = load_digits(return_X_y=True)
-        >>> cross_val_score(DiTClassifier(image_shape=(8, 8)), X, y, cv=3)  # doctest: +SKIP
-        array([0.97, 0.98, 0.97])
+        >>> model = DiTClassifier(image_shape=(8, 8), random_state=0)
+        >>> cross_val_score(model, X, y, cv=3).round(3)  # doctest: +SKIP
+        array([0.967, 0.973, 0.965])
     """
 
     def __init__(
