@@ -18,7 +18,6 @@ from lightning_diffclf.callbacks.sharding import in_part, is_last_batch
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results.columns import one_thread
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import Record
 
@@ -68,9 +67,8 @@ class RankEvaluation:
         metrics.reset()
         if writer is not None:
             if self.labelled:
-                with one_thread():
-                    for decided in writer.decided_before():
-                        metrics.update(decided)
+                for decided in writer.decided_before():
+                    metrics.update(decided)
             trainer.strategy.barrier("store")  # nobody writes before all have read
             if writer.finished and trainer.is_global_zero:
                 print(f"resuming {writer.folder}: {len(writer.finished)} images are finished")

@@ -46,7 +46,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "compare": Command("two evaluations image by image: agreement, McNemar's test, cost", "commands.results"),
         "merge": Command("join evaluations of parts of a data set", "commands.results"),
         "replay": Command(
-            "what other rules, weights and budgets would have decided, without the network", "commands.results"
+            "what other rules, weights and budgets would have decided, without the network", "commands.replay"
         ),
     },
     "Photos and samples": {

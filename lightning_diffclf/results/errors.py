@@ -15,17 +15,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.candidates import Candidates
-from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.results.parts import ROW_GROUP_BYTES, Parts
 from lightning_diffclf.results.seal import Damaged, check_seal, sealed_writer
+
+if TYPE_CHECKING:
+    from lightning_diffclf.classifier import Classification, DiffusionClassifier
 
 ERRORS = "errors.parquet"
 

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from lightning_diffclf.classifier import Classification
 from lightning_diffclf.results.seal import sealed_writer
+
+if TYPE_CHECKING:
+    from lightning_diffclf.classifier import Classification
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from lightning_diffclf.classifier import Classification
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
 from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
 from lightning_diffclf.interruption import uninterrupted
@@ -45,6 +45,9 @@ from lightning_diffclf.results.stored import (
     scan,
     unsteady,
 )
+
+if TYPE_CHECKING:
+    from lightning_diffclf.classifier import Classification
 
 FLUSH_SECONDS = 60.0  # a part is also written when the last one is so old: images may take minutes each
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from lightning_diffclf.classifier import DiffusionClassifier, Posterior
+from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.results.columns import Chunk, Columns, Tried
 from lightning_diffclf.results.statistics import Interval, Judged, Scores, wilson
+
+if TYPE_CHECKING:
+    from lightning_diffclf.classifier import DiffusionClassifier
 
 MOST_RANKS = 2**14  # processes of a run
 
@@ -297,7 +299,7 @@ def judge(columns: Columns, outline: Outline, posterior: Posterior, tried: Tried
     label_B = columns.numbers("label")
     tried = columns.tried(outline.classes, outline.num_classes) if tried is None else tried
     # Classes without a candidate have probability zero, unless nothing is known of any: then all are equally likely.
-    p_BW = posterior(torch.from_numpy(tried.differences_BW), columns.dims).numpy()
+    p_BW = posterior(tried.differences_BW, columns.dims)
     known_B, equal = np.isfinite(tried.differences_BW).any(1), 1 / outline.num_classes
     confidence_B, label_p_B = p_BW.max(1, initial=0), (p_BW * tried.has(label_B)).sum(1)
     return Judged(
