@@ -126,22 +126,25 @@ class Posterior:
         if not spread > 0:  # no two candidates differ: all temperatures are equally likely
             return self
         logits_BK /= spread  # so that the search begins at unit spread
-        together = max(1, CELLS // num_candidates)
+        best_B1 = np.where(broken_BK, -np.inf, logits_BK).max(1, keepdims=True)
+        logits_BK -= best_B1  # so that no exponential overflows
+        logits_BK[broken_BK] = 0
+        some_broken, together = bool(broken_BK.any()), max(1, CELLS // num_candidates)
 
         def derivatives(sharpness: float) -> tuple[float, float]:
             """First and second derivative of the negative log likelihood of an image, on average."""
-            first = second = 0.0
+            first, second = float(best_B1.sum()), 0.0
             for begin in range(0, len(logits_BK), together):
-                some_BK, out_BK = logits_BK[begin : begin + together], broken_BK[begin : begin + together]
+                some_BK = logits_BK[begin : begin + together]
                 p_BK = some_BK * sharpness
-                p_BK[out_BK] = -np.inf
-                p_BK -= p_BK.max(1, keepdims=True)
                 np.exp(p_BK, out=p_BK)
-                p_BK /= p_BK.sum(1, keepdims=True)
+                if some_broken:
+                    p_BK[broken_BK[begin : begin + together]] = 0
+                total_B = p_BK.sum(1)
                 p_BK *= some_BK
-                mean_B = p_BK.sum(1)
-                p_BK *= some_BK
-                first, second = first + float(mean_B.sum()), second + float((p_BK.sum(1) - mean_B**2).sum())
+                mean_B = p_BK.sum(1) / total_B
+                square_B = np.einsum("bk,bk->b", p_BK, some_BK) / total_B
+                first, second = first + float(mean_B.sum()), second + float((square_B - mean_B**2).sum())
             return first / len(logits_BK), second / len(logits_BK)
 
         fitted = spread / _root(derivatives)

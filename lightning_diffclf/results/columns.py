@@ -74,8 +74,15 @@ class Tried(NamedTuple):
         return np.asarray(self.classes_BW == class_B[:, None])
 
     def take(self, chosen_B: np.ndarray) -> Tried:
-        """Those of some images."""
+        """Those of some images, given as ``chosen_B`` (B,), bool, or by their positions."""
         return Tried(self.classes_BW[chosen_B], self.differences_BW[chosen_B])
+
+    def spread(self, num_classes: int) -> np.ndarray:
+        """The differences with a place for each class (B, num_classes), float32; infinite for classes without any."""
+        found_BC = np.full((len(self.classes_BW), num_classes), np.inf, np.float32)
+        row, place = np.nonzero(self.classes_BW >= 0)
+        found_BC[row, self.classes_BW[row, place]] = self.differences_BW[row, place]
+        return found_BC
 
 
 class Columns:
@@ -182,7 +189,8 @@ class Columns:
         class_BK = np.append(np.asarray(classes), -1)[candidates.padded(-1, np.int64)]
         if class_BK.shape[1] >= num_classes:
             tried_BA = np.zeros((len(self), num_classes + 1), dtype=bool)  # the last for what pads
-            np.put_along_axis(tried_BA, class_BK, True, axis=1)
+            row_B1 = np.arange(len(self))[:, None]
+            tried_BA.reshape(-1)[np.where(class_BK < 0, num_classes, class_BK) + row_B1 * (num_classes + 1)] = True
             classes_BC = np.where(tried_BA[:, :-1], np.arange(num_classes), -1)
             return Tried(classes_BC, self.class_differences(classes, num_classes))
         differences_BK = np.nan_to_num(
