@@ -27,7 +27,7 @@ from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
 from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
 from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
-from lightning_diffclf.results.parts import Vanished
+from lightning_diffclf.results.parts import Vanished, has_rows
 from lightning_diffclf.results.predictions import ENCODING, Record, to_table, write_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.stored import (
@@ -42,7 +42,6 @@ from lightning_diffclf.results.stored import (
     errors_of,
     files_of,
     parts_of,
-    scan,
     unsteady,
 )
 
@@ -237,6 +236,13 @@ def clean(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def _has_images(run: Path) -> bool:
+    for _ in attempts():
+        with suppress(Vanished):
+            return any(map(has_rows, files_of(run)))
+    raise unsteady(run)
+
+
 def merge(runs: Sequence[Path], out: Path) -> int:
     """Join runs with the same settings, ended, killed or going on, in one folder. Returns its number of images.
 
@@ -254,7 +260,7 @@ def merge(runs: Sequence[Path], out: Path) -> int:
     settings = Settings.read(runs[0])
     for run in runs[1:]:
         settings.check_same(Settings.read(run), f"the run in {str(run)!r}")
-    if not any(len(table) for run in runs for table in scan(run, ["id"], settings)):
+    if not any(_has_images(run) for run in runs):
         raise UserError(f"merge: no image in {', '.join(map(str, runs))}")
     place = claim(out, settings)
     with FolderLock(place):

@@ -176,7 +176,7 @@ def test_finish_removes_only_what_it_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("reader", "steps"),
-    [*product(["read_table", "scan", "merge"], [1, 3, 5, 7]), ("merge", 16), ("merge", 20)],  # these while it writes
+    [*product(["read_table", "scan", "merge"], [1, 3, 5, 7]), ("merge", 12), ("merge", 16)],  # these while it writes
 )
 def test_a_run_that_ends_while_it_is_read_is_whole(reader, steps, tmp_path, monkeypatch):
     """After any number of files were opened, the run ends: what was parts is in another file now."""
