@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import lightning_diffclf
@@ -82,23 +83,23 @@ class Digits:
 
 def noise(digits: Digits) -> Figure:
     """One image at six noise levels."""
-    times = torch.tensor([0, 100, 250, 500, 750, 999])
-    figure, row = plt.subplots(1, len(times), figsize=(8, 1.7))
+    times = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 0.95])
+    figure, row = plt.subplots(1, len(times), figsize=(6.4, 1.5))
     for axes, x_t, t in zip(row, digits.noisy(EASY, times)[0], times, strict=True):
-        show(axes, x_t, f"t = {t}")
+        show(axes, x_t, f"t = {t:.2g}")
     return figure
 
 
 def guesses(digits: Digits) -> Figure:
     """What the network sees in one noisy image when told each class, and how wrong it was about the noise."""
-    times = torch.full((10,), 500)
+    times = torch.full((10,), 0.6)
     x_t, eps = (one[:1].expand(10, -1, -1, -1) for one in digits.noisy(EASY, times))
     predicted = digits.predicted_noise(x_t, times, torch.arange(10))
     schedule = digits.network.schedule
     clean = (x_t - schedule.sigma(times).view(-1, 1, 1, 1) * predicted) / schedule.alpha(times).view(-1, 1, 1, 1)
     errors = (predicted - eps).square().mean((1, 2, 3))
     best = int(errors.argmin())
-    figure = plt.figure(figsize=(8, 3.6))
+    figure = plt.figure(figsize=(6.4, 3.2))
     grid = figure.add_gridspec(2, 11, height_ratios=[1, 1.6], hspace=0.15)
     show(figure.add_subplot(grid[0, 0]), x_t[0], "noisy")
     for k in range(10):
@@ -114,35 +115,28 @@ def guesses(digits: Digits) -> Figure:
 
 def race(digits: Digits) -> Figure:
     """How candidates fall behind, draw by draw, until they are dropped: an easy image and a close one."""
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.4), gridspec_kw={"wspace": 0.3})
-    for panel, position in zip(panels, (EASY, CLOSE), strict=True):
+    figure, rows = plt.subplots(2, 2, figsize=(6.4, 5.4), width_ratios=[1, 5], layout="constrained")
+    for (image, panel), position in zip(rows, (EASY, CLOSE), strict=True):
+        show(image, digits.images[position])
         one = slice(position, position + 1)
         result = digits.classify(LikelihoodRatio(alpha=0.01), one, keep_errors=True)[0]
         errors_KS, winner = result.errors_KS.numpy().astype(float), result.candidate
         behind_KS = np.cumsum(errors_KS - errors_KS[winner], 1) * result.dims / 2
         behind_KS /= np.cumsum(errors_KS[winner]) / np.arange(1, errors_KS.shape[1] + 1)
-        places = []
+        longest = result.draws_K.argsort(descending=True)[:4].tolist()
         for k, seen in enumerate(result.draws_K.tolist()):
             line = -np.concatenate([[0.0], behind_KS[k, :seen]])
-            colour = BLUE if k == winner else GREY
-            panel.plot(
-                range(seen + 1), line, color=colour, lw=2.2 if k == winner else 1.2, zorder=3 if k == winner else 2
-            )
+            colour, width, layer = (BLUE, 2.2, 3) if k == winner else (GREY, 1.2, 2)
+            panel.plot(range(seen + 1), line, color=colour, lw=width, zorder=layer)
             if k != winner:
                 panel.plot(seen, line[-1], "x", color=RED, ms=6, zorder=4)
-            places.append((line[-1], seen, k))
-        for end, seen, k in places:
-            panel.annotate(
-                str(k), (seen, end), (7, -4), textcoords="offset points", color=BLUE if k == winner else "black"
-            )
-        last = max(result.draws_K.tolist())
-        panel.set_xlim(0, last * 1.12)
-        panel.set_xticks(sorted({*range(0, last + 1, max(1, last // 5))}))
+            if k in longest:
+                panel.annotate(str(k), (seen, line[-1]), (7, -4), textcoords="offset points", color=colour)
+        panel.set_xlim(0, 1.1 * int(result.draws_K.max()))
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.set_xlabel("draws")
         panel.set_ylabel("evidence, nats")
-        inset = panel.inset_axes((0.02, 0.03, 0.2, 0.3))
-        show(inset, digits.images[position])
-        panel.set_title(f"{result.nfe} network calls instead of {10 * DRAWS}", fontsize=11)
+        panel.set_title(f"{result.nfe} network calls instead of {10 * DRAWS:,}", fontsize=11)
     return figure
 
 
@@ -162,12 +156,13 @@ def cost(digits: Digits) -> Figure:
         names.append(name)
         calls.append(float(np.mean([r.nfe for r in results])))
         notes.append(f"{right:.1%} right, {agreement:.1%} as all draws")
-    figure, axes = plt.subplots(figsize=(8, 2.4))
-    axes.barh(names, calls, color=[GREY, GREY, GREY, BLUE], height=0.6)
-    for place, (count, note) in enumerate(zip(calls, notes, strict=True)):
-        axes.annotate(f"{count:,.0f}   {note}", (count, place), (6, -4), textcoords="offset points")
+    figure, axes = plt.subplots(figsize=(6.4, 3))
+    titles = [f"{name}\n{note}" for name, note in zip(names, notes, strict=True)]
+    axes.barh(titles, calls, color=[GREY, GREY, GREY, BLUE], height=0.6)
+    for place, count in enumerate(calls):
+        axes.annotate(f"{count:,.0f}", (count, place), (5, -4), textcoords="offset points")
     axes.invert_yaxis()
-    axes.set_xlim(0, 1750)
+    axes.set_xlim(0, 1150)
     axes.set_xticks(range(0, 1001, 250))
     axes.set_xlabel("network calls for an image")
     axes.tick_params(axis="y", length=0)
@@ -178,13 +173,13 @@ def timesteps(digits: Digits) -> Figure:
     """How often a single draw is right, by its timestep."""
     right = (digits.errors_BKS.argmin(1) == digits.labels.numpy()[:, None]).mean(0)
     order = np.argsort(digits.timesteps_S)
-    figure, axes = plt.subplots(figsize=(8, 2.6))
+    figure, axes = plt.subplots(figsize=(6.4, 2.6))
     axes.plot(digits.timesteps_S[order], 100 * right[order], color=BLUE, lw=2)
     axes.axhline(10, color=GREY, ls="--", lw=1)
-    axes.annotate("chance", (1000, 10), (4, -4), textcoords="offset points", color=GREY)
+    axes.annotate("chance", (1, 10), (4, -4), textcoords="offset points", color=GREY)
     axes.set_ylim(0, 100)
-    axes.set_xlim(0, 1000)
-    axes.set_xlabel("timestep: clean to noise")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("t: from clean to noise")
     axes.set_ylabel("right, %")
     return figure
 
@@ -200,8 +195,8 @@ def evidence(digits: Digits) -> Figure:
         for candidate in (first, second)
     ]
     difference = (squares[1] - squares[0]).mean((0, 1))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(5, 2.4))
-    show(left, digits.images[CLOSE], f"image {digits.ids[CLOSE]}")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(5.4, 2.4), layout="constrained")
+    show(left, digits.images[CLOSE], "the image")
     most = float(difference.abs().max())
     shown = right.imshow(difference, cmap="RdBu", vmin=-most, vmax=most)
     right.set_title(f"blue: for {first}, red: for {second}", fontsize=10)
@@ -215,7 +210,7 @@ def scenes() -> Figure:
     """Four scenes, classified by prompts."""
     classify = lightning_diffclf.pipeline(str(ROOT / "assets" / "sd_digits"), labels=list(WORDS))
     paths = sorted((ROOT / "tests" / "data" / "scenes").glob("*.png"))
-    figure, rows = plt.subplots(2, len(paths), figsize=(8, 2.8), gridspec_kw={"hspace": 0.25, "wspace": 0.55})
+    figure, rows = plt.subplots(2, len(paths), figsize=(6.4, 2.6), gridspec_kw={"hspace": 0.25, "wspace": 0.55})
     for (top, bottom), path in zip(rows.T, paths, strict=True):
         top.imshow(plt.imread(path), cmap="gray")
         top.set_axis_off()
