@@ -1,0 +1,59 @@
+"""``diffclf app`` as it is typed."""
+
+import os
+import re
+import signal
+import socket
+import threading
+import urllib.request
+
+import pytest
+
+from lightning_diffclf.commands import app, main
+
+
+def test_it_serves_until_it_is_told_to_end(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        taken.listen()
+        with pytest.raises(SystemExit, match=rf"error: port: {port} of '127.0.0.1' cannot be had .* try --port 0"):
+            main(["app", "--port", str(port), "--device", "cpu"])
+    pages = []
+
+    def visit():
+        for _ in range(600):
+            try:
+                pages.append(urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).read())
+                break
+            except OSError:
+                threading.Event().wait(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=visit).start()
+    main(["app", "--port", str(port), "--device", "cpu"])
+    assert b"Which label fits?" in pages[0]
+    assert re.search(rf"open http://127.0.0.1:{port} in a browser", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ckpt", "none.ckpt"], "error: checkpoint: no file 'none.ckpt'"),
+        (["--model", "{tmp_path}"], "error: pretrained: '{tmp_path}' has no model_index.json"),
+        (["--port", "70000"], "error: port: 70000, expected 0 to 65535"),
+        (["--template", "a photo"], "error: template: 'a photo', expected '{}' where the label goes"),
+    ],
+)
+def test_what_is_wrong_is_said_before_it_serves(flags, message, tmp_path):
+    flag, value = (text.replace("{tmp_path}", str(tmp_path)) for text in flags)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["app", flag, value])
+    assert str(exit_info.value.code).startswith(message.replace("{tmp_path}", str(tmp_path)))
+
+
+def test_without_its_extra_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(app, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["app"])
+    assert exit_info.value.code == "error: app: aiohttp is not installed; pip install 'lightning-diffclf[app]'"
