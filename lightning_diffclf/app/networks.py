@@ -95,7 +95,7 @@ class TextToImage:
         ValueError: if it cannot be loaded, or the template has no ``{}``.
     """
 
-    classes = None
+    classes: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -146,7 +146,8 @@ class ClassConditional:
         trained = DiffusionClassifier.from_checkpoint(Path(name), vae=vae)
         self._recipe = trained.recipe
         self._module = module = trained.denoiser.to(self.device)  # type: ignore[attr-defined]
-        self.classes = self.labels = module.candidates.names
+        self.classes: Sequence[str] | None = module.candidates.names
+        self.labels: Sequence[str] = module.candidates.names
         self._channels, height, width = module.image_shape
         self._inflation = 1.0
         if module.hparams["latents"]:
@@ -156,23 +157,22 @@ class ClassConditional:
             self._channels, height, width = 3, height * factor, width * factor
             self._inflation = LATENT_INFLATION
         self.size = height, width
-        self.kind = f"trained on {len(self.classes):,} classes; sees {height} × {width} pixels" + ", grey" * (
+        self.kind = f"trained on {len(self.labels):,} classes; sees {height} × {width} pixels" + ", grey" * (
             self._channels == 1
         )
 
     def classifier(self, labels: Sequence[str], rule: str, draws: int) -> DiffusionClassifier:
+        known = list(self.labels)
         for position, label in enumerate(labels):
-            if label not in self.classes:
-                raise UserError(
-                    f"labels: {unknown('class', label, self.classes)}; expected some that it was trained on"
-                )
+            if label not in known:
+                raise UserError(f"labels: {unknown('class', label, known)}; expected some that it was trained on")
             if label in labels[:position]:
                 raise UserError(f"labels: {label!r} occurs twice")
         recipe = replace(
             self._recipe,
             draws=draws,
             elimination=rule_of(rule, draws, len(labels), self._inflation),
-            candidates=[self.classes.index(label) for label in labels],
+            candidates=[known.index(label) for label in labels],
         )
         return DiffusionClassifier(self._module, recipe, microbatch=MICROBATCH)
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from importlib.resources import files
@@ -51,7 +51,7 @@ class Desk:
         self._thread = ThreadPoolExecutor(1, "decisions")
         self._asked: list[Callable[[Event], None]] = []  # of the questions without an answer yet, in their order
 
-    async def answer(self, work: Callable[[Callable[[Event], None]], None]) -> AsyncIterator[Event]:
+    async def answer(self, work: Callable[[Callable[[Event], None]], None]) -> AsyncGenerator[Event, None]:
         """What ``work`` tells; closing the iterator ends it at the next thing that it tells."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
         left = threading.Event()
@@ -184,7 +184,7 @@ async def _question(request: web.Request, networks: Mapping[str, Network]) -> tu
     except ValueError as error:
         raise UserError(f"form: cannot be read ({first_line(error)})") from error
     texts = {name: value for name, value in form.items() if isinstance(value, str)}
-    name, draws, picture = texts.get("network"), texts.get("draws", ""), form.get("picture")
+    name, draws, picture = texts.get("network", ""), texts.get("draws", ""), form.get("picture")
     if name not in networks:
         raise UserError(f"network: {name!r}, expected one of {list(networks)}")
     if not (draws.isascii() and draws.isdecimal() and len(draws) < 9):

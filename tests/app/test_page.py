@@ -20,7 +20,8 @@ const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= 0.04045 ? v / 12.9
 const behind = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
     if (c.length === 3 || c[3] === 1) return c; } return [255, 255, 255]; };
 return [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !e.disabled &&
-    (e.value && e.type !== "range" && e.type !== "checkbox" || [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())))
+    (e.value && e.type !== "range" && e.type !== "checkbox" ||
+     [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())))
   .map(e => { const style = getComputedStyle(e), svg = e instanceof SVGElement;
     const [a, b] = [light(rgb(svg ? style.fill : style.color)), light(behind(e))].sort((a, b) => b - a);
     return [(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 80)]; }).sort((a, b) => a[0] - b[0])
@@ -98,7 +99,8 @@ def test_labels_race_and_fall(page, address):
     assert text(page, "n-saved") == f"{100 - calls / 10:.1f} %"
     assert text(page, "n-play") == "1 of 10"
     rows = page.execute_script(
-        "return [...document.querySelectorAll('#bars li')].map(r => [r.style.transform, ...[...r.children].map(c => c.textContent)])"
+        "return [...document.querySelectorAll('#bars li')].map(r => "
+        "[r.style.transform, ...[...r.children].map(c => c.textContent)])"
     )
     rows.sort(key=lambda row: int(re.search(r"\d+", row[0])[0]))
     assert [rows[0][1], rows[0][3]] == [name, share]
@@ -115,7 +117,7 @@ def test_labels_race_and_fall(page, address):
     assert "leads" in text(page, "headline")
     assert page.get_log("browser") == []
     urls = re.findall(r'"url":"(.*?)"', "".join(entry["message"] for entry in page.get_log("performance")))
-    assert {url.partition(":")[0] for url in urls} <= {"http", "data", "blob", "about", "chrome"}
+    assert {url.partition(":")[0] for url in urls} <= {"", "http", "data", "blob", "about", "chrome"}
     assert {url for url in urls if url.startswith("http") and not url.startswith(address)} == set()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import threading
@@ -9,7 +10,8 @@ import urllib.request
 
 import pytest
 
-from lightning_diffclf.commands import app, main
+from lightning_diffclf.commands import app, arguments, main
+from tests.test_readme import ROOT, commands_of
 
 
 def test_it_serves_until_it_is_told_to_end(capsys):
@@ -57,3 +59,14 @@ def test_without_its_extra_one_line_says_what_to_install(monkeypatch):
     with pytest.raises(SystemExit) as exit_info:
         main(["app"])
     assert exit_info.value.code == "error: app: aiohttp is not installed; pip install 'lightning-diffclf[app]'"
+
+
+def test_its_page_of_the_documentation_is_true():
+    text = (ROOT / "docs" / "app.md").read_text()
+    [code] = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    commands = [shlex.split(command)[2:] for command in commands_of(code) if command.startswith("diffclf app")]
+    assert [bool(arguments.app(flags)) for flags in commands] == [True] * 3
+    named = set(re.findall(r"`(--\w+)`", text.partition("## What can be chosen")[2].partition("\nIn the page")[0]))
+    assert named == {f"--{name}" for name in vars(arguments.app([]))}
+    assert (ROOT / "docs" / "images" / "app.png").stat().st_size <= 300_000
+    assert "](docs/images/app.png)" in (ROOT / "README.md").read_text()
