@@ -21,6 +21,7 @@ LAYERS = {
 TOP = {
     "__init__",
     "__main__",
+    "app",
     "cli",
     "commands",
     "classify",

@@ -8,6 +8,7 @@ from lightning_diffclf.classifier.elimination import Exhaustive as Exhaustive
 from lightning_diffclf.classifier.elimination import Round as Round
 from lightning_diffclf.classifier.elimination import Stages as Stages
 from lightning_diffclf.classifier.engine import DiffusionClassifier as DiffusionClassifier
+from lightning_diffclf.classifier.flight import Landed as Landed
 from lightning_diffclf.classifier.linear_probe import LinearProbe as LinearProbe
 from lightning_diffclf.classifier.posterior import Posterior as Posterior
 from lightning_diffclf.classifier.recipe import Proposal as Proposal

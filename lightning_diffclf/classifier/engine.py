@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from lightning_diffclf.classifier.contest import Contest, Terms, judge
 from lightning_diffclf.classifier.device import CompiledPredict, download, upload
 from lightning_diffclf.classifier.draws import Draws, KeyedNoise
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive
-from lightning_diffclf.classifier.flight import Flight, Piece, Slots, cut, measure_distances
+from lightning_diffclf.classifier.flight import Flight, Landed, Piece, Slots, cut, measure_distances
 from lightning_diffclf.classifier.from_checkpoint import FromCheckpoint
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
@@ -139,9 +139,13 @@ class DiffusionClassifier(FromCheckpoint):
         run.add(images, ids, candidates)
         return list(run.finish())
 
-    def run(self) -> Packer:
-        """For images that arrive in parts: micro-batches are then filled across the parts."""
-        return Packer(self)
+    def run(self, watch: Callable[[Landed], None] | None = None) -> Packer:
+        """For images that arrive in parts: micro-batches are then filled across the parts.
+
+        Args:
+            watch: Is shown errors as they come back; it may raise to end the run.
+        """
+        return Packer(self, watch)
 
     def predict(self, x_in: Tensor, time: Tensor, candidate: Tensor, pair: Tensor | None = None) -> Tensor:
         """The denoiser's prediction for a micro-batch, by the compiled network if there is one.
@@ -182,8 +186,9 @@ class Packer:
         >>> results += run.finish()  # doctest: +SKIP
     """
 
-    def __init__(self, classifier: DiffusionClassifier) -> None:
+    def __init__(self, classifier: DiffusionClassifier, watch: Callable[[Landed], None] | None = None) -> None:
         self._classifier = c = classifier
+        self._watch = watch
         self._noise = KeyedNoise(c.draws.seed)
         self._slots = Slots(c.in_flight)
         self._waiting: deque[Flight] = deque()
@@ -351,9 +356,10 @@ class Packer:
         errors_N = launch.errors_N.numpy()
         for piece in launch.pieces:
             flight = piece.flight
-            flight.errors_N[piece.first : piece.last] = errors_N[start : start + piece.size]
-            flight.landed += piece.size
+            flight.land(piece, errors_N[start : start + piece.size])
             start += piece.size
+            if self._watch is not None:
+                self._watch(flight.completed_by(piece))
             if flight.landed == flight.contest.rows:
                 in_play, broken = len(flight.contest.playing), flight.end_round()
                 if len(broken):

@@ -50,6 +50,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
     },
     "Photos and samples": {
+        "app": Command("a local page: drop a picture, and watch labels fall draw by draw", "commands.app"),
         "classify": Command("photos and labels in, probabilities out", "commands.classify"),
         "sample": Command("images of given classes from a trained network", "commands.sample"),
         "fid": Command("how good generated images are: FID, Inception Score, precision, recall", "commands.fid"),

@@ -109,6 +109,33 @@ def classify(args: Sequence[str]) -> Namespace:
     return parser.read(args)
 
 
+def app(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf app``."""
+    parser = Parser(
+        prog="diffclf app",
+        description="A page in the browser: drop a picture, type labels, and watch them fall draw by draw. It needs no "
+        "network; a tiny model of handwritten digits comes with the package. Ctrl-C ends it.",
+    )
+    parser.add_argument(
+        "--ckpt", type=str, action="append", default=[], help="checkpoint of a training; may be repeated"
+    )
+    parser.add_argument(
+        "--model",
+        type=str,
+        action="append",
+        default=[],
+        help="folder or Hub repository of a text-to-image pipeline of diffusers; may be repeated",
+    )
+    parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the repositories")
+    parser.add_argument("--template", type=str, default="a photo of a {}", help="prompt; {} is the label")
+    parser.add_argument("--vae", type=str | None, default=None, help="autoencoder in place of the checkpoints' own")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to serve; 0.0.0.0 is for everybody")
+    parser.add_argument("--port", type=int, default=7860, help="port to serve; 0 is any that is free")
+    parser.add_argument("--device", type=str, default="auto", help="cuda, cpu, …")
+    parser.add_argument("--dtype", type=str, default="auto", help="of pipelines: float32, float16, bfloat16")
+    return parser.read(args)
+
+
 def shards(args: Sequence[str]) -> Namespace:
     """Of ``diffclf shards``."""
     parser = Parser(

@@ -91,7 +91,7 @@ class PipelineDenoiser:
     """A diffusers pipeline as a :class:`~lightning_diffclf.denoiser.ConditionalDenoiser`.
 
     Images (B, 3, H, W) in [-1, 1] become the mean of the autoencoder's posterior, shifted and scaled as the autoencoder
-    says. Prompts are embedded once, when the first image comes; the text encoders are let go then.
+    says. Prompts are embedded once, when the first image comes; the text encoders are let go then, or kept.
 
     Args:
         pipeline: A loaded pipeline; see :func:`load`.
@@ -100,6 +100,7 @@ class PipelineDenoiser:
         embed_batch: Prompts that are embedded at once.
         offload: Keep on the device only what is at work: text encoders, autoencoder or network. Otherwise all but the
             text encoders stay there.
+        keep_texts: Keep the text encoders, so that others may be made of the pipeline, with other prompts.
 
     Raises:
         ValueError: if prompts are not as many as candidates, one is longer than the tokenizer allows, or the network is
@@ -111,6 +112,7 @@ class PipelineDenoiser:
     prompts: Sequence[str]
     embed_batch: int = 32
     offload: bool = False
+    keep_texts: bool = False
     schedule: NoiseSchedule = field(init=False)
     _embeddings: Embeddings | None = field(init=False, default=None, repr=False)
     _texts: dict[str, Any] | None = field(init=False, default=None, repr=False)
@@ -216,8 +218,9 @@ class PipelineDenoiser:
         self._checked = True
 
     def _embed(self, device: torch.device) -> None:
-        """Prompts to embeddings, once; then the text encoders go."""
-        self._text_identity()
+        """Prompts to embeddings, once; then the text encoders go, unless they are kept."""
+        if not self.keep_texts:
+            self._text_identity()
         encoders = [getattr(self.pipeline, name, None) for name in self.family.TEXT]
         for part in encoders:
             if isinstance(part, nn.Module):
@@ -228,7 +231,7 @@ class PipelineDenoiser:
             batches.append(self.family.embed(self.pipeline, list(self.prompts[first : first + self.embed_batch])))
         joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         self._embeddings = {name: rows.to(device) for name, rows in joined.items()}
-        for name in self.family.TEXT:
+        for name in self.family.TEXT if not self.keep_texts else ():
             setattr(self.pipeline, name, None)
 
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
