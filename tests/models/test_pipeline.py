@@ -106,6 +106,22 @@ def test_rows_are_independent_and_prompts_are_embedded_once(family):
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_text_encoders_may_be_kept_for_other_prompts():
+    pipeline = make("SD 1")
+    first = PipelineDenoiser(pipeline, Candidates(["cat"]), ["a photo of a cat"], keep_texts=True)
+    first.encode(images(1))
+    second = PipelineDenoiser(pipeline, Candidates(PROMPTS), PROMPTS)
+    alone = denoiser("SD 1")
+    for one in (second, alone):
+        one.encode(images(1))
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([300, 700])
+    with torch.no_grad():
+        found, expected = (one.predict(x_t, t, torch.tensor([0, 1])) for one in (second, alone))
+    torch.testing.assert_close(found, expected)
+    assert second.identity() == alone.identity()
+    assert pipeline.text_encoder is None  # which the second one let go
+
+
 @pytest.mark.parametrize("family", PIPELINES)
 def test_every_family_classifies(family):
     results = list(DiffusionClassifier(denoiser(family), Draws(4), microbatch=5)(images(3)))
