@@ -153,17 +153,18 @@ def cards(run: Evaluation) -> list[Line]:
     calls = Line("calls per image", _calls(numbers), f"network calls, of {per_image:,.0f} at most")
     images = Line("images", f"{summary.images:,}", f"{summary.labelled:,} of them with a label")
     speed = Line("time", duration(numbers["seconds"]), f"{numbers['images_per_second']:,.1f} images per second")
-    saving = images
+    saving = []
     if _saves(run):
         saved = numbers["seconds"] * (numbers["speedup"] - 1)
         note = f"than all draws of all candidates; some {duration(saved)} saved"
-        saving = Line("fewer calls", times(numbers["speedup"]), note)
+        saving = [Line("fewer calls", times(numbers["speedup"]), note)]
     if summary.accuracy is None:
         total = Line("network calls", f"{int(summary.sums['nfe']):,}", "of all images")
         most = Line("draws per candidate", f"{draws:,}", "at most")
-        return list(dict.fromkeys([images, calls, saving, total, most, speed]))
+        known = Line("classes", f"{run.outline.num_classes:,}", "to decide between")
+        return [images, calls, *(saving or [known]), total, most, speed]
     accuracy = Line("accuracy", percent(summary.accuracy.value), f"{between(summary.accuracy)} (95 % interval)")
-    return [accuracy, _beside_accuracy(run), calls, saving, _certainty(run), speed]
+    return [accuracy, _beside_accuracy(run), calls, *(saving or [images]), _certainty(run), speed]
 
 
 def _beside_accuracy(run: Evaluation) -> Line:
