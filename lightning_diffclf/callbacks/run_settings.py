@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
     cuda = trainer.strategy.root_device.type == "cuda"
     info = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": date.today().isoformat(),
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
         "part": callback.part,
         "microbatch": callback.microbatch,

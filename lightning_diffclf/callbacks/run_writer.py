@@ -29,7 +29,7 @@ from lightning_diffclf.results.stored import Stored, scan
 from lightning_diffclf.results.summary import Outline, Summary
 from lightning_diffclf.results.thumbnails import thumbnail
 
-PICTURES = ("thumbnail", "error_map")  # what numbers are not made of
+PICTURES = ("thumbnail", "error_map", "trail")  # what numbers are not made of
 
 
 class Picture(NamedTuple):

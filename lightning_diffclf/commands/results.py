@@ -14,7 +14,8 @@ from lightning_diffclf.files import write_json
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
 from lightning_diffclf.results.evaluation import Evaluation
-from lightning_diffclf.results.report import headline, write_report
+from lightning_diffclf.results.headline import details
+from lightning_diffclf.results.report import write_report
 from lightning_diffclf.results.store import merge
 
 
@@ -23,7 +24,7 @@ def merge_command(given: Namespace) -> None:
     merge([Path(run) for run in given.runs], Path(given.out))
     run = Evaluation.read(given.out)
     table = Table(title=escape(f"merged into {given.out}"), show_header=False)
-    for name, value, note in headline(run):
+    for name, value, note in details(run):
         table.add_row(name, value, note)
     Console(soft_wrap=True).print(table)
 

@@ -229,6 +229,12 @@ class Summary:
         """Accuracy of guessing among the candidates of each image."""
         return float(self.sums["chance"]) / self.labelled
 
+    @property
+    def exhaustive_nfe(self) -> int:
+        """Network calls of all images if all candidates saw all draws, those included that a proposal leaves out."""
+        images, kept = int(self.sums["images"]), int(self.sums["kept"])
+        return len(self.outline.timesteps_S) * (images * len(self.outline.classes) if self.outline.proposes else kept)
+
     def numbers(self) -> dict[str, float]:
         """The headline numbers by name; those that need labels only with labels. docs/results.md has the formulas."""
         images, seconds = self.images, float(self.sums["seconds_R"].max())  # ranks run side by side
@@ -238,7 +244,8 @@ class Summary:
             numbers |= {"accuracy": self.accuracy.value, "accuracy_low": low, "accuracy_high": high}
             numbers["mean_per_class"] = float(np.nanmean(self.per_class))
             numbers |= self.scores.numbers()
-        numbers |= {"images": images, "nfe_per_image": int(self.sums["nfe"]) / images}
+        nfe = int(self.sums["nfe"])
+        numbers |= {"images": images, "nfe_per_image": nfe / images, "speedup": self.exhaustive_nfe / nfe}
         numbers |= {"images_per_second": images / seconds if seconds else float("nan"), "seconds": seconds}
         if self.outline.proposes:
             numbers |= self._search_numbers()
