@@ -253,6 +253,7 @@ def measure(folder: Path, images: int, candidates: int, classes: int, parts: int
     imports = {
         "imports of the commands": lambda: python("-c", "import lightning_diffclf.commands.results"),
         "imports of an evaluation": lambda: python("-c", "import lightning_diffclf.callbacks.rank_evaluation"),
+        "a fork that does nothing": lambda: forked(lambda: None),
     }
     for what, work in (imports | steps(folder)).items():
         found = work()
