@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import time
@@ -22,7 +21,7 @@ from lightning_diffclf.data.images import decode_image
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.progress import listening
 from lightning_diffclf.results.error_maps import error_map
-from lightning_diffclf.results.report import error_map_picture
+from lightning_diffclf.results.one_image import data_uri, error_map_picture
 
 Event = dict[str, Any]
 """What is told, as JSON has it; ``kind`` says what it is."""
@@ -96,7 +95,7 @@ def decide(network: Network, question: Question, tell: Callable[[Event], None]) 
             "names": [names[k] for k in position],
             "draws": draws,
             "weights": classifier.terms.weights_S.tolist(),
-            "picture": data_uri(png_of(pixels)),
+            "picture": data_uri("png", png_of(pixels)),
         }
     )
 
@@ -134,7 +133,7 @@ def _map(classifier: DiffusionClassifier, result: Classification, image: Tensor)
     winner, rival = error_map(classifier, image, result.image_id, [first, second], MAP_DRAWS)
     names = classifier.denoiser.candidates.names
     calls = 2 * min(MAP_DRAWS, len(classifier.timesteps_S))
-    picture = data_uri(error_map_picture((rival - winner).numpy()))
+    picture = data_uri("png", error_map_picture((rival - winner).numpy()))
     return {"picture": picture, "winner": names[first], "rival": names[second], "nfe": calls}
 
 
@@ -144,11 +143,6 @@ def png_of(pixels: Tensor) -> bytes:
     image: Image.Image = functional.to_pil_image(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     image.save(file, "PNG")
     return file.getvalue()
-
-
-def data_uri(png: bytes) -> str:
-    """A PNG as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _number(value: float) -> float | None:
