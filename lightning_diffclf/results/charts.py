@@ -24,11 +24,25 @@ PERCENT = alt.Axis(format="~%")
 # By role. Text on page or card has a contrast of 4.5 at least (tests/results/test_charts.py); grids are quiet.
 LIGHT = {
     **{"page": "#ffffff", "card": "#f5f6f8", "text": "#1c2024", "quiet": "#565d67", "line": "#d5d9df"},
-    **{"accent": "#1f5fbf", "right": "#14713d", "wrong": "#b3261e", "warm": "#b45309", "faint": "#e7eaee"},
+    **{
+        "accent": "#1f5fbf",
+        "right": "#14713d",
+        "wrong": "#b3261e",
+        "warm": "#b45309",
+        "faint": "#e7eaee",
+        "low": "#c4d6f2",
+    },
 }
 DARK = {
     **{"page": "#15181c", "card": "#20252b", "text": "#e6e9ed", "quiet": "#a4acb7", "line": "#3a414b"},
-    **{"accent": "#86b6ff", "right": "#6fd39a", "wrong": "#ff9a8f", "warm": "#f0b06a", "faint": "#2b3138"},
+    **{
+        "accent": "#86b6ff",
+        "right": "#6fd39a",
+        "wrong": "#ff9a8f",
+        "warm": "#f0b06a",
+        "faint": "#2b3138",
+        "low": "#31486b",
+    },
 }
 
 NAMES_OF_PICTURES = ("confusion", "timesteps", "reliability", "coverage", "cost", "survivors", "disagreement")
@@ -65,7 +79,7 @@ def theme(colors: dict[str, str]) -> dict[str, Any]:
         "mark": {"color": colors["accent"]},
         "range": {
             "category": [colors["accent"], colors["warm"], colors["right"]],
-            "heatmap": [colors["faint"], colors["accent"]],
+            "heatmap": [colors["low"], colors["accent"]],
         },
     }
 
@@ -154,7 +168,11 @@ def confusion(counts: pd.DataFrame, names: pd.DataFrame, num_classes: int, subti
         x="order == 'class' ? datum.predicted : datum.predicted_rank",
         y="order == 'class' ? datum.true : datum.true_rank",
     )
-    edges = base.transform_calculate(x="datum.x - 0.5", y="datum.y - 0.5", x2="datum.x + 1", y2="datum.y + 1")
+    edge = max(1, 3 / cell)  # cells smaller than three pixels could not be seen
+    edges = base.transform_calculate(
+        **{name: f"datum.{name} - {edge / 2}" for name in "xy"},
+        **{f"{name}2": f"datum.{name} + {edge}" for name in "xy"},
+    )
     squares = edges.mark_rect().encode(
         x=x,
         x2="x2:Q",

@@ -136,7 +136,8 @@ def _count(number: int, what: str) -> str:
 
 
 def _calls(numbers: Mapping[str, float]) -> str:
-    return f"{numbers['nfe_per_image']:,.1f}".removesuffix(".0")
+    calls = numbers["nfe_per_image"]
+    return f"{calls:,.1f}".removesuffix(".0") if calls < 1000 else f"{calls:,.0f}"
 
 
 def _saves(run: Evaluation) -> bool:

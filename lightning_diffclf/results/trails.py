@@ -47,7 +47,7 @@ def trail(sums_KS: np.ndarray, contestants: np.ndarray, ranked: np.ndarray) -> T
     evenly = np.geomspace(1, sums_CS.shape[1], STOPS).round().astype(int)  # most fall early
     draws = np.unique(np.concatenate([evenly, stayed_C]))
     draws = draws[draws > 0]
-    behind_CP = (sums_CS - sums_CS[0])[:, draws - 1] / draws
+    behind_CP = ((sums_CS - sums_CS[0])[:, draws - 1] / draws).astype(np.float32)  # as stored
     lines = zip(behind_CP, stayed_C, strict=True)
     return Trail(
         draws=draws.tolist(), classes=classes, behind=[line_P[draws <= stayed].tolist() for line_P, stayed in lines]
