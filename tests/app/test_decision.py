@@ -17,7 +17,7 @@ import lightning_diffclf
 from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, Exhaustive, LikelihoodRatio, Stages
 from lightning_diffclf.app import networks
 from lightning_diffclf.app.decision import Question, decide
-from lightning_diffclf.app.networks import RULES, ClassConditional, TextToImage
+from lightning_diffclf.app.networks import RULES, ClassConditional
 from lightning_diffclf.data.batch import content_ids
 from lightning_diffclf.data.digit_scenes import WORDS
 from lightning_diffclf.data.digits import DigitsDataModule
@@ -145,8 +145,7 @@ def test_latents_need_an_autoencoder(tmp_path):
         ClassConditional(str(tmp_path / "x.ckpt"))
 
 
-def test_whoever_is_told_may_end_it(digits, monkeypatch):
-    network = TextToImage(device="cpu")
+def test_whoever_is_told_may_end_it(tiny, digits, monkeypatch):
     calls = []
     predict = networks.PipelineDenoiser.predict_shared
     monkeypatch.setattr(
@@ -161,7 +160,7 @@ def test_whoever_is_told_may_end_it(digits, monkeypatch):
             raise Gone
 
     with pytest.raises(Gone):
-        decide(network, Question(digits[0], LABELS, "Exhaustive", 100), tell)
+        decide(tiny, Question(digits[0], LABELS, "Exhaustive", 100), tell)
     assert len(calls) == 1
 
 

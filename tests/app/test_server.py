@@ -1,7 +1,9 @@
 """The server: in order, stopped when nobody listens, nothing but its own page and to nobody else's pages."""
 
+import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
 from urllib.parse import urlsplit
@@ -116,6 +118,15 @@ def test_the_server_ends_in_the_middle_of_a_decision(digits):
     connection.close()
     time.sleep(0.2)
     assert network.denoiser.calls == 1
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port: {port} of '127.0.0.1' cannot be had .* try --port 0"):
+            asyncio.run(server.serve(server.make_app([]), "127.0.0.1", port, print, asyncio.Event()))
 
 
 def test_a_defect_is_told_and_logged_and_the_next_one_is_answered(digits, caplog, monkeypatch):

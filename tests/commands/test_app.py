@@ -15,12 +15,9 @@ from tests.test_readme import ROOT, commands_of
 
 
 def test_it_serves_until_it_is_told_to_end(capsys):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-        taken.listen()
-        with pytest.raises(SystemExit, match=rf"error: port: {port} of '127.0.0.1' cannot be had .* try --port 0"):
-            main(["app", "--port", str(port), "--device", "cpu"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     pages = []
 
     def visit():

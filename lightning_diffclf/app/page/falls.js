@@ -30,7 +30,8 @@ export function draw(svg, { frames, names, last, head }, ranked, isOut) {
   const draws = Math.max(head, 6), drawn = ranked.slice(0, LINES);
   let span = 1e-12;
   for (let n = 1; n <= head; n++) for (const k of drawn) if (last[k] >= n) span = Math.max(span, frames[n].behind[k]);
-  const x = n => left + ((n - 1) / (draws - 1)) * (right - left), y = behind => top + (behind / span) * (bottom - top);
+  // Most labels fall in the first draws: these get more room.
+  const x = n => left + (Math.log(n) / Math.log(draws)) * (right - left), y = behind => top + (behind / span) * (bottom - top);
   const parts = [], places = [];
 
   const rise = step(span, 4), digits = Math.max(0, -Math.floor(Math.log10(rise)));
@@ -38,8 +39,8 @@ export function draw(svg, { frames, names, last, head }, ranked, isOut) {
     parts.push(element("path", { class: "grid", d: `M${left} ${y(value)}H${right}` }));
     parts.push(element("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value ? `+${value.toFixed(digits)}` : "best"));
   }
-  const stride = Math.max(1, step(draws - 1, Math.max(2, (right - left) / 60)));
-  for (let n = 1; n <= draws; n = n === 1 && stride > 1 ? stride : n + stride)
+  const powers = [1, 10, 100, 1000].flatMap(power => [1, 2, 5].map(one => one * power));
+  for (const n of [...powers.filter(n => n < 0.8 * draws), draws])
     parts.push(element("text", { x: x(n), y: bottom + 18, "text-anchor": "middle" }, n));
   parts.push(element("text", { x: (left + right) / 2, y: bottom + 36, "text-anchor": "middle" }, "draw"));
 
