@@ -122,7 +122,7 @@ class Posterior:
         # In place, as these arrays are large.
         logits_BK -= np.take_along_axis(logits_BK, target_B1, 1)
         logits_BK[broken_BK] = 0
-        spread = float(np.linalg.norm(logits_BK)) / max(1, np.count_nonzero(logits_BK)) ** 0.5
+        spread = float(np.linalg.norm(logits_BK)) / (int(np.count_nonzero(logits_BK)) or 1) ** 0.5
         if not spread > 0:  # no two candidates differ: all temperatures are equally likely
             return self
         logits_BK /= spread  # so that the search begins at unit spread
