@@ -237,6 +237,9 @@ class Summary:
             numbers["mean_per_class"] = float(np.nanmean(self.per_class))
             numbers |= self.scores.numbers()
         numbers |= {"images": images, "nfe_per_image": int(self.sums["nfe"]) / images}
+        everything = int(self.sums["kept"]) * len(self.outline.timesteps_S)
+        if everything and not self.outline.proposes:  # else it is unknown how many candidates there were
+            numbers["nfe_saved"] = 1 - int(self.sums["nfe"]) / everything
         numbers |= {"images_per_second": images / seconds if seconds else float("nan"), "seconds": seconds}
         if self.outline.proposes:
             numbers |= self._search_numbers()
