@@ -20,7 +20,7 @@ class Left(SystemExit):
 
 @contextmanager
 def leaves_at_once() -> Iterator[None]:
-    """Around a whole program: after :class:`Left`, what others do at its end is done, then it ends.
+    """Around a whole program: when it is done, or was :class:`Left`, what others do at its end is done, then it ends.
 
     Python would take apart every module and object first, which for those that are imported here takes seconds.
     """
@@ -30,13 +30,14 @@ def leaves_at_once() -> Iterator[None]:
         if statuses:
             logging.shutdown()
             for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError):  # whoever read it is gone
+                with suppress(BrokenPipeError):  # whoever read it is gone
                     stream.flush()
             os._exit(statuses[0])
 
     atexit.register(end)  # now, before others do: what is registered first is called last
     try:
         yield
+        statuses.append(0)
     except Left as left:
         statuses.append(int(left.code or 0))
         raise

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,10 +66,21 @@ with leaves_at_once():
         ("raise Left(143)", "saved, closed\n", 143),
         ("raise Left(0)", "saved, closed\n", 0),
         ("raise SystemExit(2)", "saved, closed\ntaken apart", 2),
-        ("pass", "saved, closed\ntaken apart", 0),
+        ("raise ValueError", "saved, closed\ntaken apart", 1),
+        ("pass", "saved, closed\n", 0),
     ],
 )
-def test_a_program_that_a_signal_ends_is_not_taken_apart(end, printed, status):
+def test_a_program_that_is_done_is_not_taken_apart(end, printed, status):
     command = [sys.executable, "-c", PROGRAM.format(end=end)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == (printed, status), done.stderr
+
+
+def test_what_cannot_be_printed_is_not_lost_in_silence():
+    command = [sys.executable, "-c", PROGRAM.format(end="pass")]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    settings = {"cwd": Path(__file__).parents[1], "env": buffered, "stderr": subprocess.PIPE, "text": True}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, **settings)
+    assert done.returncode == 120
+    assert "No space left on device" in done.stderr

@@ -120,7 +120,7 @@ def telling(command: Callable[[], object], program: bool = False) -> None:
 
     Args:
         command: What to run.
-        program: Whether that is all that this process is for, so that it may end at once when a signal ends it.
+        program: Whether that is all that this process is for, so that it may end at once when that is done.
     """
     for harmless in (
         "isinstance\\(treespec, LeafSpec\\)",
