@@ -65,8 +65,9 @@ class Sizes(NamedTuple):
         matmul: Side of the matrices that the device's rate is measured with.
         seconds: That a call is measured for.
         steps: Training steps that are timed.
-        images: That the engine classifies, with so many draws at most.
-        draws: See there.
+        digits: Images that the engine classifies with the demo's network.
+        latents: And with DiT-S/2.
+        draws: Of each.
     """
 
     networks: dict[str, dict[str, Any]]
@@ -75,7 +76,8 @@ class Sizes(NamedTuple):
     matmul: int
     seconds: float
     steps: int
-    images: int
+    digits: int
+    latents: int
     draws: int
 
 
@@ -92,7 +94,8 @@ ON_GPU = Sizes(
     matmul=8192,
     seconds=1.0,
     steps=20,
-    images=4,
+    digits=128,
+    latents=4,
     draws=4,
 )
 ON_CPU = Sizes(
@@ -102,7 +105,8 @@ ON_CPU = Sizes(
     matmul=128,
     seconds=0.01,
     steps=2,
-    images=2,
+    digits=4,
+    latents=1,
     draws=2,
 )
 
@@ -372,10 +376,10 @@ def training(place: Place, name: str) -> Iterator[str]:
 def engine(place: Place) -> Iterator[str]:
     """What the engine costs on top of the network: of one that takes no time, and of DiT-S/2 with 1,000 classes."""
     sizes, device = place.sizes, place.device
-    small = network(10, device), torch.rand(32 * sizes.images, 1, 8, 8, device=device) * 2 - 1
+    small = network(10, device), torch.rand(sizes.digits, 1, 8, 8, device=device) * 2 - 1
     side = sizes.networks["DiT-S/2"]["input_size"]
     module = ClassConditionalDiT(**sizes.networks["DiT-S/2"]).to(device)
-    large = randomised(module).eval(), torch.randn(sizes.images, 4, side, side, device=device)
+    large = randomised(module).eval(), torch.randn(sizes.latents, 4, side, side, device=device)
     yield from header("network", "rule", "rows", "seconds", "engine / bare", "fastest / fastest", "peak memory, GiB")
     for name, (denoiser, images), rule in (
         ("the demo's, 10 classes", small, Exhaustive()),
