@@ -240,7 +240,7 @@ class DiffusionClassifierCallback(L.Callback):
         if ended and self._planner is not None and self.planned is not None:
             self._planner.print(self.planned)
         elif ended and self._writer is not None:
-            self._writer.print(self.metrics)  # not earlier: the progress bar still owned the terminal
+            self._writer.print()  # not earlier: the progress bar still owned the terminal
         self._writer = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

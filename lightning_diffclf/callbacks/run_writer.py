@@ -24,6 +24,7 @@ from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import Record, from_table
 from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.shown import shown
 from lightning_diffclf.results.store import Store, claim, clean, finish, refresh
 from lightning_diffclf.results.stored import Stored, scan
 from lightning_diffclf.results.summary import Outline, Summary
@@ -182,7 +183,8 @@ class RunWriter:
             charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
         own = {} if score is None else score(self._records())
         described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info
-        write_json({"metrics": own | written, "settings": described}, self.folder / "metrics.json", 2, "results")
+        self._numbers = own | written
+        write_json({"metrics": self._numbers, "settings": described}, self.folder / "metrics.json", 2, "results")
         self.close()
         return own
 
@@ -196,12 +198,12 @@ class RunWriter:
         if self._lock is not None:
             self._lock.release()
 
-    def print(self, metrics: dict[str, float]) -> None:
-        """Show metrics as a table."""
+    def print(self) -> None:
+        """Show what :meth:`finish` found as a table."""
         classifier = self._classifier
         title = f"diffusion classifier, {classifier.recipe.loss}, {classifier.rule}"
         table = Table(title=escape(title), show_header=False)
-        for name, value in metrics.items():
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, text in shown(self._numbers).items():
+            table.add_row(name, text)
         table.add_row("results in", escape(str(self.folder)))
         Console(soft_wrap=True).print(table)

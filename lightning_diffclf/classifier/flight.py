@@ -105,7 +105,8 @@ class Flight:
         if self.errors_KS is not None:
             self.errors_KS[playing, contest.done : contest.stop] = errors_RP.T
         if self.distances:
-            distances_RPP, self.distances = np.square(torch.cat(self.distances).float().numpy()), []
+            roots_RPP = np.concatenate([part.numpy() for part in self.distances])
+            distances_RPP, self.distances = np.square(roots_RPP.astype(np.float32)), []
             if self.distances_SKK is not None:
                 self.distances_SKK[np.ix_(np.arange(contest.done, contest.stop), playing, playing)] = distances_RPP
         return contest.land(errors_RP, distances_RPP)

@@ -43,6 +43,18 @@ def configs(args: Sequence[str]) -> Namespace:
     return parser.read(args)
 
 
+def completion(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf completion``."""
+    parser = Parser(
+        prog="diffclf completion",
+        description="Print a script with which TAB completes commands, options and names of configurations. It takes "
+        "seconds, so keep it in a file: diffclf completion bash > "
+        "~/.local/share/bash-completion/completions/diffclf, or, for zsh, a file _diffclf in a folder of $fpath.",
+    )
+    parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="which shell")
+    return parser.read(args)
+
+
 def classify(args: Sequence[str]) -> Namespace:
     """Of ``diffclf classify``."""
     parser = Parser(

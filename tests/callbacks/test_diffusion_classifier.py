@@ -263,7 +263,8 @@ def test_predict_needs_no_labels(tmp_path):
     trainer(callback).predict(Gaussians(), loader(6, labelled=False))
     rows, report = read(tmp_path / "out")
     assert rows["label"] == [None] * 6
-    assert set(report["metrics"]) == {"images", "nfe_per_image", "images_per_second", "seconds"}
+    assert set(report["metrics"]) == {"images", "nfe_per_image", "speedup", "images_per_second", "seconds"}
+    assert report["metrics"]["speedup"] == 1
     assert report["metrics"]["images"] == 6
     assert report["metrics"]["nfe_per_image"] == 5 * CLASSES
 

@@ -102,6 +102,8 @@ def test_numbers_are_those_of_a_plain_loop(tmp_path):
     assert live["brier"] == pytest.approx(brier)
     assert live["accuracy"] == np.mean([row.prediction == row.label for row in rows])
     assert live["top5"] == np.mean([row.label in row.top5 for row in rows])
+    everything = sum(len(row.candidates_K) * 6 for row in rows)
+    assert live["speedup"] == pytest.approx(everything / sum(row.nfe for row in rows))
 
 
 def test_another_temperature_on_resumption_is_that_of_all_numbers(tmp_path):
