@@ -84,7 +84,8 @@ def test_one_draw_is_enough(tmp_path):
         Gaussians(), loader(4), verbose=False
     )
     assert read(tmp_path / "out")[1]["metrics"]["nfe_per_image"] == CLASSES
-    assert (tmp_path / "out" / "timesteps.png").is_file()
+    assert (tmp_path / "out" / "confusion.png").is_file()
+    assert not (tmp_path / "out" / "timesteps.png").exists()  # of one point
 
 
 def test_agrees_with_the_classifier_without_a_trainer(tmp_path):
