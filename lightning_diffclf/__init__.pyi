@@ -4,6 +4,7 @@ from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.callbacks.ema import EMA as EMA
 from lightning_diffclf.candidates import Candidates as Candidates
 from lightning_diffclf.classifier.classification import Classification as Classification
+from lightning_diffclf.classifier.conformal import Conformal as Conformal
 from lightning_diffclf.classifier.draws import Draws as Draws
 from lightning_diffclf.classifier.elimination import Elimination as Elimination
 from lightning_diffclf.classifier.elimination import Exhaustive as Exhaustive

@@ -7,7 +7,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Set
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchmetrics import Metric
 
-from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import digest_of_tensor, identity_of, says
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.summary import Outline
 
 LOADING = ("batch_size", "eval_batch_size", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
 
@@ -38,7 +35,7 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
     """
     c, denoiser = callback.classifier, callback.classifier.denoiser
     identity = {
-        "recipe": identity_of(_resolved(callback)),
+        "recipe": identity_of(c.recipe.resolved(c.draws, c.rule)),
         "module": module_identity(pl_module),
         "data": data_identity(data_module(trainer), loader),
         "precision": str(trainer.precision),
@@ -52,6 +49,7 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
         "part": callback.part,
+        "calibration": callback.calibration,
         "microbatch": callback.microbatch,
         "compile": callback.compile,
         "ranks": trainer.world_size,
@@ -59,17 +57,9 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
         "candidate_names": list(denoiser.candidates.names),
         "log_snr_S": c.terms.log_snr_S.tolist(),
-        **Outline.of_classifier(c).to_info(),
+        **callback.outline.to_info(),
     }
     return Settings(trainer.strategy.broadcast(identity), info)
-
-
-def _resolved(callback: Any) -> Recipe:
-    """The recipe with what is used where it leaves things open: so that a default is what it stands for."""
-    c = callback.classifier
-    fixed = c.draws.timesteps is not None or c.draws.noise is not None
-    draws = c.draws if fixed else c.draws.count
-    return replace(c.recipe, draws=draws, seed=c.draws.seed, elimination=c.rule)
 
 
 def data_module(trainer: L.Trainer) -> Any:

@@ -94,6 +94,22 @@ def classify(args: Sequence[str]) -> Namespace:
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
     parser.add_argument(
+        "--coverage",
+        type=float | None,
+        default=None,
+        help="also print a set of labels that contains the right one for this share of images (0.9); needs "
+        "--calibration",
+    )
+    parser.add_argument(
+        "--coverage_by_class", action="store_true", help="let that hold for the images of each label by themselves"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=str | None,
+        default=None,
+        help="folder of an evaluation of other labelled images by the same model, labels, prompts and recipe",
+    )
+    parser.add_argument(
         "--search",
         action="store_true",
         help="first find the labels worth trying, by the gradient of the error by the prompts (GradientSearch): pays "

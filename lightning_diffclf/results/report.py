@@ -97,12 +97,34 @@ def headline(run: Evaluation) -> list[tuple[str, str, str]]:
             found = scores.numbers()
             note = f"NLL {found['nll']:.4f} nats, Brier score {found['brier']:.4f}"
             lines.append((f"ECE, {name}", f"{found['ece']:.4f}", note))
+        lines += _trust_lines(run)
     lines.append(("images", f"{summary.images:,}", f"{summary.labelled:,} with a label"))
     lines.append(("NFE / image", f"{numbers['nfe_per_image']:,.1f}", "network calls"))
     if run.outline.proposes:
         lines += _search_lines(numbers)
     rate = f"{numbers['images_per_second']:,.2f} images / s"
     lines.append(("time", f"{numbers['seconds']:,.1f} s", rate))
+    return lines
+
+
+def _trust_lines(run: Evaluation) -> list[tuple[str, str, str]]:
+    """What margins and conformal sets are worth."""
+    selective, sets = run.sureness.selective(), run.sets
+    lines = [
+        ("AURC", f"{selective['aurc']:.4f}", f"by margin; AUGRC {selective['augrc']:.4f}"),
+        ("coverage at 5 % risk", f"{selective['coverage_at_5_risk']:.2%}", "surest answers, 5 % of them wrong"),
+        ("risk at 80 % coverage", f"{selective['risk_at_80_coverage']:.2%}", "wrong ones among the surest 80 %"),
+    ]
+    if sets:
+        note = f"contain the right class; asked for {run.outline.coverage:.1%}, worst class " + (
+            f"{sets['set_coverage_worst_class']:.1%}, 95 % interval {sets['set_coverage_low']:.2%} to "
+            f"{sets['set_coverage_high']:.2%}"
+        )
+        sizes = f"classes; {sets['sets_of_one']:.1%} have one, {sets['empty_sets']:.1%} none"
+        lines += [
+            ("conformal sets", f"{sets['set_coverage']:.2%}", note),
+            ("size of a set", f"{sets['set_size']:.2f}", sizes),
+        ]
     return lines
 
 
