@@ -287,6 +287,28 @@ def compare(args: Sequence[str]) -> Namespace:
     return parser.read(args)
 
 
+def ood(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf ood``."""
+    parser = Parser(
+        prog="diffclf ood",
+        description="How well what an evaluation stores tells images of none of the classes from known ones: AUROC, "
+        "FPR95 and AUPR with 95 % intervals, for each number. With errors.parquet in both folders (--keep-errors), "
+        "also by the error level at each timestep.",
+    )
+    parser.add_argument("known", type=str, help="folder of an evaluation of images of the classes")
+    parser.add_argument(
+        "foreign", type=str, help="folder of one by the same network and recipe on others (`diffclf predict`)"
+    )
+    parser.add_argument(
+        "--unconditional",
+        type=str | None,
+        default=None,
+        help="name of the candidate that stands for no condition, such as an empty prompt",
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="write the numbers to this JSON file as well")
+    return parser.read(args)
+
+
 def report(args: Sequence[str]) -> Namespace:
     """Of ``diffclf report``."""
     parser = Parser(

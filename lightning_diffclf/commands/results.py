@@ -1,4 +1,4 @@
-"""``diffclf replay|merge|compare|report``: what works on stored results."""
+"""``diffclf replay|merge|compare|ood|report``: what works on stored results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from lightning_diffclf.classifier import LikelihoodRatio
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import write_json
+from lightning_diffclf.results import ood
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
 from lightning_diffclf.results.errors import StoredErrors
@@ -57,6 +58,16 @@ def compare_command(given: Namespace) -> None:
         save_plots(first, second, found, Path(given.out))
         runs = {"runs": [given.first, given.second]}
         write_json(runs | found.summary(), Path(given.out) / "comparison.json", indent=2, what="compare")
+
+
+def ood_command(given: Namespace) -> None:
+    """``diffclf ood``: prints a table, and writes it to ``--out``."""
+    known, foreign = Evaluation.read(given.known), Evaluation.read(given.foreign)
+    found = ood.compare_with_foreign(known, foreign, given.unconditional)
+    Console(soft_wrap=True).print(ood.to_table(found, known.images, foreign.images))
+    if given.out is not None:
+        runs = {"known": given.known, "foreign": given.foreign}
+        write_json(runs | {"scores": ood.to_dict(found)}, given.out, indent=2, what="ood")
 
 
 def report_command(given: Namespace) -> None:

@@ -121,6 +121,7 @@ def table(files: Path) -> dict[type, Changes]:
         "num_heads": 4,
         "patch_size": 4,
         "mlp_ratio": 2.0,
+        "none_of_these": True,
         "learn_sigma": True,
         "schedule": "cosine",
         "prediction": "v_prediction",
