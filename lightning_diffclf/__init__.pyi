@@ -11,6 +11,7 @@ from lightning_diffclf.classifier.elimination import Exhaustive as Exhaustive
 from lightning_diffclf.classifier.elimination import Stages as Stages
 from lightning_diffclf.classifier.engine import DiffusionClassifier as DiffusionClassifier
 from lightning_diffclf.classifier.linear_probe import LinearProbe as LinearProbe
+from lightning_diffclf.classifier.logits import DiffusionLogits as DiffusionLogits
 from lightning_diffclf.classifier.posterior import Posterior as Posterior
 from lightning_diffclf.classifier.recipe import Recipe as Recipe
 from lightning_diffclf.classifier.search import GradientSearch as GradientSearch
