@@ -63,10 +63,11 @@ class Foreignness:
         behind_BK = columns.lists("differences_K").padded(np.inf, np.float64)
         null_BK = candidates == (-2 if self.unconditional is None else self.unconditional)
         winner = (np.arange(len(columns)), np.where(null_BK, np.inf, behind_BK).argmin(1))
-        error_B, behind_BK = scores_BK[winner], behind_BK - behind_BK[winner][:, None]
-        others_BK = np.isfinite(behind_BK) & ~null_BK
-        others_BK[winner] = False
+        error_B = scores_BK[winner]
         with np.errstate(invalid="ignore", divide="ignore"):
+            behind_BK = behind_BK - behind_BK[winner][:, None]
+            others_BK = np.isfinite(behind_BK) & ~null_BK
+            others_BK[winner] = False
             gap_B = np.where(others_BK, behind_BK, 0).sum(1) / others_BK.sum(1)
             found = {
                 "margin": -columns.numbers("margin"),
