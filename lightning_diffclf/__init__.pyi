@@ -4,12 +4,14 @@ from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.callbacks.ema import EMA as EMA
 from lightning_diffclf.candidates import Candidates as Candidates
 from lightning_diffclf.classifier.classification import Classification as Classification
+from lightning_diffclf.classifier.conformal import Conformal as Conformal
 from lightning_diffclf.classifier.draws import Draws as Draws
 from lightning_diffclf.classifier.elimination import Elimination as Elimination
 from lightning_diffclf.classifier.elimination import Exhaustive as Exhaustive
 from lightning_diffclf.classifier.elimination import Stages as Stages
 from lightning_diffclf.classifier.engine import DiffusionClassifier as DiffusionClassifier
 from lightning_diffclf.classifier.linear_probe import LinearProbe as LinearProbe
+from lightning_diffclf.classifier.logits import DiffusionLogits as DiffusionLogits
 from lightning_diffclf.classifier.posterior import Posterior as Posterior
 from lightning_diffclf.classifier.recipe import Recipe as Recipe
 from lightning_diffclf.classifier.search import GradientSearch as GradientSearch

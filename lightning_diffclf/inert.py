@@ -56,7 +56,7 @@ TAKEN: Mapping[str, frozenset[str]] = {
     "classifier": frozenset(
         {
             *("draws", "seed", "loss", "elimination", "weights", "budget", "abstain", "ensemble", "candidates"),
-            *("proposal", "reduction", "temperature", "microbatch", "compile", "name"),
+            *("proposal", "reduction", "temperature", "coverage", "coverage_by_class", "microbatch", "compile", "name"),
         }
     ),
     "ema": frozenset({"decay"}),

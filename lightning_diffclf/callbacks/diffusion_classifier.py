@@ -20,6 +20,7 @@ from lightning_diffclf.data.protocols import HasScore, NeedsEveryDraw
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import FailedWrite, UserError, WrongType, check_at_least
 from lightning_diffclf.results import charts
+from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.plan import Plan
 from lightning_diffclf.results.summary import Outline
@@ -62,6 +63,9 @@ class DiffusionClassifierCallback(L.Callback):
             4 bytes each before compression. ``diffclf replay`` tries elimination rules and weights on them.
         keep_distances: Write the distances between the candidates' predictions to ``errors.parquet`` as well, which
             :class:`~.elimination.LikelihoodRatio` needs to be replayed: K - 1 bytes for each error.
+        calibration: Folder of an evaluation of other labelled images by the same network and recipe, which conformal
+            sets (``coverage``) are calibrated on, outside ``fit``. If omitted, those of an image are calibrated on
+            other images of this evaluation.
         plan: Only measure what an evaluation will cost, outside ``fit``: on the first batch, for some twenty seconds.
             Prints a table and writes nothing.
         name: Prefix of what is logged; give each a name of its own to use two of these callbacks.
@@ -96,6 +100,7 @@ class DiffusionClassifierCallback(L.Callback):
         error_maps: int = 24,
         keep_errors: bool = False,
         keep_distances: bool = False,
+        calibration: str | None = None,
         plan: bool = False,
         name: str = "diffclf",
         **recipe: Any,
@@ -105,6 +110,9 @@ class DiffusionClassifierCallback(L.Callback):
         if keep_distances and not keep_errors:
             raise UserError("keep_distances: distances are written beside errors, expected keep_errors as well")
         self.recipe = Recipe(**recipe)
+        if calibration is not None and self.recipe.coverage is None:
+            raise UserError("calibration: given without a coverage, expected one, such as 0.9")
+        self.calibration = calibration
         self.microbatch, self.compile, self.plan, self.name = microbatch, compile, plan, name
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.part, self._part = part, None if part is None else parse_part(part)
@@ -153,7 +161,12 @@ class DiffusionClassifierCallback(L.Callback):
                 f"{type(data).__name__}: its score compares errors across images and candidates, which is fair only "
                 f"over the same draws; found {rule}, budget {recipe.budget}, expected neither"
             )
-        self._metrics = ClassifierMetrics(Outline.of_classifier(self.classifier))
+        self._calibrated: CalibrationRun | None = None
+        if self.calibration is not None and recipe.coverage is not None and stage != "fit":
+            self._calibrated = CalibrationRun.read(self.calibration, recipe.coverage, recipe.coverage_by_class)
+        conformal = None if self._calibrated is None else self._calibrated.conformal
+        self.outline = Outline.of_classifier(self.classifier, conformal)
+        self._metrics = ClassifierMetrics(self.outline)
         # On the module, so that Lightning moves them to its device. They have no parameters and save nothing.
         pl_module.add_module(f"{self.name}_metrics", self._metrics)
         calls = 0 if self.fitting is None else self.fitting.calls
@@ -179,7 +192,7 @@ class DiffusionClassifierCallback(L.Callback):
         if self.fitting is not None:
             self.fitting.prepare(trainer, self.classifier.denoiser, self._writer, briefly=self._planner is not None)
         self._evaluation = RankEvaluation(
-            trainer, self.classifier, self._metrics, images, part, self._planner, self._writer
+            trainer, self.classifier, self._metrics, images, part, self._planner, self._writer, self._calibrated
         )
         self.results = self._evaluation.results
 
@@ -188,10 +201,13 @@ class DiffusionClassifierCallback(L.Callback):
             if self.keep_errors:
                 raise UserError("keep_errors: no folder to write to, expected output_dir as well")
             return None
+        settings = run_settings(self, trainer, pl_module, loader)
+        if self._calibrated is not None:
+            self._calibrated.check(settings.identity)
         return RunWriter(
             trainer,
             Path(self.output_dir),
-            run_settings(self, trainer, pl_module, loader),
+            settings,
             self.classifier,
             next_free=self.next_free,
             flush_every=self.flush_every,

@@ -18,6 +18,7 @@ from lightning_diffclf.callbacks.sharding import in_part, is_last_batch
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import Record
 
@@ -41,6 +42,7 @@ class RankEvaluation:
         part: Of these, only those of the i-th of n parts, as (i, n).
         planner: Measures in place of classifying.
         writer: Writes decisions; what was decided before is counted and left out.
+        calibrated: What sets are calibrated on; its images are refused.
 
     Attributes:
         labelled: Whether images have labels.
@@ -56,8 +58,10 @@ class RankEvaluation:
         part: tuple[int, int] | None,
         planner: Planner | None,
         writer: RunWriter | None,
+        calibrated: CalibrationRun | None = None,
     ) -> None:
         self._trainer, self._classifier, self._metrics = trainer, classifier, metrics
+        self._calibrated = calibrated
         self._remaining, self._part, self._planner, self._writer = images, part, planner, writer
         self.labelled = trainer.state.fn != "predict"
         self.results: list[Classification] = []
@@ -101,6 +105,8 @@ class RankEvaluation:
         if self._remaining is not None:
             self._remaining -= count
         due = [i for i in range(count) if self._is_due(ids[i])]
+        if self._calibrated is not None:
+            self._calibrated.check_ids(ids[i] for i in due)
         if self._bar is not None:
             self._bar.skip_images(count - len(due))
         if due:

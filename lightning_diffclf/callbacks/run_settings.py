@@ -7,7 +7,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Set
-from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchmetrics import Metric
 
-from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import digest_of_tensor, identity_of, says
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.summary import Outline
 
 LOADING = ("batch_size", "eval_batch_size", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
 
@@ -39,7 +36,7 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
     """
     c, denoiser = callback.classifier, callback.classifier.denoiser
     identity = {
-        "recipe": identity_of(_resolved(callback)),
+        "recipe": identity_of(c.recipe.resolved(c.draws, c.rule)),
         "module": module_identity(pl_module),
         "data": data_identity(data_module(trainer), loader),
         "precision": str(trainer.precision),
@@ -54,6 +51,7 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "date": date.today().isoformat(),
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
         "part": callback.part,
+        "calibration": callback.calibration,
         "microbatch": callback.microbatch,
         "compile": callback.compile,
         "ranks": trainer.world_size,
@@ -61,17 +59,9 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
         "candidate_names": list(denoiser.candidates.names),
         "log_snr_S": c.terms.log_snr_S.tolist(),
-        **Outline.of_classifier(c).to_info(),
+        **callback.outline.to_info(),
     }
     return Settings(trainer.strategy.broadcast(identity), info)
-
-
-def _resolved(callback: Any) -> Recipe:
-    """The recipe with what is used where it leaves things open: so that a default is what it stands for."""
-    c = callback.classifier
-    fixed = c.draws.timesteps is not None or c.draws.noise is not None
-    draws = c.draws if fixed else c.draws.count
-    return replace(c.recipe, draws=draws, seed=c.draws.seed, elimination=c.rule)
 
 
 def data_module(trainer: L.Trainer) -> Any:

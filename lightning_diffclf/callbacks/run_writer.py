@@ -19,6 +19,8 @@ from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.files import FolderLock, write_json
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.calibration import Sample, calibrate
+from lightning_diffclf.results.conformal import RightScores, sets_of
+from lightning_diffclf.results.curves import Sureness
 from lightning_diffclf.results.error_maps import error_map
 from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.parts import together
@@ -173,13 +175,17 @@ class RunWriter:
         Returns:
             The numbers of the data set's own, by name.
         """
-        settings, outline = self._store.settings, Outline.of_classifier(self._classifier)
+        settings, outline = self._store.settings, Outline.of(self._store.settings.info)
         finish(self.folder, settings)
         if summary is None:
             written = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
         else:
             calibrated = calibrate(Stored(self.folder, settings, Sample.COLUMNS), outline)
             written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
+            sureness = Sureness()
+            for chunk in Stored(self.folder, settings, Sureness.COLUMNS):
+                sureness.update(chunk)
+            written |= sureness.selective() | sets_of(outline, Stored(self.folder, settings, RightScores.COLUMNS))
             charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
         own = {} if score is None else score(self._records())
         described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info

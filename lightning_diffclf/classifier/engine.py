@@ -27,6 +27,7 @@ from lightning_diffclf.classifier.draws import Draws, KeyedNoise
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive
 from lightning_diffclf.classifier.flight import Flight, Landed, Piece, Slots, cut, measure_distances
 from lightning_diffclf.classifier.from_checkpoint import FromCheckpoint
+from lightning_diffclf.classifier.logits import Differentiable
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.score import Loss, Predictions, timestep_weights
 from lightning_diffclf.classifier.search import Found, Search
@@ -35,7 +36,7 @@ from lightning_diffclf.errors import UserError, WrongType, check_at_least
 from lightning_diffclf.progress import tell
 
 
-class DiffusionClassifier(FromCheckpoint):
+class DiffusionClassifier(FromCheckpoint, Differentiable):
     """Classifies images by the error of a conditional denoiser (Li et al. 2023, Algorithm 1).
 
     For each image, noise is added at several timesteps, the network predicts it under each candidate, and the candidate

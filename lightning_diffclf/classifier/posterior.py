@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
+from lightning_diffclf.classifier.arrays import Values, as_array, like
 from lightning_diffclf.errors import UserError
-
-if TYPE_CHECKING:  # stored results are read without torch
-    from torch import Tensor
 
 CELLS = 2**18  # logits that a fit differentiates together: of many classes, all would take several times their memory
 
 FLAT = 1e-7  # nats by which the likelihood still changes, of a temperature e times as large, where a fit ends
-
-Values = TypeVar("Values", "Tensor", np.ndarray)
-"""Numbers as a tensor or as an array; what is made of them is of the same kind, a tensor on the same device."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +63,9 @@ class Posterior:
 
     def log_probabilities(self, scores_BK: Values, dims: int) -> Values:
         """Logarithm of :meth:`__call__`, (B, K) float64."""
-        logits_BK = self._logits(_array(scores_BK), dims)
+        logits_BK = self._logits(as_array(scores_BK), dims)
         logits_BK -= np.log(np.exp(logits_BK).sum(1, keepdims=True))
-        return _like(scores_BK, logits_BK)
+        return like(scores_BK, logits_BK)
 
     def __call__(self, scores_BK: Values, dims: int) -> Values:
         """Probability of each candidate.
@@ -82,10 +77,10 @@ class Posterior:
         Returns:
             (B, K) float64, each row sums to one.
         """
-        p_BK = self._logits(_array(scores_BK), dims)
+        p_BK = self._logits(as_array(scores_BK), dims)
         np.exp(p_BK, out=p_BK)
         p_BK /= p_BK.sum(1, keepdims=True)
-        return _like(scores_BK, p_BK)
+        return like(scores_BK, p_BK)
 
     def _logits(self, scores_BK: np.ndarray, dims: int) -> np.ndarray:
         """A new array (B, K): 0 for the likeliest candidates, minus infinity for broken ones, unless all are."""
@@ -113,7 +108,7 @@ class Posterior:
             raise UserError(f"fit: {num_images} rows of scores and {len(target_B)} targets, expected equally many, ≥ 1")
         if int(target_B.min()) < 0 or int(target_B.max()) >= num_candidates:
             raise UserError(f"fit: targets {target_B.min()} … {target_B.max()}, expected 0 … {num_candidates - 1}")
-        logits_BK, target_B1 = -_array(scores_BK), _array(target_B, np.int64)[:, None]
+        logits_BK, target_B1 = -as_array(scores_BK), as_array(target_B, np.int64)[:, None]
         # A broken right candidate has probability zero at any temperature: such images say nothing.
         usable_B = np.isfinite(np.take_along_axis(logits_BK, target_B1, 1)[:, 0])
         logits_BK, target_B1 = logits_BK[usable_B], target_B1[usable_B]
@@ -190,26 +185,9 @@ def class_differences(differences_BK: Values, class_BK: Values, num_classes: int
         >>> class_differences(differences_1K, class_1K, num_classes=3).tolist()
         [[0.25, inf, 0.0]]
     """
-    found_BK = _array(differences_BK)
+    found_BK = as_array(differences_BK)
     best_BC = np.full((len(found_BK), num_classes), np.inf)
-    inside_BK = _array(class_BK, np.int64).clip(0, num_classes - 1)
+    inside_BK = as_array(class_BK, np.int64).clip(0, num_classes - 1)
     place_BK = inside_BK + np.arange(len(found_BK))[:, None] * num_classes
     np.fmin.at(best_BC.reshape(-1), place_BK.reshape(-1), found_BK.reshape(-1))  # of NaN and a number, the number
-    return _like(differences_BK, best_BC)
-
-
-def _array(values: Any, kind: type = np.float64) -> np.ndarray:
-    """A tensor or an array as an array; not a copy, if it is of that kind already."""
-    if not isinstance(values, np.ndarray):
-        values = values.detach().cpu()
-        values = (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
-    return np.asarray(values, kind)
-
-
-def _like(given: Values, found: np.ndarray) -> Values:
-    """``found`` as ``given`` was: a tensor, or an array."""
-    if isinstance(given, np.ndarray):
-        return found
-    import torch  # whoever has tensors has imported it
-
-    return torch.from_numpy(found).to(given.device)
+    return like(differences_BK, best_BC)

@@ -47,6 +47,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Results": {
         "report": Command("one HTML file that shows an evaluation, and its figures", "commands.results"),
         "compare": Command("two evaluations image by image: agreement, McNemar's test, cost", "commands.results"),
+        "ood": Command("how well a run's numbers tell foreign images: AUROC, FPR95, AUPR", "commands.ood"),
         "merge": Command("join evaluations of parts of a data set", "commands.results"),
         "replay": Command(
             "what other rules, weights and budgets would have decided, without the network", "commands.replay"

@@ -106,6 +106,22 @@ def classify(args: Sequence[str]) -> Namespace:
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
     parser.add_argument(
+        "--coverage",
+        type=float | None,
+        default=None,
+        help="also print a set of labels that contains the right one for this share of images (0.9); needs "
+        "--calibration",
+    )
+    parser.add_argument(
+        "--coverage_by_class", action="store_true", help="let that hold for the images of each label by themselves"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=str | None,
+        default=None,
+        help="folder of an evaluation of other labelled images by the same model, labels, prompts and recipe",
+    )
+    parser.add_argument(
         "--search",
         action="store_true",
         help="first find the labels worth trying, by the gradient of the error by the prompts (GradientSearch): pays "
@@ -307,6 +323,28 @@ def compare(args: Sequence[str]) -> Namespace:
     parser.add_argument("first", type=str, help="folder of an evaluation")
     parser.add_argument("second", type=str, help="folder of another on the same images")
     parser.add_argument("--out", type=str | None, default=None, help="folder for figures and comparison.json")
+    return parser.read(args)
+
+
+def ood(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf ood``."""
+    parser = Parser(
+        prog="diffclf ood",
+        description="How well what an evaluation stores tells images of none of the classes from known ones: AUROC, "
+        "FPR95 and AUPR with 95 % intervals, for each number. With errors.parquet in both folders (--keep-errors), "
+        "also by the error level at each timestep.",
+    )
+    parser.add_argument("known", type=str, help="folder of an evaluation of images of the classes")
+    parser.add_argument(
+        "foreign", type=str, help="folder of one by the same network and recipe on others (`diffclf predict`)"
+    )
+    parser.add_argument(
+        "--unconditional",
+        type=str | None,
+        default=None,
+        help="name of the candidate that stands for no condition, such as an empty prompt",
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="write the numbers to this JSON file as well")
     return parser.read(args)
 
 

@@ -178,9 +178,8 @@ class PipelineDenoiser:
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
     @torch.inference_mode(False)  # a Trainer's: what is made in it, such as conditions, could not be differentiated by
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32.
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32; differentiable by images that ask for it.
 
         Raises:
             ValueError: if the images have other than 3 channels, or sides that the autoencoder cannot halve.
@@ -188,7 +187,8 @@ class PipelineDenoiser:
         self._check_images(images)
         device = images.device
         if self._embeddings is None:
-            self._embed(device)
+            with torch.no_grad():
+                self._embed(device)
         tell("encoding images")
         vae = self.pipeline.vae
         if self.offload:
@@ -200,7 +200,7 @@ class PipelineDenoiser:
             vae.to("cpu")
         self.network.to(device)
         if not self._shared:
-            self._shared = {n: v.to(device) for n, v in self.family.shared(self.pipeline, x0).items()}
+            self._shared = {n: v.to(device) for n, v in self.family.shared(self.pipeline, x0.detach()).items()}
         return x0
 
     def _check_images(self, images: Tensor) -> None:

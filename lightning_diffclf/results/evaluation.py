@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sample
 from lightning_diffclf.results.columns import Chunk, Columns
+from lightning_diffclf.results.conformal import RightScores, sets_of
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
@@ -138,6 +139,11 @@ class Evaluation:
         crossfitted = CrossFitted(sample)
         self.show(crossfitted)
         return crossfitted
+
+    @cached_property
+    def sets(self) -> dict[str, Any]:
+        """Numbers of the conformal sets; none where no coverage was asked for, or images are too few."""
+        return sets_of(self.outline, Stored(self.path, self.settings, RightScores.COLUMNS))
 
     @property
     def probabilities(self) -> dict[str, Scores]:

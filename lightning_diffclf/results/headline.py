@@ -216,6 +216,7 @@ def details(run: Evaluation) -> list[Line]:
             found = scores.numbers()
             note = f"NLL {found['nll']:.4f} nats, Brier score {found['brier']:.4f}"
             lines.append(Line(f"ECE, {name}", f"{found['ece']:.4f}", note))
+        lines += _trust(run)
     lines.append(Line("images", f"{summary.images:,}", f"{summary.labelled:,} with a label"))
     lines.append(Line("NFE / image", f"{numbers['nfe_per_image']:,.1f}", "network calls"))
     per_image = summary.exhaustive_nfe / summary.images
@@ -225,6 +226,26 @@ def details(run: Evaluation) -> list[Line]:
         lines += _search(numbers)
     rate = f"{numbers['images_per_second']:,.2f} images / s"
     lines.append(Line("time", f"{numbers['seconds']:,.1f} s", rate))
+    return lines
+
+
+def _trust(run: Evaluation) -> list[Line]:
+    """What margins and conformal sets are worth."""
+    selective, sets = run.sureness.selective(), run.sets
+    lines = [
+        Line("AURC", f"{selective['aurc']:.4f}", f"by margin; AUGRC {selective['augrc']:.4f}"),
+        Line("coverage at 5 % risk", percent(selective["coverage_at_5_risk"], 2), "surest answers, 5 % of them wrong"),
+        Line("risk at 80 % coverage", percent(selective["risk_at_80_coverage"], 2), "wrong among the surest 80 %"),
+    ]
+    if sets:
+        interval = between(Interval(*(sets[f"set_coverage{end}"] for end in ("", "_low", "_high"))), 2)
+        note = (
+            f"contain the right class, 95 % interval {interval}; asked for {percent(run.outline.coverage or 0)}, "
+            f"worst class {percent(sets['set_coverage_worst_class'])}"
+        )
+        sizes = f"classes; {percent(sets['sets_of_one'])} have one, {percent(sets['empty_sets'])} none"
+        lines.append(Line("conformal sets", percent(sets["set_coverage"], 2), note))
+        lines.append(Line("size of a set", f"{sets['set_size']:.2f}", sizes))
     return lines
 
 

@@ -10,11 +10,24 @@ SHARES = {
     "proposal_recall": "proposal recall",
     "coverage": "coverage",
     "answered_accuracy": "accuracy of these",
+    "coverage_at_5_risk": "coverage at 5 % risk",
+    "risk_at_80_coverage": "risk at 80 % coverage",
 }
 
-WITH_OTHERS = {"accuracy_low", "accuracy_high", "temperature", "images_per_second", "speedup"}  # in a line of theirs
+WITH_OTHERS = {
+    "accuracy_low",
+    "accuracy_high",
+    "temperature",
+    "images_per_second",
+    "speedup",
+    "set_size",
+}  # in a line of theirs
 
-DETAILS = {"nll", "brier", "ece", "calibrated_nll", "calibrated_brier"}  # of metrics.json and the report
+DETAILS = {  # of metrics.json and the report
+    *("nll", "brier", "ece", "calibrated_nll", "calibrated_brier", "aurc", "augrc"),
+    *("set_coverage_low", "set_coverage_high", "set_coverage_worst_class", "sets_of_one", "empty_sets"),
+    *("set_thresholds", "set_images"),
+}
 
 
 def shown(numbers: Mapping[str, float]) -> dict[str, str]:
@@ -39,6 +52,9 @@ def shown(numbers: Mapping[str, float]) -> dict[str, str]:
             lines[SHARES[name]] = f"{value:.2%}"
         elif name == "calibrated_ece":
             lines["calibration error"] = f"{value:.2%}, by a fitted temperature of {numbers['temperature']:.3g}"
+        elif name == "set_coverage":
+            size = f"{numbers['set_size']:.2f} classes on average"
+            lines["conformal sets"] = f"{value:.2%} contain the right class, {size}"
         elif name == "nfe_per_image":
             saved = 1 - 1 / (numbers.get("speedup") or 1)
             lines["network calls"] = f"{value:,.1f} an image" + (f", {saved:.1%} less than all" if saved > 0 else "")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_diffclf.classifier import Posterior
+from lightning_diffclf.classifier import Conformal, Posterior
 from lightning_diffclf.results.columns import Chunk, Columns, Tried
 from lightning_diffclf.results.statistics import Interval, Judged, Scores, wilson
 
@@ -35,6 +35,9 @@ class Outline:
         posterior: Turns differences into probabilities.
         abstains: Whether a margin was asked for: numbers say how many images have an answer.
         proposes: Whether candidates were proposed for each image: numbers say how often the right class is among them.
+        coverage: Share of images whose conformal set shall contain the right class; None for no sets.
+        coverage_by_class: Whether that shall hold for the images of each class.
+        conformal: Thresholds of the sets, where another run calibrated them.
     """
 
     classes: tuple[int, ...]
@@ -43,10 +46,13 @@ class Outline:
     posterior: Posterior = field(default_factory=Posterior)
     abstains: bool = False
     proposes: bool = False
+    coverage: float | None = None
+    coverage_by_class: bool = False
+    conformal: Conformal | None = None
 
     @classmethod
-    def of_classifier(cls, classifier: DiffusionClassifier) -> Outline:
-        """Of an evaluation by ``classifier``."""
+    def of_classifier(cls, classifier: DiffusionClassifier, conformal: Conformal | None = None) -> Outline:
+        """Of an evaluation by ``classifier``; ``conformal`` if its sets were calibrated on another run."""
         candidates, recipe = classifier.denoiser.candidates, classifier.recipe
         return cls(
             classes=tuple(candidates.classes),
@@ -55,6 +61,9 @@ class Outline:
             posterior=recipe.posterior,
             abstains=recipe.abstain > 0,
             proposes=recipe.proposal is not None,
+            coverage=recipe.coverage,
+            coverage_by_class=recipe.coverage_by_class,
+            conformal=conformal,
         )
 
     @classmethod
@@ -73,6 +82,9 @@ class Outline:
             posterior=Posterior(summary.get("reduction", "sum"), summary.get("temperature", 1.0)),
             abstains=summary.get("abstains", False),
             proposes=summary.get("proposes", False),
+            coverage=summary.get("coverage"),
+            coverage_by_class=summary.get("coverage_by_class", False),
+            conformal=_conformal(summary),
         )
 
     def to_info(self) -> dict[str, Any]:
@@ -86,6 +98,10 @@ class Outline:
                 "temperature": self.posterior.temperature,
                 "abstains": self.abstains,
                 "proposes": self.proposes,
+                "coverage": self.coverage,
+                "coverage_by_class": self.coverage_by_class,
+                "thresholds": None if self.conformal is None else list(self.conformal.thresholds),
+                "calibration_images": None if self.conformal is None else self.conformal.images,
             },
         }
 
@@ -97,6 +113,12 @@ class Outline:
     def name(self, c: int) -> str:
         """Name of class ``c``; of C, which stands for no answer."""
         return self.class_names[c] if c < self.num_classes else NO_ANSWER
+
+
+def _conformal(summary: dict[str, Any]) -> Conformal | None:
+    if summary.get("thresholds") is None:
+        return None
+    return Conformal(summary["coverage"], tuple(map(float, summary["thresholds"])), summary["calibration_images"])
 
 
 class Summary:

@@ -85,8 +85,10 @@ def made_up_outline(classes: int, draws: int = 20, **settings) -> Outline:
     return Outline(tuple(range(classes)), names, timesteps, **settings)
 
 
-def made_up_run(folder: Path, rows, classes: int, draws: int = 20, proposes: bool = False, **identity) -> Path:
-    outline = made_up_outline(classes, draws, proposes=proposes)
+def made_up_run(
+    folder: Path, rows, classes: int, draws: int = 20, proposes: bool = False, coverage: float | None = None, **identity
+) -> Path:
+    outline = made_up_outline(classes, draws, proposes=proposes, coverage=coverage)
     info = outline.to_info() | {
         "candidate_names": list(outline.class_names),
         "log_snr_S": list(range(draws)),
