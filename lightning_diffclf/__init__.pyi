@@ -4,6 +4,7 @@ from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.callbacks.ema import EMA as EMA
 from lightning_diffclf.candidates import Candidates as Candidates
 from lightning_diffclf.classifier.classification import Classification as Classification
+from lightning_diffclf.classifier.discriminative import DiscriminativeClassifier as DiscriminativeClassifier
 from lightning_diffclf.classifier.draws import Draws as Draws
 from lightning_diffclf.classifier.elimination import Elimination as Elimination
 from lightning_diffclf.classifier.elimination import Exhaustive as Exhaustive
@@ -17,6 +18,7 @@ from lightning_diffclf.classifier.sequential import LikelihoodRatio as Likelihoo
 from lightning_diffclf.classifier.sequential import PairedTest as PairedTest
 from lightning_diffclf.denoiser import ConditionalDenoiser as ConditionalDenoiser
 from lightning_diffclf.denoiser import SearchableDenoiser as SearchableDenoiser
+from lightning_diffclf.discriminative import Discriminative as Discriminative
 from lightning_diffclf.models.dit import DiT as DiT
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT as ClassConditionalDiT
 from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion as ZeroShotStableDiffusion

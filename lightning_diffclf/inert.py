@@ -20,6 +20,7 @@ CLASSES: Mapping[str, frozenset[str]] = {
         {
             "lightning_diffclf.ClassConditionalDiT",
             "lightning_diffclf.ZeroShotStableDiffusion",
+            "lightning_diffclf.baselines.clip.ZeroShotCLIP",
             "lightning_diffclf.modules.class_conditional_dit.ClassConditionalDiT",
             "lightning_diffclf.modules.zero_shot_sd.ZeroShotStableDiffusion",
         }

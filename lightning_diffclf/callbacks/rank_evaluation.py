@@ -15,7 +15,8 @@ from lightning_diffclf.callbacks.plan import Planner
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.run_writer import Picture, RunWriter
 from lightning_diffclf.callbacks.sharding import in_part, is_last_batch
-from lightning_diffclf.classifier import Classification, DiffusionClassifier
+from lightning_diffclf.classifier import Classification
+from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.columns import one_thread
@@ -51,7 +52,7 @@ class RankEvaluation:
     def __init__(
         self,
         trainer: L.Trainer,
-        classifier: DiffusionClassifier,
+        classifier: Classifier,
         metrics: ClassifierMetrics,
         images: int | None,
         part: tuple[int, int] | None,
@@ -144,7 +145,7 @@ class RankEvaluation:
             for keyed in decisions:
                 seconds, (image_id, label, picture) = time.perf_counter() - start, self._waiting.popleft()
                 result = replace(keyed, image_id=image_id)
-                classes = c.denoiser.candidates.classes
+                classes = c.candidates.classes
                 record = Record.of(
                     result, classes, c.terms.weights_S, label, c.recipe.ensemble, seconds=seconds, rank=rank
                 )
@@ -163,7 +164,7 @@ class RankEvaluation:
             self._metrics.update(records)
 
     def _check_labels(self, labels: list[int | None], ids: list[int | str]) -> None:
-        classes, chosen = self._classifier.denoiser.candidates.classes, self._classifier.recipe.candidates
+        classes, chosen = self._classifier.candidates.classes, self._classifier.recipe.candidates
         allowed = set(classes if chosen is None else [classes[c] for c in chosen])
         for label, image_id in zip(labels, ids, strict=True):
             if label is None:

@@ -36,7 +36,7 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
     Raises:
         ValueError: if something that matters has no identity.
     """
-    c, denoiser = callback.classifier, callback.classifier.denoiser
+    c = callback.classifier
     identity = {
         "recipe": identity_of(_resolved(callback)),
         "module": module_identity(pl_module),
@@ -57,16 +57,19 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "ranks": trainer.world_size,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
-        "candidate_names": list(denoiser.candidates.names),
-        "log_snr_S": c.terms.log_snr_S.tolist(),
+        "candidate_names": list(c.candidates.names),
         **Outline.of_classifier(c).to_info(),
     }
+    if not c.terms.logits:
+        info["log_snr_S"] = c.terms.log_snr_S.tolist()
     return Settings(trainer.strategy.broadcast(identity), info)
 
 
 def _resolved(callback: Any) -> Recipe:
     """The recipe with what is used where it leaves things open: so that a default is what it stands for."""
     c = callback.classifier
+    if c.terms.logits:  # nothing is left open
+        return c.recipe
     fixed = c.draws.timesteps is not None or c.draws.noise is not None
     draws = c.draws if fixed else c.draws.count
     return replace(c.recipe, draws=draws, seed=c.draws.seed, elimination=c.rule)

@@ -2,6 +2,7 @@
 
 from lightning_diffclf.classifier.cascade import Cascade as Cascade
 from lightning_diffclf.classifier.classification import Classification as Classification
+from lightning_diffclf.classifier.discriminative import DiscriminativeClassifier as DiscriminativeClassifier
 from lightning_diffclf.classifier.draws import Draws as Draws
 from lightning_diffclf.classifier.elimination import Elimination as Elimination
 from lightning_diffclf.classifier.elimination import Exhaustive as Exhaustive

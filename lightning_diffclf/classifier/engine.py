@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.classifier.checks import check_images, check_output, resolve_candidates
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.contest import Contest, Terms, judge
@@ -106,6 +107,11 @@ class DiffusionClassifier(FromCheckpoint):
         self.in_flight = in_flight or microbatch
         self.keep_errors, self.keep_distances = keep_errors, keep_distances
         self._compiled = CompiledPredict(denoiser, microbatch) if compile else None
+
+    @property
+    def candidates(self) -> Candidates:
+        """What the denoiser can be asked about."""
+        return self.denoiser.candidates
 
     @property
     def rule(self) -> Elimination:

@@ -38,7 +38,8 @@ def of_summary(summary: Summary) -> dict[str, Chart]:
             subtitle += f", the {len(counts):,} commonest pairs"
         charts["confusion"] = confusion(counts, names, summary.outline.num_classes, subtitle)
     timesteps = tables.timesteps(summary)
-    if len(timesteps):  # with elimination, all candidates are seen at few timesteps only
+    # With elimination, all candidates are seen at few timesteps only.
+    if len(timesteps) and not summary.outline.one_call:
         charts["timesteps"] = by_timestep(timesteps, summary.accuracy.value, summary.chance)
     return charts
 

@@ -64,13 +64,15 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
 
 def make_figures(run: Evaluation) -> dict[str, charts.Chart]:
     """The charts that this run allows, by name."""
-    figures = charts.of_summary(run.summary)
+    figures, takes_draws = charts.of_summary(run.summary), not run.outline.one_call
     if run.summary.labelled:
         calibrated = None if run.crossfitted is None else run.crossfitted.judged
         figures["reliability"] = charts.reliability(tables.reliability(run.probabilities))
         figures["coverage"] = charts.selective(tables.selective(run.sureness, calibrated))
-        figures["cost"] = charts.by_cost(tables.costs(run.costs))
-    figures["survivors"] = charts.survivors(tables.survivors(run.survivors))
+        if takes_draws:
+            figures["cost"] = charts.by_cost(tables.costs(run.costs))
+    if takes_draws:
+        figures["survivors"] = charts.survivors(tables.survivors(run.survivors))
     return figures
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_diffclf.classifier import DiffusionClassifier, Posterior
+from lightning_diffclf.classifier import Posterior
+from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.results.columns import Chunk, Columns, Tried
 from lightning_diffclf.results.statistics import Interval, Judged, Scores, wilson
 
@@ -33,6 +34,7 @@ class Outline:
         posterior: Turns differences into probabilities.
         abstains: Whether a margin was asked for: numbers say how many images have an answer.
         proposes: Whether candidates were proposed for each image: numbers say how often the right class is among them.
+        one_call: Whether one call of a network without noise decided each image, so that no draw is worth showing.
     """
 
     classes: tuple[int, ...]
@@ -41,11 +43,12 @@ class Outline:
     posterior: Posterior = field(default_factory=Posterior)
     abstains: bool = False
     proposes: bool = False
+    one_call: bool = False
 
     @classmethod
-    def of_classifier(cls, classifier: DiffusionClassifier) -> Outline:
+    def of_classifier(cls, classifier: Classifier) -> Outline:
         """Of an evaluation by ``classifier``."""
-        candidates, recipe = classifier.denoiser.candidates, classifier.recipe
+        candidates, recipe = classifier.candidates, classifier.recipe
         return cls(
             classes=tuple(candidates.classes),
             class_names=tuple(candidates.class_names),
@@ -53,6 +56,7 @@ class Outline:
             posterior=recipe.posterior,
             abstains=recipe.abstain > 0,
             proposes=recipe.proposal is not None,
+            one_call=classifier.terms.logits,
         )
 
     @classmethod
@@ -71,6 +75,7 @@ class Outline:
             posterior=Posterior(summary.get("reduction", "sum"), summary.get("temperature", 1.0)),
             abstains=summary.get("abstains", False),
             proposes=summary.get("proposes", False),
+            one_call=summary.get("one_call", False),
         )
 
     def to_info(self) -> dict[str, Any]:
@@ -84,6 +89,7 @@ class Outline:
                 "temperature": self.posterior.temperature,
                 "abstains": self.abstains,
                 "proposes": self.proposes,
+                "one_call": self.one_call,
             },
         }
 

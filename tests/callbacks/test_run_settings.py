@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+import lightning_diffclf.baselines
 import lightning_diffclf.data
 import lightning_diffclf.modules
 from lightning_diffclf import (
@@ -34,6 +35,7 @@ from lightning_diffclf import (
     PairedTest,
     ZeroShotStableDiffusion,
 )
+from lightning_diffclf.baselines.clip import ZeroShotCLIP
 from lightning_diffclf.callbacks.run_settings import data_identity, module_identity
 from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.commands import run
@@ -45,6 +47,7 @@ from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models.pipeline import load
+from tests.baselines.tiny_clip import write_clip
 from tests.gaussians import Gaussians, Samples
 from tests.photos import autoencoder, photos
 
@@ -144,6 +147,13 @@ def table(files: Path) -> dict[type, Changes]:
         "attention": "native",
         "drop_t5": True,
     }
+    clip = {
+        "pretrained": write_clip(files / "other_clip", seed=1),
+        "prompts": "a {}",
+        "class_names": ["a", "c"],
+        "revision": "v1",
+        "dtype": "bfloat16",
+    }
     recipe = {
         "draws": 3,
         "seed": 1,
@@ -167,6 +177,7 @@ def table(files: Path) -> dict[type, Changes]:
         WinogroundDataModule: Changes({}, {"source": str(files / "groups"), "size": 8}),
         ClassConditionalDiT: Changes(TINY | {"learn_sigma": False}, dit),
         ZeroShotStableDiffusion: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd),
+        ZeroShotCLIP: Changes({"pretrained": write_clip(files / "clip"), "class_names": ["a", "b"]}, clip),
         Recipe: Changes({}, recipe),
     }
 
@@ -174,7 +185,7 @@ def table(files: Path) -> dict[type, Changes]:
 def parts_of_runs() -> list[type]:
     """All data modules and modules of ours, and the recipe."""
     found: dict[str, type] = {"Recipe": Recipe}
-    for package in (lightning_diffclf.data, lightning_diffclf.modules):
+    for package in (lightning_diffclf.data, lightning_diffclf.modules, lightning_diffclf.baselines):
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             for name, one in inspect.getmembers(importlib.import_module(info.name), inspect.isclass):
                 ours = one.__module__ == info.name and not name.startswith("_")
