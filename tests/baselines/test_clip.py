@@ -1,22 +1,20 @@
 """CLIP as transformers itself runs it, through our data, store and report."""
 
-import json
 import shutil
 from pathlib import Path
 
-import lightning as L
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel, pipeline
 
-from lightning_diffclf import DiffusionClassifierCallback, LikelihoodRatio
+from lightning_diffclf import LikelihoodRatio
 from lightning_diffclf.baselines.clip import ZeroShotCLIP
 from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.results.report import write_report
+from tests.baselines.evaluation import evaluate
 from tests.baselines.tiny_clip import write_clip
 
 CLASSES = ("cat", "dog", "owl")
@@ -38,21 +36,6 @@ def root(tmp_path_factory) -> Path:
             pixels = (ramp * rng.uniform(0, 255, 3) * np.ones((20, 24, 1))).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
-
-
-def evaluate(out: Path, module: L.LightningModule, data: L.LightningDataModule, limit=1.0, **settings):
-    callback = DiffusionClassifierCallback(output_dir=str(out), **settings)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        limit_test_batches=limit,
-        callbacks=[callback],
-    )
-    trainer.test(module, data, verbose=False)
-    table = pq.read_table(out / "predictions.parquet")
-    return table.to_pydict(), json.loads((out / "metrics.json").read_text())
 
 
 def test_it_is_transformers_own_zero_shot_pipeline(clip, root, tmp_path):
