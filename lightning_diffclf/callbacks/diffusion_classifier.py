@@ -23,6 +23,7 @@ from lightning_diffclf.classifier import (
     Recipe,
 )
 from lightning_diffclf.classifier.discriminative import Classifier
+from lightning_diffclf.data.corruptions import Corruption
 from lightning_diffclf.data.protocols import HasScore, NeedsEveryDraw
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.discriminative import Discriminative
@@ -63,6 +64,8 @@ class DiffusionClassifierCallback(L.Callback):
         next_free: In place of that error, use the next free of ``…-2``, ``…-3``.
         part: ``i/n``: outside ``fit``, classify only the i-th of n parts of the images, 1 … n, in a folder of its own.
             Parts are about equal and depend on ids only; ``diffclf merge`` joins them.
+        corruption: ``KIND/SEVERITY``: outside ``fit``, make the images worse first
+            (:class:`~lightning_diffclf.data.corruptions.Corruption`), whatever the data are: ``gaussian_noise/3``.
         flush_every: Images after which decisions are written to the disk, at most; also after a minute. What a kill
             may cost.
         error_maps: Of so many wrongly decided images, also find out where in the image the class decided for fits
@@ -101,6 +104,7 @@ class DiffusionClassifierCallback(L.Callback):
         output_dir: str | None = None,
         next_free: bool = False,
         part: str | None = None,
+        corruption: str | None = None,
         flush_every: int = 100,
         error_maps: int = 24,
         keep_errors: bool = False,
@@ -117,6 +121,7 @@ class DiffusionClassifierCallback(L.Callback):
         self.microbatch, self.compile, self.plan, self.name = microbatch, compile, plan, name
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.part, self._part = part, None if part is None else parse_part(part)
+        self.corruption = None if corruption is None else Corruption.parse(corruption)
         if output_dir is not None and (not output_dir.strip() or "\0" in output_dir):
             raise UserError(f"output_dir: {output_dir!r}, expected the name of a folder, or null")
         self.output_dir, self.next_free, self.flush_every = output_dir, next_free, flush_every
@@ -205,7 +210,14 @@ class DiffusionClassifierCallback(L.Callback):
         if self.fitting is not None and isinstance(self.classifier, DiffusionClassifier):
             self.fitting.prepare(trainer, self.classifier.denoiser, self._writer, briefly=self._planner is not None)
         self._evaluation = RankEvaluation(
-            trainer, self.classifier, self._metrics, images, part, self._planner, self._writer
+            trainer,
+            self.classifier,
+            self._metrics,
+            images,
+            part,
+            self._planner,
+            self._writer,
+            None if fits else self.corruption,
         )
         self.results = self._evaluation.results
 

@@ -18,6 +18,7 @@ from lightning_diffclf.callbacks.sharding import in_part, is_last_batch
 from lightning_diffclf.classifier import Classification
 from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.corruptions import Corruption
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.columns import one_thread
 from lightning_diffclf.results.metrics import ClassifierMetrics
@@ -43,6 +44,7 @@ class RankEvaluation:
         part: Of these, only those of the i-th of n parts, as (i, n).
         planner: Measures in place of classifying.
         writer: Writes decisions; what was decided before is counted and left out.
+        corruption: Makes images worse before they are classified.
 
     Attributes:
         labelled: Whether images have labels.
@@ -58,9 +60,11 @@ class RankEvaluation:
         part: tuple[int, int] | None,
         planner: Planner | None,
         writer: RunWriter | None,
+        corruption: Corruption | None = None,
     ) -> None:
         self._trainer, self._classifier, self._metrics = trainer, classifier, metrics
         self._remaining, self._part, self._planner, self._writer = images, part, planner, writer
+        self._corruption = corruption
         self.labelled = trainer.state.fn != "predict"
         self.results: list[Classification] = []
         self._run, self._waiting = classifier.run(), deque[_Waiting]()
@@ -92,6 +96,8 @@ class RankEvaluation:
         images, labels, ids, lists, keys = unpack(batch)
         count = len(images) if self._remaining is None else min(len(images), self._remaining)
         ids = list(content_ids(images[:count]) if ids is None else ids)[:count]
+        if self._corruption is not None and count:
+            images = self._corruption(images[:count], ids)
         known: list[Any] = [None] * count if labels is None else labels[:count].tolist()
         if self.labelled:
             self._check_labels(known, ids)

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchmetrics import Metric
 
 from lightning_diffclf.classifier import Recipe
+from lightning_diffclf.discriminative import Discriminative
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import digest_of_tensor, identity_of, says
 from lightning_diffclf.results.settings import Settings
@@ -45,6 +46,8 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "keep_errors": callback.keep_errors,
         "keep_distances": callback.keep_distances,
     }
+    if callback.corruption is not None:
+        identity["corruption"] = identity_of(callback.corruption)
     if callback.fitting is not None:
         identity["fitted_to"] = callback.fitting.identity()
     cuda = trainer.strategy.root_device.type == "cuda"
@@ -100,9 +103,10 @@ def module_identity(module: L.LightningModule) -> dict[str, Any]:
         "arguments": _without(module, module.hparams),
         "parts": {name: part for name, part in module.named_children() if not _measures(part)},
         "weights": {name: digest_of_tensor(tensors[name]) for name in sorted(tensors)},
-        "schedule": module.schedule,
         "candidates": module.candidates,
     }
+    if not isinstance(module, Discriminative):
+        parts["schedule"] = module.schedule
     return {name: identity_of(part) for name, part in parts.items()}
 
 

@@ -45,9 +45,13 @@ GROUPS: dict[str, dict[str, Command]] = {
         "report": Command("one HTML file that shows an evaluation, and its figures", "commands.results"),
         "compare": Command("two evaluations image by image: agreement, McNemar's test, cost", "commands.results"),
         "merge": Command("join evaluations of parts of a data set", "commands.results"),
+        "robustness": Command("runs on shifted data against a line through ordinary classifiers", "commands.results"),
         "replay": Command(
             "what other rules, weights and budgets would have decided, without the network", "commands.results"
         ),
+    },
+    "Tables of the paper": {
+        "reproduce": Command("a table of the paper, its values beside ours: reproduce digits", "commands.reproduce"),
     },
     "Photos and samples": {
         "classify": Command("photos and labels in, probabilities out", "commands.classify"),

@@ -271,6 +271,43 @@ def compare(args: Sequence[str]) -> Namespace:
     return parser.read(args)
 
 
+def robustness(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf robustness``."""
+    parser = Parser(
+        prog="diffclf robustness",
+        description="Effective robustness: how much better runs are on shifted data than a line through the accuracies "
+        "of ordinary classifiers lets expect. Files of such accuracies: results/ in timm's repository, for ImageNet-A "
+        "results-imagenet-a-clean.csv and results-imagenet-a.csv.",
+    )
+    parser.add_argument("--ordinary", type=str, required=True, help="CSV with the columns model and top1 (percent)")
+    parser.add_argument("--shifted", type=str, required=True, help="the same of the shifted data")
+    parser.add_argument(
+        "--run",
+        type=list[str],
+        default=[],
+        help="ORDINARY,SHIFTED: folders of an evaluation on each; as a list of several: '[A,B,C,D]' is two pairs",
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="folder for robustness.json, .png and .svg")
+    return parser.read(args)
+
+
+def reproduce(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf reproduce``: its own, and ``flags``, which are those of ``evaluate``."""
+    own = argparse.ArgumentParser(
+        prog="diffclf reproduce",
+        description="A table of the paper: its values beside ours, with intervals, network calls and time. Runs the "
+        "cells that this machine has data and weights for, goes on where it was stopped, and says what is missing. Of "
+        "`digits`, everything is here.",
+        epilog="All other flags are those of `diffclf evaluate`, such as --trainer.accelerator cpu.",
+        allow_abbrev=False,
+    )
+    own.add_argument("table", help="table1, table3, table4 or digits")
+    own.add_argument("--out", default="runs/reproduce", help="folder for the runs and the table")
+    own.add_argument("--dry-run", action="store_true", help="run nothing: show what is there and what is missing")
+    known, flags = own.parse_known_args(list(args))
+    return Namespace(**vars(known), flags=flags)
+
+
 def report(args: Sequence[str]) -> Namespace:
     """Of ``diffclf report``."""
     parser = Parser(
