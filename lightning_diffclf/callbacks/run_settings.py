@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchmetrics import Metric
 
+from lightning_diffclf.discriminative import Discriminative
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import digest_of_tensor, identity_of, says
 from lightning_diffclf.results.settings import Settings
@@ -34,15 +35,17 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
     Raises:
         ValueError: if something that matters has no identity.
     """
-    c, denoiser = callback.classifier, callback.classifier.denoiser
+    c = callback.classifier
     identity = {
-        "recipe": identity_of(c.recipe.resolved(c.draws, c.rule)),
+        "recipe": identity_of(c.recipe if c.terms.logits else c.recipe.resolved(c.draws, c.rule)),
         "module": module_identity(pl_module),
         "data": data_identity(data_module(trainer), loader),
         "precision": str(trainer.precision),
         "keep_errors": callback.keep_errors,
         "keep_distances": callback.keep_distances,
     }
+    if callback.corruption is not None:
+        identity["corruption"] = identity_of(callback.corruption)
     if callback.fitting is not None:
         identity["fitted_to"] = callback.fitting.identity()
     cuda = trainer.strategy.root_device.type == "cuda"
@@ -57,10 +60,11 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "ranks": trainer.world_size,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
-        "candidate_names": list(denoiser.candidates.names),
-        "log_snr_S": c.terms.log_snr_S.tolist(),
+        "candidate_names": list(c.candidates.names),
         **callback.outline.to_info(),
     }
+    if not c.terms.logits:
+        info["log_snr_S"] = c.terms.log_snr_S.tolist()
     return Settings(trainer.strategy.broadcast(identity), info)
 
 
@@ -89,9 +93,10 @@ def module_identity(module: L.LightningModule) -> dict[str, Any]:
         "arguments": _without(module, module.hparams),
         "parts": {name: part for name, part in module.named_children() if not _measures(part)},
         "weights": {name: digest_of_tensor(tensors[name]) for name in sorted(tensors)},
-        "schedule": module.schedule,
         "candidates": module.candidates,
     }
+    if not isinstance(module, Discriminative):
+        parts["schedule"] = module.schedule
     return {name: identity_of(part) for name, part in parts.items()}
 
 

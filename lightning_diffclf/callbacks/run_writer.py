@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_diffclf.callbacks.first_rank import on_first_rank
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
+from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.files import FolderLock, write_json
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.calibration import Sample, calibrate
@@ -70,7 +71,7 @@ class RunWriter:
         trainer: L.Trainer,
         folder: Path,
         settings: Settings,
-        classifier: DiffusionClassifier,
+        classifier: Classifier,
         *,
         next_free: bool,
         flush_every: int,
@@ -83,11 +84,13 @@ class RunWriter:
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
         try:
             self.folder = self._claim(trainer, folder, settings, next_free)
-            errors = ErrorsInfo.of(classifier) if keep_errors else None
+            errors = ErrorsInfo.of(classifier) if keep_errors and isinstance(classifier, DiffusionClassifier) else None
             self._store = Store(self.folder, settings, self._rank, flush_every, errors, keep_distances)
             self.finished = self._store.finished
             self._mine, made = self._found_before()
             self._maps = -(-error_maps // self._ranks) - made  # that this rank may still make
+            if classifier.terms.logits:
+                self._maps = 0  # there is no noise to look at
         except BaseException:
             self.close()
             raise
@@ -147,9 +150,9 @@ class RunWriter:
 
     def _error_map(self, result: Classification, key: int | str, label: int | None, image: Tensor) -> Any:
         """How much larger the error of the right class is than that of the chosen one, at each position (h, w)."""
-        if result.candidate is None:
+        if result.candidate is None or not isinstance(self._classifier, DiffusionClassifier):
             return None
-        classes = self._classifier.denoiser.candidates.classes
+        classes = self._classifier.candidates.classes
         tried = [k for k in result.candidates_K.tolist() if classes[k] == label]
         difference_of = dict(zip(result.candidates_K.tolist(), result.differences_K.tolist(), strict=True))
         right = min(tried, key=difference_of.__getitem__) if tried else classes.index(label)
@@ -207,7 +210,8 @@ class RunWriter:
     def print(self) -> None:
         """Show what :meth:`finish` found as a table."""
         classifier = self._classifier
-        title = f"diffusion classifier, {classifier.recipe.loss}, {classifier.rule}"
+        kind = "discriminative" if classifier.terms.logits else "diffusion"
+        title = f"{kind} classifier, {classifier.terms.loss}, {classifier.rule}"
         table = Table(title=escape(title), show_header=False)
         for name, text in shown(self._numbers).items():
             table.add_row(name, text)

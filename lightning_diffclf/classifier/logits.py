@@ -17,7 +17,7 @@ from lightning_diffclf.denoiser import evaluating
 from lightning_diffclf.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning_diffclf.classifier.engine import DiffusionClassifier
+    from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
 
 SHARED_ID = "every image"  # whose noise all images see
 

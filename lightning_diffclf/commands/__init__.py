@@ -49,9 +49,15 @@ GROUPS: dict[str, dict[str, Command]] = {
         "compare": Command("two evaluations image by image: agreement, McNemar's test, cost", "commands.results"),
         "ood": Command("how well a run's numbers tell foreign images: AUROC, FPR95, AUPR", "commands.ood"),
         "merge": Command("join evaluations of parts of a data set", "commands.results"),
+        "robustness": Command(
+            "runs on shifted data against a line through ordinary classifiers", "commands.robustness"
+        ),
         "replay": Command(
             "what other rules, weights and budgets would have decided, without the network", "commands.replay"
         ),
+    },
+    "Tables of the paper": {
+        "reproduce": Command("a table of the paper, its values beside ours: reproduce digits", "commands.reproduce"),
     },
     "Photos and samples": {
         "app": Command("a local page: drop a picture, and watch labels fall draw by draw", "commands.app"),

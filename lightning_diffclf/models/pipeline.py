@@ -385,7 +385,11 @@ def check_lengths(pipeline: Any, encoders: Sequence[str], prompts: list[str]) ->
     limits = [(t.model_max_length, name, t) for name, t in tokenizers if t is not None]
     if not limits:
         return
-    limit, name, tokenizer = max(limits, key=lambda one: one[0])  # SD3 and FLUX: T5 reads on where CLIP stops
+    check_length(*max(limits, key=lambda one: one[0]), prompts)  # SD3 and FLUX: T5 reads on where CLIP stops
+
+
+def check_length(limit: int, name: str, tokenizer: Any, prompts: list[str]) -> None:
+    """Raise ValueError if a prompt is longer than the ``limit`` of a tokenizer of this name."""
     for prompt in prompts:
         ids = tokenizer(prompt).input_ids
         if len(ids) > limit:

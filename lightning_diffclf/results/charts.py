@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 import vl_convert
+from scipy.special import logit
 
 from lightning_diffclf.files import write_bytes, write_text
 from lightning_diffclf.results import tables
@@ -98,7 +100,7 @@ def of_summary(summary: Summary) -> dict[str, Chart]:
     timesteps = tables.timesteps(summary)
     # With elimination, all candidates are seen at few timesteps only, and at most of these by hard images only.
     timesteps = timesteps[2 * timesteps["images"] >= summary.labelled]
-    if len(timesteps) >= FEWEST_POINTS:
+    if len(timesteps) >= FEWEST_POINTS and not summary.outline.one_call:
         charts["timesteps"] = by_timestep(timesteps, summary.accuracy.value, summary.chance)
     return charts
 
@@ -326,3 +328,34 @@ def disagreement(counts: pd.DataFrame) -> Chart:
         .encode(x=alt.X("images:Q"), y=alt.Y("what:N", title=None, sort=None), tooltip=["what:N", "images:Q"])
     )
     return chart.properties(width=WIDTH, height=120, title="Images decided rightly")
+
+
+def robustness(models: pd.DataFrame, line: pd.DataFrame, runs: pd.DataFrame) -> Chart:
+    """Accuracy on shifted against ordinary data, on logit axes: models, the line through them, runs with intervals.
+
+    Args:
+        models: ``model``, ``ordinary``, ``shifted``, in 0 … 1.
+        line: Points of the line, ``ordinary`` and ``shifted``.
+        runs: As :class:`~lightning_diffclf.results.robustness.Robustness` has them.
+    """
+
+    def on_logits(frame: pd.DataFrame) -> pd.DataFrame:
+        shares = frame.select_dtypes("number")
+        return frame.assign(**{f"{n}_logit": logit(shares[n].clip(1e-4, 1 - 1e-4)) for n in shares if n != "effective"})
+
+    label = "format(1 / (1 + exp(-datum.value)), '~%')"
+    ticks = logit(np.array([0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99])).tolist()
+    axis = alt.Axis(values=ticks, labelExpr=label)
+    x = alt.X("ordinary_logit:Q", title="accuracy, ordinary data", axis=axis, scale=alt.Scale(zero=False))
+    y = alt.Y("shifted_logit:Q", title="accuracy, shifted data", axis=axis, scale=alt.Scale(zero=False))
+    percent = [alt.Tooltip(f"{name}:Q", format=".1%") for name in ("ordinary", "shifted")]
+    points = alt.Chart(on_logits(models)).mark_circle(opacity=0.5).encode(x=x, y=y, tooltip=["model:N", *percent])
+    fitted = alt.Chart(on_logits(line)).mark_line(strokeDash=[4, 4]).encode(x=x, y=y)
+    ours = alt.Chart(on_logits(runs))
+    stars = ours.mark_point(size=120, filled=True).encode(x=x, y=y, color="run:N", tooltip=["run:N", *percent])
+    upright = ours.mark_rule().encode(x=x, y="shifted_low_logit:Q", y2="shifted_high_logit:Q", color="run:N")
+    across = ours.mark_rule().encode(y=y, x="ordinary_low_logit:Q", x2="ordinary_high_logit:Q", color="run:N")
+    layers = [points, fitted] if runs.empty else [points, fitted, upright, across, stars]
+    return _finished(
+        alt.layer(*layers), "Effective robustness", "accuracy on shifted data beside that on ordinary data"
+    )

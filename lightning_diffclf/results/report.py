@@ -62,7 +62,7 @@ def make_figures(run: Evaluation) -> dict[str, charts.Chart]:
             figures["reliability"] = charts.reliability(sure)
         if surest["accuracy"].nunique() > 1:
             figures["coverage"] = charts.selective(surest)
-        if len(cost) >= charts.FEWEST_POINTS:
+        if len(cost) >= charts.FEWEST_POINTS and not run.outline.one_call:
             figures["cost"] = charts.by_cost(cost)
     survivors = tables.survivors(run.survivors)
     if survivors["candidates"].nunique() > 1:  # none is dropped by Exhaustive

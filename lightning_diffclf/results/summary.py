@@ -17,7 +17,7 @@ from lightning_diffclf.results.columns import Chunk, Columns, Tried
 from lightning_diffclf.results.statistics import Interval, Judged, Scores, wilson
 
 if TYPE_CHECKING:
-    from lightning_diffclf.classifier import DiffusionClassifier
+    from lightning_diffclf.classifier.discriminative import Classifier
 
 MOST_RANKS = 2**14  # processes of a run
 
@@ -38,6 +38,7 @@ class Outline:
         coverage: Share of images whose conformal set shall contain the right class; None for no sets.
         coverage_by_class: Whether that shall hold for the images of each class.
         conformal: Thresholds of the sets, where another run calibrated them.
+        one_call: Whether one call of a network without noise decided each image, so that no draw is worth showing.
     """
 
     classes: tuple[int, ...]
@@ -49,11 +50,12 @@ class Outline:
     coverage: float | None = None
     coverage_by_class: bool = False
     conformal: Conformal | None = None
+    one_call: bool = False
 
     @classmethod
-    def of_classifier(cls, classifier: DiffusionClassifier, conformal: Conformal | None = None) -> Outline:
+    def of_classifier(cls, classifier: Classifier, conformal: Conformal | None = None) -> Outline:
         """Of an evaluation by ``classifier``; ``conformal`` if its sets were calibrated on another run."""
-        candidates, recipe = classifier.denoiser.candidates, classifier.recipe
+        candidates, recipe = classifier.candidates, classifier.recipe
         return cls(
             classes=tuple(candidates.classes),
             class_names=tuple(candidates.class_names),
@@ -64,6 +66,7 @@ class Outline:
             coverage=recipe.coverage,
             coverage_by_class=recipe.coverage_by_class,
             conformal=conformal,
+            one_call=classifier.terms.logits,
         )
 
     @classmethod
@@ -85,6 +88,7 @@ class Outline:
             coverage=summary.get("coverage"),
             coverage_by_class=summary.get("coverage_by_class", False),
             conformal=_conformal(summary),
+            one_call=summary.get("one_call", False),
         )
 
     def to_info(self) -> dict[str, Any]:
@@ -102,6 +106,7 @@ class Outline:
                 "coverage_by_class": self.coverage_by_class,
                 "thresholds": None if self.conformal is None else list(self.conformal.thresholds),
                 "calibration_images": None if self.conformal is None else self.conformal.images,
+                "one_call": self.one_call,
             },
         }
 
