@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 PYTHONS ?= 3.10 3.11 3.12 3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-versions wheel lint format constraints clean
+.PHONY: help env demo test test-versions wheel docs gpu lint format constraints clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,12 @@ wheel: env ## Build the wheel into dist/, and try it in an environment of its ow
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	scripts/try_wheel.sh $(BIN)/python dist/*.whl
+
+docs: env ## Build the documentation's site into build/docs/site
+	$(BIN)/python scripts/make_docs.py
+
+gpu: ## Measure one GPU in eight minutes, with the Python that is there (make gpu PYTHON=python3); installs nothing
+	$(PYTHON) benchmarks/bench_gpu.py
 
 lint: env ## Check style, spelling and types
 	$(BIN)/ruff check .

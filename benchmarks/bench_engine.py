@@ -17,6 +17,7 @@ import tracemalloc
 from datetime import date
 
 import torch
+from measuring import randomised, synchronize
 
 from lightning_diffclf import (
     Candidates,
@@ -34,7 +35,6 @@ from lightning_diffclf import (
 
 def network(num_classes: int, device: str, hidden_size: int = 64, depth: int = 4) -> ClassConditionalDiT:
     """The demo's DiT, with random weights (zero weights would compute faster than trained ones)."""
-    torch.manual_seed(0)
     module = ClassConditionalDiT(
         input_size=8,
         in_channels=1,
@@ -45,14 +45,7 @@ def network(num_classes: int, device: str, hidden_size: int = 64, depth: int = 4
         latents=False,
         learn_sigma=False,
     )
-    for p in module.parameters():
-        torch.nn.init.normal_(p, std=0.05)
-    return module.eval().to(device)
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return randomised(module, std=0.05).eval().to(device)
 
 
 def record(module: ClassConditionalDiT, classify) -> list[tuple[torch.Tensor, ...]]:
@@ -74,15 +67,16 @@ def bare_seconds(module: ClassConditionalDiT, calls: list[tuple[torch.Tensor, ..
     return time.perf_counter() - start
 
 
-def overhead(rule, draws: int, microbatch: int, images: int, device: str, repetitions: int) -> dict[str, float]:
-    module = network(10, device)
-    pixels = torch.rand(images, 1, 8, 8, device=device) * 2 - 1
+def overhead(
+    module: ClassConditionalDiT, images: torch.Tensor, rule, draws: int, microbatch: int, repetitions: int
+) -> dict[str, float]:
     classifier = DiffusionClassifier(module, Draws(draws), elimination=rule, microbatch=microbatch)
-    calls = record(module, lambda: list(classifier(pixels)))
+    device = images.device.type
+    calls = record(module, lambda: list(classifier(images)))
     engine, bare = [], []
     for _ in range(repetitions):
         start = time.perf_counter()
-        rows = sum(result.nfe for result in classifier(pixels))
+        rows = sum(result.nfe for result in classifier(images))
         engine.append(time.perf_counter() - start)
         bare.append(bare_seconds(module, calls, device))
     ratios = [e / b for e, b in zip(engine, bare, strict=True)]
@@ -182,8 +176,9 @@ def main() -> None:
         (Stages((10, 100), (5, 1)), 100, 256),
         (Stages((2, 4, 8, 16), (8, 4, 2, 1)), 16, 256),
     ):
-        settings = rule, draws, microbatch, args.images, args.device, args.repetitions
-        r, own = overhead(*settings), own_milliseconds(*settings)
+        pixels = torch.rand(args.images, 1, 8, 8, device=args.device) * 2 - 1
+        r = overhead(network(10, args.device), pixels, rule, draws, microbatch, args.repetitions)
+        own = own_milliseconds(rule, draws, microbatch, args.images, args.device, args.repetitions)
         numbers = f"{r['rows']} | {r['seconds']:.2f} | {r['ratio']:.3f} | {r['best']:.3f} | {own:.2f}"
         print(f"| {rule} | {draws} | {microbatch} | {numbers} |", flush=True)
     network_time = network_seconds_per_draw(args.device)

@@ -4,24 +4,30 @@ The runs are made up: 20,000 images under 1,000 candidates, and 1,281,167 images
 as candidates, in 2,000 parts as eight ranks leave them. Scores are random numbers that do not repeat: they compress no
 better than those of a network. Of each image, all candidates but the winner are dropped after some draws.
 
-"resume" counts what was decided before as one rank of one, so that all of it is its own, or as one rank of eight;
-"finish" is what follows the last image: one file of all parts, calibration, metrics.json and pictures. The rest are
-commands of ``diffclf``.
+Reports, comparisons and merges are commands of ``diffclf``, each a process of its own: their seconds and their memory
+are with those of what they import.
 
-Each step is a process of its own, a fork of one that has imported everything and done nothing: its seconds are without
-those of the imports, its peak memory is with them. On a machine with other work, CPU seconds say more than seconds.
+"resume" counts what was decided before as one rank of one, so that all of it is its own, or as one rank of eight;
+"finish" is what follows the last image: one file of all parts, calibration, metrics.json and pictures. Both are work
+of an evaluation that runs: each is a fork of a process that has imported torch and all else and done nothing. Their
+seconds are without those of the imports; their peak memory is with them, and what they add is what is beyond them.
+
+On a machine with other work, CPU seconds say more than seconds.
 """
 
 import argparse
+import json
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import NamedTuple
 
 import lightning as L
@@ -32,16 +38,12 @@ import torch
 from lightning_diffclf import Candidates, DiffusionClassifier, NoiseSchedule, Recipe
 from lightning_diffclf.callbacks.rank_evaluation import RankEvaluation
 from lightning_diffclf.callbacks.run_writer import RunWriter
-from lightning_diffclf.commands import arguments
-from lightning_diffclf.commands.results import compare_command, merge_command, report_command
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import SCHEMA, write_table
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import claim
 from lightning_diffclf.results.stored import PARTS, SETTINGS_KEY
 from lightning_diffclf.results.summary import Outline
-
-IMPORTED = process_time()  # CPU seconds until here
 
 DRAWS, RANKS = 100, 8
 
@@ -179,7 +181,7 @@ class Cost(NamedTuple):
     megabytes: float
 
 
-def cost(work: Callable[[], object]) -> Cost:
+def forked(work: Callable[[], object]) -> Cost:
     """Of ``work`` in a fork, which prints nothing."""
     begin = perf_counter()
     child = os.fork()
@@ -197,38 +199,65 @@ def cost(work: Callable[[], object]) -> Cost:
     return Cost(perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
+# A process counts the memory of the one that began it as its own: one in between, which has imported little.
+BETWEEN = """
+import json, os, subprocess, sys, time
+begin = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(child.pid, 0)
+print(json.dumps([time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
+sys.exit(status != 0)
+"""
+
+
+def python(*args: str) -> Cost:
+    """Of a process of its own, which prints nothing."""
+    command = [sys.executable, "-c", BETWEEN, sys.executable, *args]
+    return Cost(*json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+
+
+def diffclf(*args: str | Path) -> Cost:
+    """Of a command."""
+    return python("-m", "lightning_diffclf", *map(str, args))
+
+
 def make(folder: Path, *sizes: int) -> None:
-    """``a`` and ``b``, two runs on the same images, and ``first`` and ``second``, the halves of ``a``."""
+    """``a`` and ``b``, two runs on the same images; ``first`` and ``second``, the halves of ``a``, and ``copy``."""
+    its = settings(sizes[2], 0)
     for seed, name in enumerate(("a", "b")):
         make_run(folder / name, seed, *sizes)
-    halve(folder / "a", [folder / "first", folder / "second"], settings(sizes[2], 0))
+    halve(folder / "a", [folder / "first", folder / "second"], its)
+    halve(folder / "a", [folder / "copy"], its)
 
 
-def steps(folder: Path) -> dict[str, Callable[[], object]]:
+def steps(folder: Path) -> dict[str, Callable[[], Cost]]:
     """What is measured, in an order in which each leaves what the next needs."""
-    a, b, halves = folder / "a", str(folder / "b"), [str(folder / "first"), str(folder / "second")]
+    a, b, first, second, copy, whole = (folder / name for name in ("a", "b", "first", "second", "copy", "whole"))
     return {
-        "report": lambda: report_command(arguments.report([str(a)])),
-        "resume": lambda: resume(a),
-        "resume, one rank of eight": lambda: resume(a, ranks=8),
-        "compare": lambda: compare_command(arguments.compare([str(a), b])),
-        "merge two halves": lambda: merge_command(arguments.merge([*halves, "--out", str(folder / "whole")])),
-        "resume and finish": lambda: resume(a, finish=True),
-        "report of one file": lambda: report_command(arguments.report([str(a)])),
-        "resume from one file, one rank of eight": lambda: resume(a, ranks=8),
+        "report": lambda: diffclf("report", a),
+        "compare": lambda: diffclf("compare", a, b),
+        "merge two halves": lambda: diffclf("merge", first, second, "--out", whole),
+        "report of one file": lambda: diffclf("report", whole),
+        "resume": lambda: forked(lambda: resume(a)),
+        "resume, one rank of eight": lambda: forked(lambda: resume(a, ranks=8)),
+        "resume from one file, one rank of eight": lambda: forked(lambda: resume(whole, ranks=8)),
+        "resume and finish": lambda: forked(lambda: resume(copy, finish=True)),
     }
 
 
 def measure(folder: Path, images: int, candidates: int, classes: int, parts: int) -> None:
     """Print the table of one size."""
-    cost(lambda: make(folder, images, candidates, classes, parts))
+    forked(lambda: make(folder, images, candidates, classes, parts))
     print(f"\n{images:,} images, {candidates:,} of {classes:,} candidates each, {parts:,} parts\n")
-    print("| what | s | CPU, s | peak, MB | of these imports, MB |\n" + "| --- " * 5 + "|", flush=True)
-    imports = cost(lambda: None)
-    for what, work in steps(folder).items():
-        found = cost(work)
-        numbers = f"{found.seconds:.1f} | {found.cpu:.1f} | {found.megabytes:.0f} | {imports.megabytes:.0f}"
-        print(f"| {what} | {numbers} |", flush=True)
+    print("| what | s | CPU, s | peak, MB |\n" + "| --- " * 4 + "|")
+    imports = {
+        "imports of the commands": lambda: python("-c", "import lightning_diffclf.commands.results"),
+        "imports of an evaluation": lambda: python("-c", "import lightning_diffclf.callbacks.rank_evaluation"),
+        "a fork that does nothing": lambda: forked(lambda: None),
+    }
+    for what, work in (imports | steps(folder)).items():
+        found = work()
+        print(f"| {what} | {found.seconds:.1f} | {found.cpu:.1f} | {found.megabytes:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -240,8 +269,7 @@ def main() -> None:
     given = parser.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "pyarrow"))
     print(f"{date.today()}, {platform.machine()} CPU, Python {platform.python_version()}, {versions}")
-    print(f"{os.cpu_count()} cores, on which {os.getloadavg()[0]:.0f} processes ran when it began")
-    print(f"imports: {IMPORTED:.1f} CPU s", flush=True)
+    print(f"{os.cpu_count()} cores, on which {os.getloadavg()[0]:.0f} processes ran when it began", flush=True)
     for sizes in zip(given.images, given.candidates, given.classes, given.parts, strict=True):
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             measure(Path(folder), *sizes)

@@ -7,6 +7,7 @@ new one. Only differences between rows of the same work mean something: PyTorch 
 """
 
 import argparse
+import os
 import platform
 import resource
 import subprocess
@@ -71,12 +72,13 @@ def work(what: str, images: int, candidates: int, keep_errors: bool, out: Path) 
     trainer.predict(module, data, return_predictions=False) if what == "predict" else trainer.test(module, data)
 
 
-def measured(*arguments: object) -> tuple[float, float]:
-    """Peak memory in MB and seconds of a process of its own."""
+def measured(*arguments: object) -> tuple[float, float, float]:
+    """Peak memory in MB, seconds and CPU seconds of a process of its own."""
     command = [sys.executable, __file__, "--work", *map(str, arguments)]
     start = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.split()[-1]), time.perf_counter() - start
+    megabytes, cpu = map(float, done.stdout.split()[-2:])
+    return megabytes, time.perf_counter() - start, cpu
 
 
 def main() -> None:
@@ -89,22 +91,23 @@ def main() -> None:
     if given.work is not None:
         what, images, out = given.work
         work(what, int(images), given.candidates, given.keep_errors, Path(out))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.process_time())
         return
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "pyarrow"))
+    print(f"{os.cpu_count()} cores, on which {os.getloadavg()[0]:.0f} processes ran when it began")
     print(f"{date.today()}, {platform.machine()} CPU, Python {platform.python_version()}, {versions}\n")
     print(f"| {given.candidates} candidates | " + " | ".join(f"{n} images, MB" for n in given.images), end="")
-    print(" | difference, MB | seconds of the last |\n" + "| --- " * (len(given.images) + 3) + "|")
+    print(" | difference, MB | the last, s | CPU, s |\n" + "| --- " * (len(given.images) + 4) + "|", flush=True)
     flags = ["--candidates", given.candidates, *(["--keep-errors"] if given.keep_errors else [])]
     with tempfile.TemporaryDirectory() as folder:
         for what in ("test", "resume", "merge", "predict"):
-            peaks, seconds = [], 0.0
+            peaks, seconds, cpu = [], 0.0, 0.0
             for images in given.images:
                 out = Path(folder) / ("predict" if what == "predict" else "test") / str(images) / "out"
-                peak, seconds = measured(what, images, out, *flags)
+                peak, seconds, cpu = measured(what, images, out, *flags)
                 peaks.append(peak)
             cells = [f"{peak:.0f}" for peak in [*peaks, peaks[-1] - peaks[0]]]
-            print(f"| {what} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
+            print(f"| {what} | {' | '.join(cells)} | {seconds:.0f} | {cpu:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from measuring import Stopwatch, forward_flops, matmul_rate, randomised, synchronize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_diffclf import EMA, ClassConditionalDiT, DiffusionClassifierCallback, DiT
 from lightning_diffclf.callbacks.requeue import Requeue
@@ -51,59 +51,8 @@ def latents(folder: Path, side: int, count: int = 2048) -> Path:
     return folder
 
 
-class Stopwatch(L.Callback):
-    """Seconds from the end of one step to the end of another, the first ones left out."""
-
-    def __init__(self, device: str, warmup: int) -> None:
-        self.device, self.warmup = device, warmup
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.global_step == self.warmup:
-            synchronize(self.device)
-            self.start = time.perf_counter()
-        if trainer.global_step == trainer.max_steps:
-            synchronize(self.device)
-            self.seconds = (time.perf_counter() - self.start) / (trainer.max_steps - self.warmup)
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.precision == "bf16-mixed")
-
-
-def matmul_rate(args: argparse.Namespace) -> float:
-    """Floating point operations in a second of a large matrix product in the dtype of the training, the best of 5."""
-    size = 8192 if args.device == "cuda" else 1536
-    dtype = torch.bfloat16 if args.precision == "bf16-mixed" else torch.float32
-    a, b = (torch.randn(size, size, device=args.device, dtype=dtype) for _ in range(2))
-    rates = []
-    for _ in range(6):
-        synchronize(args.device)
-        start = time.perf_counter()
-        for _ in range(3):
-            a @ b
-        synchronize(args.device)
-        rates.append(3 * 2 * size**3 / (time.perf_counter() - start))
-    return max(rates[1:])
-
-
-def flops_of_an_image(args: argparse.Namespace) -> int:
-    """Of a training step: the forward pass, and twice that backward."""
-    net = DiT.from_name(args.model, input_size=args.side)
-    with FlopCounterMode(display=False) as counter:
-        net(torch.zeros(1, 4, args.side, args.side), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-    return 3 * counter.get_total_flops()
-
-
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """Zero weights, which every DiT begins with, would compute faster than trained ones."""
-    for i, p in enumerate(module.parameters()):
-        torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(i))
-    return module
 
 
 def make_module(args: argparse.Namespace) -> ClassConditionalDiT:
@@ -259,7 +208,9 @@ def main() -> None:
     args = parser.parse_args()
     args.precision = args.precision or ("bf16-mixed" if args.device == "cuda" else "32-true")
 
-    rate, flops = matmul_rate(args), flops_of_an_image(args)
+    dtype = torch.bfloat16 if args.precision == "bf16-mixed" else torch.float32
+    rate = matmul_rate(args.device, dtype, 8192 if args.device == "cuda" else 1536)
+    flops = 3 * forward_flops(lambda: DiT.from_name(args.model, input_size=args.side))
     with tempfile.TemporaryDirectory() as temporary:
         folder = latents(Path(temporary) / "latents", args.side)
         contenders = {

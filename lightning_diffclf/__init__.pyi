@@ -4,12 +4,15 @@ from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.callbacks.ema import EMA as EMA
 from lightning_diffclf.candidates import Candidates as Candidates
 from lightning_diffclf.classifier.classification import Classification as Classification
+from lightning_diffclf.classifier.conformal import Conformal as Conformal
+from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier as DiffusionClassifier
+from lightning_diffclf.classifier.discriminative import DiscriminativeClassifier as DiscriminativeClassifier
 from lightning_diffclf.classifier.draws import Draws as Draws
 from lightning_diffclf.classifier.elimination import Elimination as Elimination
 from lightning_diffclf.classifier.elimination import Exhaustive as Exhaustive
 from lightning_diffclf.classifier.elimination import Stages as Stages
-from lightning_diffclf.classifier.engine import DiffusionClassifier as DiffusionClassifier
 from lightning_diffclf.classifier.linear_probe import LinearProbe as LinearProbe
+from lightning_diffclf.classifier.logits import DiffusionLogits as DiffusionLogits
 from lightning_diffclf.classifier.posterior import Posterior as Posterior
 from lightning_diffclf.classifier.recipe import Recipe as Recipe
 from lightning_diffclf.classifier.search import GradientSearch as GradientSearch
@@ -17,6 +20,7 @@ from lightning_diffclf.classifier.sequential import LikelihoodRatio as Likelihoo
 from lightning_diffclf.classifier.sequential import PairedTest as PairedTest
 from lightning_diffclf.denoiser import ConditionalDenoiser as ConditionalDenoiser
 from lightning_diffclf.denoiser import SearchableDenoiser as SearchableDenoiser
+from lightning_diffclf.discriminative import Discriminative as Discriminative
 from lightning_diffclf.models.dit import DiT as DiT
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT as ClassConditionalDiT
 from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion as ZeroShotStableDiffusion

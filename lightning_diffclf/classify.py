@@ -19,8 +19,12 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_diffclf.classifier import Recipe
+from lightning_diffclf.data.batch import content_ids
 from lightning_diffclf.data.images import find_images, open_image
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.identity import identity_of
 from lightning_diffclf.progress import described, listening
+from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.zero_shot import RECIPE, pipeline
 
 
@@ -39,6 +43,7 @@ class Answer:
         nfe: Network calls.
         search_nfe: Those of them that a search took.
         seconds: Time since the answer before.
+        conforming: Labels in its conformal set, the likeliest first; None where no coverage was asked for.
     """
 
     image: str
@@ -50,6 +55,7 @@ class Answer:
     nfe: int
     search_nfe: int
     seconds: float
+    conforming: list[str] | None = None
 
 
 def classify(
@@ -64,6 +70,7 @@ def classify(
     dtype: str = "auto",
     size: int | None = None,
     skip_bad: bool = False,
+    calibration: str | None = None,
 ) -> Iterator[Answer]:
     """Classify image files by a text-to-image model; arguments as ``diffclf classify --help`` explains them.
 
@@ -79,7 +86,13 @@ def classify(
         for path in files:
             open_image(path)
     settings: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "size": size}
+    calibrated = None if recipe.coverage is None else _calibrated(recipe, calibration)
     zero_shot = pipeline(model, labels, templates=templates, recipe=recipe, microbatch=microbatch, **settings)
+    if calibrated is not None:
+        c = zero_shot.classifier
+        module = calibrated.settings.identity.get("module", {}) | {"denoiser": identity_of(c.denoiser)}
+        recipe_used = identity_of(c.recipe.resolved(c.draws, c.rule))
+        calibrated.check(calibrated.settings.identity | {"recipe": recipe_used, "module": module})
     waiting: deque[Path] = deque()
 
     def pixels() -> Iterator[Tensor]:
@@ -91,6 +104,8 @@ def classify(
                     raise
                 print(f"skipped: {error}", file=sys.stderr)
                 continue
+            if calibrated is not None:
+                calibrated.check_ids(content_ids(found[None]))
             waiting.append(path)
             yield found
 
@@ -112,8 +127,18 @@ def classify(
             nfe=result.nfe,
             search_nfe=result.search_nfe,
             seconds=now - start,
+            conforming=None if calibrated is None else result.conforming(calibrated.conformal),
         )
         start = now
+
+
+def _calibrated(recipe: Recipe, calibration: str | None) -> CalibrationRun:
+    if calibration is None or recipe.coverage is None:
+        raise UserError(
+            "coverage: nothing to calibrate on, expected --calibration RUN: an evaluation of labelled images by the "
+            "same model, labels, prompts and recipe"
+        )
+    return CalibrationRun.read(calibration, recipe.coverage, recipe.coverage_by_class)
 
 
 def show(answer: Answer, top: int, console: Console) -> None:
@@ -124,6 +149,8 @@ def show(answer: Answer, top: int, console: Console) -> None:
     for name, p in list(answer.probabilities.items())[:top]:
         behind = answer.behind[name]
         table.add_row(escape(name), f"{p:.1%}", "" if behind is None else f"{behind:.5f}", str(answer.draws[name]))
+    if answer.conforming is not None:
+        table.title = f"{table.title}: {{{escape(', '.join(answer.conforming))}}}"
     search = f" ({answer.search_nfe} search)" if answer.search_nfe else ""
     table.caption = f"{answer.nfe} NFE{search}, {answer.seconds:.1f} s"
     console.print(table)

@@ -8,6 +8,7 @@ it is also a flag. All other commands: :mod:`~lightning_diffclf.commands`.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.callbacks.ema import EMA
 from lightning_diffclf.callbacks.loggers import check_packages, run_loggers
+from lightning_diffclf.callbacks.network_summary import NetworkSummary
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
@@ -37,6 +39,7 @@ from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_fi
 from lightning_diffclf.commands.mistakes import check_variables
 from lightning_diffclf.commands.open_settings import complete
 from lightning_diffclf.commands.parser import Plain
+from lightning_diffclf.commands.trainer_settings import check_trainer, integers_first, refusals
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import CLASSES, check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
@@ -109,6 +112,7 @@ class DiffClfCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        integers_first(parser)
         parser.add_argument(
             f"--{EXTENDS}",
             type=str | list[str] | None,
@@ -158,6 +162,7 @@ class DiffClfCLI(LightningCLI):
         if self._get(self.config, EXTENDS) is not None:
             raise UserError(f"{EXTENDS}: only files say what they extend; expected --config, which may be repeated")
         check_packages(self._get(self.config, "trainer.logger"))
+        check_trainer(self._get(self.config, "trainer"))
         config = self.config[self.subcommand] if self.subcommand else self.config
         complete(config)
         if config["plan"] and not self._fits:
@@ -171,6 +176,8 @@ class DiffClfCLI(LightningCLI):
         callbacks = list(config.get("callbacks") or [])
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ClassifierProgressBar())
+        if config.get("enable_model_summary") is not False:
+            callbacks.append(NetworkSummary())
         if config.get("logger") in (None, True):
             kwargs["logger"] = False
             if self._fits:
@@ -178,7 +185,8 @@ class DiffClfCLI(LightningCLI):
                 resumes = path is not None and not is_published(path)
                 kwargs["logger"] = run_loggers(self._get(self.config, "run_dir"), resumes)
         kwargs["plugins"] = [*(config.get("plugins") or []), AtomicCheckpointIO()]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        with refusals():
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     @property
     def _fits(self) -> bool:
@@ -221,6 +229,12 @@ class DiffClfCLI(LightningCLI):
         with listening(bar.tell) if isinstance(bar, ClassifierProgressBar) else nullcontext():
             super()._run_subcommand(subcommand)
 
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        run_dir = Path(self._get(self.config, "run_dir"))
+        if self.trainer.is_global_zero and (left := _left_in(run_dir)):
+            print("\n".join([f"trained {self.trainer.global_step:,} steps; in {run_dir}:", *left]))
+
     def _check_trained(self) -> None:
         """Raise where an evaluation would be of a network that nobody trained; its cost may be measured."""
         trainable = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
@@ -244,6 +258,19 @@ class DiffClfCLI(LightningCLI):
             check_checkpoint(self.model, checkpoint, path)
             self.model.load_state_dict(checkpoint["state_dict"])
         print(f"weights of {path}")
+
+
+def _left_in(run_dir: Path) -> list[str]:
+    """What a training leaves in its folder, a line each."""
+    what = {
+        "checkpoints/last.ckpt": "weights and settings: diffclf evaluate --ckpt, diffclf sample --ckpt",
+        "samples.png": "generated images",
+        "validation": "confusion matrix, accuracy of each timestep",
+        "logs": "numbers as CSV, and the configuration",
+        "tensorboard": f"curves and pictures: tensorboard --logdir {shlex.quote(str(run_dir))}",
+    }
+    width = max(map(len, what))
+    return [f"  {name:{width}}  {about}" for name, about in what.items() if (run_dir / name).exists()]
 
 
 def evaluation_config(path: str | Path, trusted: bool = False) -> str:
@@ -276,7 +303,8 @@ def settings_of(checkpoint: Mapping[str, Any], path: str | Path, trusted: bool =
 
 def train(args: Sequence[str] | None = None) -> None:
     """``train.py``: the command line with ``fit`` implied; ``args`` are those of the process if omitted."""
-    telling(lambda: DiffClfCLI(sys.argv[1:] if args is None else args, default_subcommand="fit"))
+    given = sys.argv[1:] if args is None else args
+    telling(lambda: DiffClfCLI(given, default_subcommand="fit"), program=args is None)
 
 
 def evaluate_command(given: Namespace) -> None:

@@ -112,15 +112,6 @@ def arguments_identity(thing: Any, arguments: Mapping[str, Any], cannot_matter: 
     return {"class": _name(type(thing)), **{name: identity_of(arguments[name]) for name in names}}
 
 
-def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    """Where two identities differ, such as ``data.size: 8 there, 16 here``."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in dict.fromkeys([*here, *there]):
-            yield from differences(there.get(name), here.get(name), f"{path}.{name}" if path else name)
-    elif _text(there) != _text(here):
-        yield f"{path}: {there!r} there, {here!r} here"
-
-
 # --- digests ---------------------------------------------------------------------------------------------------------
 
 

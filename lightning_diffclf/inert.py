@@ -20,12 +20,16 @@ CLASSES: Mapping[str, frozenset[str]] = {
         {
             "lightning_diffclf.ClassConditionalDiT",
             "lightning_diffclf.ZeroShotStableDiffusion",
+            "lightning_diffclf.baselines.clip.ZeroShotCLIP",
+            "lightning_diffclf.baselines.timm_classifier.TimmClassifier",
+            "lightning_diffclf.baselines.timm_classifier.TimmFromScratch",
             "lightning_diffclf.modules.class_conditional_dit.ClassConditionalDiT",
             "lightning_diffclf.modules.zero_shot_sd.ZeroShotStableDiffusion",
         }
     ),
     "data": frozenset(
         {
+            "lightning_diffclf.data.clip_benchmark.ClipBenchmarkDataModule",
             "lightning_diffclf.data.digit_scenes.DigitScenesDataModule",
             "lightning_diffclf.data.digits.DigitPairsDataModule",
             "lightning_diffclf.data.digits.DigitTriplesDataModule",
@@ -56,7 +60,7 @@ TAKEN: Mapping[str, frozenset[str]] = {
     "classifier": frozenset(
         {
             *("draws", "seed", "loss", "elimination", "weights", "budget", "abstain", "ensemble", "candidates"),
-            *("proposal", "reduction", "temperature", "microbatch", "compile", "name"),
+            *("proposal", "reduction", "temperature", "coverage", "coverage_by_class", "microbatch", "compile", "name"),
         }
     ),
     "ema": frozenset({"decay"}),

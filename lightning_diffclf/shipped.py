@@ -1,4 +1,4 @@
-"""Files that come with the package: configurations, and the tiny text-to-image model."""
+"""Files that come with the package: configurations, and the tiny text-to-image model and CLIP."""
 
 from __future__ import annotations
 

@@ -75,18 +75,41 @@ def pipeline(
         >>> classify("photo.jpg")  # doctest: +SKIP
         [{'score': 0.97, 'label': 'cat'}, {'score': 0.03, 'label': 'dog'}]
     """
-    known, prompts = from_names(labels, templates)
-    candidates = Candidates(known.names, known.classes, labels)  # as they were given, with underscores
+    from_names(labels, templates)  # wrong ones are told before the model is loaded
+    place, kind = placed(device, dtype)
+    recipe = replace(recipe, **settings)
+    denoiser = asked(load(model, revision, kind), labels, templates)
+    sides = (size, size) if size else denoiser.native_size
+    return ZeroShotClassifier(DiffusionClassifier(denoiser, recipe, microbatch=microbatch), place, sides)
+
+
+def placed(device: str | torch.device = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Where a model runs and the kind of its weights; arguments as in :func:`pipeline`.
+
+    Raises:
+        ValueError: if there is no such ``dtype``.
+    """
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kinds = {"auto": torch.float16 if place.type == "cuda" else torch.float32} | {
         name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")
     }
     if dtype not in kinds:
         raise UserError(f"dtype: {dtype!r}, expected one of {sorted(kinds)}")
-    recipe = replace(recipe, **settings)
-    denoiser = PipelineDenoiser(load(model, revision, kinds[dtype]), candidates, prompts)
-    sides = (size, size) if size else denoiser.native_size
-    return ZeroShotClassifier(DiffusionClassifier(denoiser, recipe, microbatch=microbatch), place, sides)
+    return place, kinds[dtype]
+
+
+def asked(
+    loaded: Any, labels: Sequence[str], templates: str | Sequence[str], keep_texts: bool = False
+) -> PipelineDenoiser:
+    """A loaded pipeline that is asked about labels; others may be asked about later if ``keep_texts``.
+
+    Raises:
+        TypeError: if ``labels`` is a single text.
+        ValueError: if labels or templates are wrong.
+    """
+    known, prompts = from_names(labels, templates)
+    candidates = Candidates(known.names, known.classes, labels)  # as they were given, with underscores
+    return PipelineDenoiser(loaded, candidates, prompts, keep_texts=keep_texts)
 
 
 class ZeroShotClassifier:

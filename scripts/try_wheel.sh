@@ -21,5 +21,5 @@ set -x
 diffclf configs
 diffclf configs --copy dit_digits.yaml --out mine.yaml
 diffclf demo --trainer.max_steps 20 --trainer.val_check_interval 20 --checkpoint.every_n_train_steps 20 --classifier.draws 3
-diffclf report runs/dit_digits/evaluation
+test -s runs/dit_digits/evaluation/report.html
 diffclf evaluate --config sd_digits.yaml --classifier.draws 2 --trainer.limit_test_batches 1

@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 from PIL import Image
 
+from lightning_diffclf import DiffusionClassifierCallback, LikelihoodRatio, ZeroShotStableDiffusion
 from lightning_diffclf.cli import main
 from lightning_diffclf.data.digit_scenes import WORDS, DigitScenesDataModule
+from lightning_diffclf.results.conformal import CalibrationRun
 
 MODEL = str(Path(__file__).parents[1] / "assets" / "sd_digits")
 LABELS = ",".join(WORDS)
@@ -126,3 +129,35 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, scenes, monkeypat
         main(["classify", str(folder / "0.png"), *arguments, *model])
     with pytest.raises(SystemExit, match="error: image: no file"):
         main(["classify", str(folder / "none.png"), "--labels", "cat", "--model", MODEL])
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    """An evaluation of 24 labelled scenes by the same model, prompts and recipe."""
+    folder = tmp_path_factory.mktemp("runs") / "calibration"
+    recipe = {"draws": 8, "ensemble": "mean", "elimination": LikelihoodRatio(inflation=5.0)}
+    callback = DiffusionClassifierCallback(**recipe, output_dir=str(folder), error_maps=0)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = L.Trainer(callbacks=[callback], limit_test_batches=2, **quiet)
+    module = ZeroShotStableDiffusion(MODEL, "a photo of a {}", list(WORDS), dtype="float32")
+    trainer.test(module, DigitScenesDataModule(eval_batch_size=12), verbose=False)
+    return str(folder)
+
+
+def test_conformal_sets(scenes, calibration, capsys):
+    folder, _ = scenes
+    settings = [*COMMON[:-1], "8", "--coverage", "0.8", "--calibration", calibration]
+    found = answers(capsys, folder / "3.png", *settings)
+    threshold = CalibrationRun.read(calibration, 0.8).conformal.thresholds[0]
+    behind = found[0]["behind"]
+    expected = [a for a in behind if behind[a] - min(b for c, b in behind.items() if c != a) <= threshold]
+    assert sorted(found[0]["conforming"]) == sorted(expected)
+    main(["classify", str(folder / "3.png"), *settings])
+    assert f"{{{', '.join(found[0]['conforming'])}}}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"coverage: nothing to calibrate on, expected --calibration RUN"):
+        main(["classify", str(folder / "3.png"), *COMMON, "--coverage", "0.8"])
+    with pytest.raises(SystemExit, match=r"the calibration run .* was made with other ones .*draws"):
+        main(["classify", str(folder / "3.png"), *COMMON, "--coverage", "0.8", "--calibration", calibration])
+    fewer = [*settings, "--labels", ",".join(WORDS[:5])]
+    with pytest.raises(SystemExit, match=r"was made with other ones .*candidates"):
+        main(["classify", str(folder / "3.png"), *fewer])

@@ -17,6 +17,10 @@ TOPS = {
     "compile.yaml",
     "small_memory.yaml",
     "fsdp.yaml",
+    "clip.yaml",
+    "timm.yaml",
+    "on_imagenet_r.yaml",
+    "on_imagenet_sketch.yaml",
 }
 DATA = ["imagenet", "imagenetv2", "imagenet_a", "objectnet"]
 LAYERS = TOPS | {"dit_256.yaml", "dit_512.yaml", "sd_paper.yaml"} | {f"on_{data}.yaml" for data in DATA}
@@ -114,6 +118,23 @@ def test_the_rule_can_be_laid_on_top(name, capsys):
     assert "samples" not in values["classifier"]["elimination"]["init_args"]
     assert values["classifier"]["draws"] == below["classifier"]["draws"]
     assert values["model"] == below["model"]
+
+
+@pytest.mark.parametrize("name", ["sd_pets.yaml", "winoground.yaml"])
+def test_clip_takes_the_place_of_stable_diffusion(name, capsys):
+    below, values = parsed(capsys, name), parsed(capsys, name, "clip.yaml")
+    assert values["model"]["class_path"].endswith("ZeroShotCLIP")
+    assert values["model"]["init_args"]["prompts"] == below["model"]["init_args"]["prompts"]
+    assert values["data"]["init_args"] == below["data"]["init_args"] | {"size": None}
+    assert (values["classifier"]["draws"], values["classifier"]["elimination"]) == (None, None)
+
+
+@pytest.mark.parametrize("data", ["imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet"])
+def test_timm_on_data_made_like_imagenet(data, capsys):
+    values = parsed(capsys, "timm.yaml", f"on_{data}.yaml")
+    assert values["model"]["class_path"].endswith("TimmClassifier")
+    assert values["data"]["init_args"]["size"] is None
+    assert values["data"]["init_args"]["root"].startswith(f"data/{data.replace('_', '-')}")
 
 
 def test_the_search_can_be_laid_on_top(capsys):

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 
 from lightning_diffclf.data.digit_scenes import DigitScenesDataModule
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
+from lightning_diffclf.errors import UserError
 from tests.trainers import FakeTrainer
 
 
@@ -46,6 +47,26 @@ def test_training_order_depends_on_seed_and_step_only():
     assert ids(module(batch_size=479, step=2).train_dataloader(), 1) == first[2 * 479 :]
     assert ids(module(batch_size=479, seed=1).train_dataloader(), 3) != first
     assert sorted(first) == sorted(module().train.parts["id"].tolist())
+
+
+def test_digits_may_be_left_out():
+    whole, data = module(), module(left_out=[7, 2])
+    assert data.class_names == tuple("01345689")
+    assert data.num_classes == 8
+    for part in ("train", "test"):
+        parts, all_parts = getattr(data, part).parts, getattr(whole, part).parts
+        kept = ~torch.isin(all_parts["label"], torch.tensor([2, 7]))
+        assert parts["id"].tolist() == all_parts["id"][kept].tolist()
+        digits = [int(data.class_names[c]) for c in parts["label"]]
+        assert digits == all_parts["label"][kept].tolist()
+    batches = list(data.predict_dataloader())
+    assert all("label" not in batch for batch in batches)
+    outside = load_digits(return_X_y=True)[1][[i for batch in batches for i in batch["id"].tolist()]]
+    assert sorted(set(outside.tolist())) == [2, 7]
+    assert len(outside) == (load_digits(return_X_y=True)[1][:, None] == [2, 7]).sum()
+    for wrong in ([1, 1], [10], list(range(10))):
+        with pytest.raises(UserError, match=r"left_out: .*, expected different digits, fewer than ten"):
+            DigitsDataModule(left_out=wrong)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])

@@ -16,11 +16,13 @@ LAYERS = {
     "results": {"data", "denoiser", "classifier"},
     "sampling": GROUND,
     "modules": {"data", "denoiser", "models", "sampling"},
+    "baselines": {"data", "models", "modules"},
     "callbacks": {"data", "denoiser", "classifier", "models", "results", "modules", "sampling"},
 }
 TOP = {
     "__init__",
     "__main__",
+    "app",
     "cli",
     "commands",
     "classify",

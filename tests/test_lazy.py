@@ -10,10 +10,12 @@ import pytest
 import lightning_diffclf
 from lightning_diffclf import classifier, lazy
 from lightning_diffclf.commands import COMMANDS
+from tests.results.made_up import made_up_rows, made_up_run
 
 ROOT = Path(__file__).parents[1]
 ELSE = """accelerate altair diffusers jsonargparse lightning lightning_fabric lightning_utilities matplotlib pandas peft
 pyarrow pytorch_lightning rich sklearn tensorboard torch_fidelity torchmetrics transformers vl_convert webdataset"""
+NETWORKS = """accelerate diffusers lightning sklearn timm torch torchmetrics torchvision transformers"""
 PUBLIC = """DiT NoiseSchedule ConditionalDenoiser SearchableDenoiser Candidates DiffusionClassifier Classification Draws
 Recipe Elimination Exhaustive Stages PairedTest LikelihoodRatio GradientSearch Posterior DiffusionClassifierCallback EMA
 ClassConditionalDiT ZeroShotStableDiffusion"""
@@ -76,3 +78,32 @@ def test_the_method_and_the_network_need_little():
     script = ROOT / "tests" / "scripts" / "classify_toy.py"
     code = f"import runpy, sys; sys.modules |= dict.fromkeys({ELSE.split()}); runpy.run_path({str(script)!r})"
     assert 2 * 2 * 3 <= int(python("-c", code)) <= 2 * 4 * 3  # images, draws, classes
+
+
+def test_results_are_read_without_torch(tmp_path):
+    """Report, comparison and merge: what their processes cannot import, they do not need, nor spend memory on."""
+    for name in ("a", "b"):
+        made_up_run(tmp_path / name, list(made_up_rows(80, 3)), 3)
+    code = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {set(NETWORKS.split())}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+from lightning_diffclf.commands import main
+main(["report", "a"])
+main(["compare", "a", "b", "--out", "both"])
+main(["merge", "a", "a", "--out", "whole"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "agreement" in done.stdout
+    assert all((tmp_path / name).is_file() for name in ("a/report.html", "both/cost.svg", "whole/predictions.parquet"))

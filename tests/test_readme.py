@@ -53,6 +53,7 @@ def test_commands_and_api_run_as_written(folder, monkeypatch, capsys):
     assert Path("runs/dit_digits/all/errors.parquet").is_file()
     code = TRAINED.replace("Draws(100)", "Draws(10)").replace("draws=100", "draws=2").replace("(10, 100)", "(2, 10)")
     exec(compile(code, "README.md", "exec"), {})
+    assert not list(folder.rglob("lightning_logs"))
     assert len(re.findall(r"^\d+ \d tensor\(", capsys.readouterr().out, re.MULTILINE)) == 4
 
 

@@ -15,11 +15,21 @@ from lightning_diffclf.callbacks.rank_evaluation import RankEvaluation
 from lightning_diffclf.callbacks.run_settings import run_settings
 from lightning_diffclf.callbacks.run_writer import RunWriter
 from lightning_diffclf.callbacks.sharding import images_on_this_rank, parse_part, the_loader
-from lightning_diffclf.classifier import Classification, DiffusionClassifier, Exhaustive, Recipe
+from lightning_diffclf.classifier import (
+    Classification,
+    DiffusionClassifier,
+    DiscriminativeClassifier,
+    Exhaustive,
+    Recipe,
+)
+from lightning_diffclf.classifier.discriminative import Classifier
+from lightning_diffclf.data.corruptions import Corruption
 from lightning_diffclf.data.protocols import HasScore, NeedsEveryDraw
 from lightning_diffclf.denoiser import ConditionalDenoiser
+from lightning_diffclf.discriminative import Discriminative
 from lightning_diffclf.errors import FailedWrite, UserError, WrongType, check_at_least
 from lightning_diffclf.results import charts
+from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.plan import Plan
 from lightning_diffclf.results.summary import Outline
@@ -28,8 +38,9 @@ from lightning_diffclf.results.summary import Outline
 class DiffusionClassifierCallback(L.Callback):
     """Classifies what ``validate``, ``test``, ``predict`` and the validation of ``fit`` see, by its denoising error.
 
-    Works with any LightningModule that is a :class:`~lightning_diffclf.denoiser.ConditionalDenoiser`, and with batches
-    as :func:`~lightning_diffclf.data.batch.unpack` describes. Images without ids are keyed by a digest of their values.
+    Works with any LightningModule that is a :class:`~lightning_diffclf.denoiser.ConditionalDenoiser`, or gives logits
+    (:class:`~lightning_diffclf.discriminative.Discriminative`: CLIP, classifiers of timm), and with batches as
+    :func:`~lightning_diffclf.data.batch.unpack` describes. Images without ids are keyed by a digest of their values.
     The network runs in the Trainer's precision, with averaged weights where an EMA callback puts them in place. Every
     image counts once, also when a DistributedSampler pads its shards.
 
@@ -54,6 +65,8 @@ class DiffusionClassifierCallback(L.Callback):
         next_free: In place of that error, use the next free of ``…-2``, ``…-3``.
         part: ``i/n``: outside ``fit``, classify only the i-th of n parts of the images, 1 … n, in a folder of its own.
             Parts are about equal and depend on ids only; ``diffclf merge`` joins them.
+        corruption: ``KIND/SEVERITY``: outside ``fit``, make the images worse first
+            (:class:`~lightning_diffclf.data.corruptions.Corruption`), whatever the data are: ``gaussian_noise/3``.
         flush_every: Images after which decisions are written to the disk, at most; also after a minute. What a kill
             may cost.
         error_maps: Of so many wrongly decided images, also find out where in the image the class decided for fits
@@ -62,6 +75,9 @@ class DiffusionClassifierCallback(L.Callback):
             4 bytes each before compression. ``diffclf replay`` tries elimination rules and weights on them.
         keep_distances: Write the distances between the candidates' predictions to ``errors.parquet`` as well, which
             :class:`~.elimination.LikelihoodRatio` needs to be replayed: K - 1 bytes for each error.
+        calibration: Folder of an evaluation of other labelled images by the same network and recipe, which conformal
+            sets (``coverage``) are calibrated on, outside ``fit``. If omitted, those of an image are calibrated on
+            other images of this evaluation.
         plan: Only measure what an evaluation will cost, outside ``fit``: on the first batch, for some twenty seconds.
             Prints a table and writes nothing.
         name: Prefix of what is logged; give each a name of its own to use two of these callbacks.
@@ -92,10 +108,12 @@ class DiffusionClassifierCallback(L.Callback):
         output_dir: str | None = None,
         next_free: bool = False,
         part: str | None = None,
+        corruption: str | None = None,
         flush_every: int = 100,
         error_maps: int = 24,
         keep_errors: bool = False,
         keep_distances: bool = False,
+        calibration: str | None = None,
         plan: bool = False,
         name: str = "diffclf",
         **recipe: Any,
@@ -105,9 +123,13 @@ class DiffusionClassifierCallback(L.Callback):
         if keep_distances and not keep_errors:
             raise UserError("keep_distances: distances are written beside errors, expected keep_errors as well")
         self.recipe = Recipe(**recipe)
+        if calibration is not None and self.recipe.coverage is None:
+            raise UserError("calibration: given without a coverage, expected one, such as 0.9")
+        self.calibration = calibration
         self.microbatch, self.compile, self.plan, self.name = microbatch, compile, plan, name
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.part, self._part = part, None if part is None else parse_part(part)
+        self.corruption = None if corruption is None else Corruption.parse(corruption)
         if output_dir is not None and (not output_dir.strip() or "\0" in output_dir):
             raise UserError(f"output_dir: {output_dir!r}, expected the name of a folder, or null")
         self.output_dir, self.next_free, self.flush_every = output_dir, next_free, flush_every
@@ -132,20 +154,10 @@ class DiffusionClassifierCallback(L.Callback):
         self._validations = state_dict["validations"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, ConditionalDenoiser):
-            missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(pl_module, m)]
-            raise WrongType(f"{type(pl_module).__name__} lacks {missing}, expected a ConditionalDenoiser")
-        (recipe, self.fitting), candidates = ProbeFitting.of(self.recipe, trainer, stage), pl_module.candidates
+        self.classifier, recipe = self._classifier_of(trainer, pl_module, stage), self.recipe
+        candidates = self.classifier.candidates
         if recipe.candidates is not None and not all(0 <= c < len(candidates) for c in recipe.candidates):
             raise UserError(f"candidates: {recipe.candidates}, expected indices in 0 … {len(candidates) - 1}")
-        self.classifier = DiffusionClassifier(
-            pl_module,
-            recipe,
-            microbatch=self.microbatch,
-            keep_errors=True,
-            keep_distances=self.keep_distances and stage != "fit",
-            compile=self.compile,
-        )
         data, rule = getattr(trainer, "datamodule", None), self.classifier.rule
         exhaustive = type(rule) is Exhaustive and recipe.budget is None
         if stage != "fit" and isinstance(data, NeedsEveryDraw) and data.needs_every_draw and not exhaustive:
@@ -153,13 +165,45 @@ class DiffusionClassifierCallback(L.Callback):
                 f"{type(data).__name__}: its score compares errors across images and candidates, which is fair only "
                 f"over the same draws; found {rule}, budget {recipe.budget}, expected neither"
             )
-        self._metrics = ClassifierMetrics(Outline.of_classifier(self.classifier))
+        self._calibrated: CalibrationRun | None = None
+        if self.calibration is not None and recipe.coverage is not None and stage != "fit":
+            self._calibrated = CalibrationRun.read(self.calibration, recipe.coverage, recipe.coverage_by_class)
+        conformal = None if self._calibrated is None else self._calibrated.conformal
+        self.outline = Outline.of_classifier(self.classifier, conformal)
+        self._metrics = ClassifierMetrics(self.outline)
         # On the module, so that Lightning moves them to its device. They have no parameters and save nothing.
         pl_module.add_module(f"{self.name}_metrics", self._metrics)
-        calls = 0 if self.fitting is None else self.fitting.calls
-        self._planner = Planner(self.classifier, recipe.candidates, calls) if self.plan and stage != "fit" else None
-        if self._planner is not None:
+        self._planner = None
+        if self.plan and stage != "fit" and isinstance(self.classifier, DiffusionClassifier):
+            calls = 0 if self.fitting is None else self.fitting.calls
+            self._planner = Planner(self.classifier, recipe.candidates, calls)
             self._planner.limit_batches(trainer)
+
+    def _classifier_of(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> Classifier:
+        """What classifies with ``pl_module``, and fills in ``fitting``."""
+        if isinstance(pl_module, Discriminative):
+            self.fitting = None
+            for name in ("plan", "compile", "keep_errors"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"{name}: true, but {type(pl_module).__name__} adds no noise: it is called once for each "
+                        "image, and what it says is in predictions.parquet; expected false"
+                    )
+            return DiscriminativeClassifier(pl_module, self.recipe, microbatch=self.microbatch)
+        if not isinstance(pl_module, ConditionalDenoiser):
+            missing = [m for m in ("schedule", "candidates", "encode", "predict") if not hasattr(pl_module, m)]
+            raise WrongType(
+                f"{type(pl_module).__name__} lacks {missing}, expected a ConditionalDenoiser, or one that gives logits"
+            )
+        recipe, self.fitting = ProbeFitting.of(self.recipe, trainer, stage)
+        return DiffusionClassifier(
+            pl_module,
+            recipe,
+            microbatch=self.microbatch,
+            keep_errors=True,
+            keep_distances=self.keep_distances and stage != "fit",
+            compile=self.compile,
+        )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -176,10 +220,18 @@ class DiffusionClassifierCallback(L.Callback):
             self._planner.begin(trainer, loader, images, 1 if part is None else part[1])
         elif not fits:
             self._writer = self._open_writer(trainer, pl_module, loader)
-        if self.fitting is not None:
+        if self.fitting is not None and isinstance(self.classifier, DiffusionClassifier):
             self.fitting.prepare(trainer, self.classifier.denoiser, self._writer, briefly=self._planner is not None)
         self._evaluation = RankEvaluation(
-            trainer, self.classifier, self._metrics, images, part, self._planner, self._writer
+            trainer,
+            self.classifier,
+            self._metrics,
+            images,
+            part,
+            self._planner,
+            self._writer,
+            self._calibrated,
+            None if fits else self.corruption,
         )
         self.results = self._evaluation.results
 
@@ -188,10 +240,13 @@ class DiffusionClassifierCallback(L.Callback):
             if self.keep_errors:
                 raise UserError("keep_errors: no folder to write to, expected output_dir as well")
             return None
+        settings = run_settings(self, trainer, pl_module, loader)
+        if self._calibrated is not None:
+            self._calibrated.check(settings.identity)
         return RunWriter(
             trainer,
             Path(self.output_dir),
-            run_settings(self, trainer, pl_module, loader),
+            settings,
             self.classifier,
             next_free=self.next_free,
             flush_every=self.flush_every,
@@ -240,7 +295,7 @@ class DiffusionClassifierCallback(L.Callback):
         if ended and self._planner is not None and self.planned is not None:
             self._planner.print(self.planned)
         elif ended and self._writer is not None:
-            self._writer.print(self.metrics)  # not earlier: the progress bar still owned the terminal
+            self._writer.print()  # not earlier: the progress bar still owned the terminal
         self._writer = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -93,5 +93,5 @@ def run_loggers(run_dir: str | Path, resumes: bool) -> list[Logger]:
     version = max(newest, 0) if again else newest + 1
     return [
         AppendingCSVLogger(run_dir, name="logs", version=version),
-        TensorBoardLogger(run_dir, name="tensorboard", version=version),
+        TensorBoardLogger(run_dir, name="tensorboard", version=version, default_hp_metric=False),
     ]

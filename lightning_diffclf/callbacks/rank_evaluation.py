@@ -15,10 +15,12 @@ from lightning_diffclf.callbacks.plan import Planner
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.run_writer import Picture, RunWriter
 from lightning_diffclf.callbacks.sharding import in_part, is_last_batch
-from lightning_diffclf.classifier import Classification, DiffusionClassifier
+from lightning_diffclf.classifier import Classification
+from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.corruptions import Corruption
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results.columns import one_thread
+from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import Record
 
@@ -42,6 +44,8 @@ class RankEvaluation:
         part: Of these, only those of the i-th of n parts, as (i, n).
         planner: Measures in place of classifying.
         writer: Writes decisions; what was decided before is counted and left out.
+        calibrated: What sets are calibrated on; its images are refused.
+        corruption: Makes images worse before they are classified.
 
     Attributes:
         labelled: Whether images have labels.
@@ -51,15 +55,19 @@ class RankEvaluation:
     def __init__(
         self,
         trainer: L.Trainer,
-        classifier: DiffusionClassifier,
+        classifier: Classifier,
         metrics: ClassifierMetrics,
         images: int | None,
         part: tuple[int, int] | None,
         planner: Planner | None,
         writer: RunWriter | None,
+        calibrated: CalibrationRun | None = None,
+        corruption: Corruption | None = None,
     ) -> None:
         self._trainer, self._classifier, self._metrics = trainer, classifier, metrics
+        self._calibrated = calibrated
         self._remaining, self._part, self._planner, self._writer = images, part, planner, writer
+        self._corruption = corruption
         self.labelled = trainer.state.fn != "predict"
         self.results: list[Classification] = []
         self._run, self._waiting = classifier.run(), deque[_Waiting]()
@@ -68,9 +76,8 @@ class RankEvaluation:
         metrics.reset()
         if writer is not None:
             if self.labelled:
-                with one_thread():
-                    for decided in writer.decided_before():
-                        metrics.update(decided)
+                for decided in writer.decided_before():
+                    metrics.update(decided)
             trainer.strategy.barrier("store")  # nobody writes before all have read
             if writer.finished and trainer.is_global_zero:
                 print(f"resuming {writer.folder}: {len(writer.finished)} images are finished")
@@ -91,6 +98,8 @@ class RankEvaluation:
         images, labels, ids, lists, keys = unpack(batch)
         count = len(images) if self._remaining is None else min(len(images), self._remaining)
         ids = list(content_ids(images[:count]) if ids is None else ids)[:count]
+        if self._corruption is not None and count:
+            images = self._corruption(images[:count], ids)
         known: list[Any] = [None] * count if labels is None else labels[:count].tolist()
         if self.labelled:
             self._check_labels(known, ids)
@@ -103,6 +112,8 @@ class RankEvaluation:
         if self._remaining is not None:
             self._remaining -= count
         due = [i for i in range(count) if self._is_due(ids[i])]
+        if self._calibrated is not None:
+            self._calibrated.check_ids(ids[i] for i in due)
         if self._bar is not None:
             self._bar.skip_images(count - len(due))
         if due:
@@ -144,7 +155,7 @@ class RankEvaluation:
             for keyed in decisions:
                 seconds, (image_id, label, picture) = time.perf_counter() - start, self._waiting.popleft()
                 result = replace(keyed, image_id=image_id)
-                classes = c.denoiser.candidates.classes
+                classes = c.candidates.classes
                 record = Record.of(
                     result, classes, c.terms.weights_S, label, c.recipe.ensemble, seconds=seconds, rank=rank
                 )
@@ -163,7 +174,7 @@ class RankEvaluation:
             self._metrics.update(records)
 
     def _check_labels(self, labels: list[int | None], ids: list[int | str]) -> None:
-        classes, chosen = self._classifier.denoiser.candidates.classes, self._classifier.recipe.candidates
+        classes, chosen = self._classifier.candidates.classes, self._classifier.recipe.candidates
         allowed = set(classes if chosen is None else [classes[c] for c in chosen])
         for label, image_id in zip(labels, ids, strict=True):
             if label is None:

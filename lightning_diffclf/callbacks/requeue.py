@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.interruption import interrupt
+from lightning_diffclf.interruption import Left, interrupt
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # either will do; some libraries claim one of them
 
@@ -153,7 +153,7 @@ class Requeue(Checkpoint):
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGTERM)
         if not self._stores:
-            raise SystemExit(128 + min(self._told))
+            raise Left(128 + min(self._told))
         leave(trainer, "what was decided is stored", self._told)  # by the classifier's on_exception
 
 
@@ -174,7 +174,7 @@ def leave(trainer: L.Trainer, done: str, told: Collection[signal.Signals]) -> No
     Raises:
         SystemExit: always. Not ``trainer.should_stop``: that would end the training properly, with its last callbacks.
     """
-    raise SystemExit(hand_back(done, told) if trainer.is_global_zero else 0)
+    raise Left(hand_back(done, told) if trainer.is_global_zero else 0)
 
 
 def hand_back(done: str, told: Collection[signal.Signals]) -> int:

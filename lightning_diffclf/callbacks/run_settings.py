@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Set
-from dataclasses import replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchmetrics import Metric
 
-from lightning_diffclf.classifier import Recipe
+from lightning_diffclf.discriminative import Discriminative
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import digest_of_tensor, identity_of, says
 from lightning_diffclf.results.settings import Settings
-from lightning_diffclf.results.summary import Outline
 
 LOADING = ("batch_size", "eval_batch_size", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
 
@@ -36,40 +35,37 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
     Raises:
         ValueError: if something that matters has no identity.
     """
-    c, denoiser = callback.classifier, callback.classifier.denoiser
+    c = callback.classifier
     identity = {
-        "recipe": identity_of(_resolved(callback)),
+        "recipe": identity_of(c.recipe if c.terms.logits else c.recipe.resolved(c.draws, c.rule)),
         "module": module_identity(pl_module),
         "data": data_identity(data_module(trainer), loader),
         "precision": str(trainer.precision),
         "keep_errors": callback.keep_errors,
         "keep_distances": callback.keep_distances,
     }
+    if callback.corruption is not None:
+        identity["corruption"] = identity_of(callback.corruption)
     if callback.fitting is not None:
         identity["fitted_to"] = callback.fitting.identity()
     cuda = trainer.strategy.root_device.type == "cuda"
     info = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": date.today().isoformat(),
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
         "part": callback.part,
+        "calibration": callback.calibration,
         "microbatch": callback.microbatch,
         "compile": callback.compile,
         "ranks": trainer.world_size,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
-        "candidate_names": list(denoiser.candidates.names),
-        "log_snr_S": c.terms.log_snr_S.tolist(),
-        **Outline.of_classifier(c).to_info(),
+        "candidate_names": list(c.candidates.names),
+        **callback.outline.to_info(),
     }
+    if not c.terms.logits:
+        info["log_snr_S"] = c.terms.log_snr_S.tolist()
     return Settings(trainer.strategy.broadcast(identity), info)
-
-
-def _resolved(callback: Any) -> Recipe:
-    """The recipe with what is used where it leaves things open: so that a default is what it stands for."""
-    c = callback.classifier
-    fixed = c.draws.timesteps is not None or c.draws.noise is not None
-    draws = c.draws if fixed else c.draws.count
-    return replace(c.recipe, draws=draws, seed=c.draws.seed, elimination=c.rule)
 
 
 def data_module(trainer: L.Trainer) -> Any:
@@ -97,9 +93,10 @@ def module_identity(module: L.LightningModule) -> dict[str, Any]:
         "arguments": _without(module, module.hparams),
         "parts": {name: part for name, part in module.named_children() if not _measures(part)},
         "weights": {name: digest_of_tensor(tensors[name]) for name in sorted(tensors)},
-        "schedule": module.schedule,
         "candidates": module.candidates,
     }
+    if not isinstance(module, Discriminative):
+        parts["schedule"] = module.schedule
     return {name: identity_of(part) for name, part in parts.items()}
 
 

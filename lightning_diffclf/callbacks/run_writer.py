@@ -16,20 +16,24 @@ from torch import Tensor
 
 from lightning_diffclf.callbacks.first_rank import on_first_rank
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
+from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.files import FolderLock, write_json
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.calibration import Sample, calibrate
+from lightning_diffclf.results.conformal import RightScores, sets_of
+from lightning_diffclf.results.curves import Sureness
 from lightning_diffclf.results.error_maps import error_map
 from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import Record, from_table
 from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.shown import shown
 from lightning_diffclf.results.store import Store, claim, clean, finish, refresh
 from lightning_diffclf.results.stored import Stored, scan
 from lightning_diffclf.results.summary import Outline, Summary
 from lightning_diffclf.results.thumbnails import thumbnail
 
-PICTURES = ("thumbnail", "error_map")  # what numbers are not made of
+PICTURES = ("thumbnail", "error_map", "trail")  # what numbers are not made of
 
 
 class Picture(NamedTuple):
@@ -67,7 +71,7 @@ class RunWriter:
         trainer: L.Trainer,
         folder: Path,
         settings: Settings,
-        classifier: DiffusionClassifier,
+        classifier: Classifier,
         *,
         next_free: bool,
         flush_every: int,
@@ -80,11 +84,13 @@ class RunWriter:
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
         try:
             self.folder = self._claim(trainer, folder, settings, next_free)
-            errors = ErrorsInfo.of(classifier) if keep_errors else None
+            errors = ErrorsInfo.of(classifier) if keep_errors and isinstance(classifier, DiffusionClassifier) else None
             self._store = Store(self.folder, settings, self._rank, flush_every, errors, keep_distances)
             self.finished = self._store.finished
             self._mine, made = self._found_before()
             self._maps = -(-error_maps // self._ranks) - made  # that this rank may still make
+            if classifier.terms.logits:
+                self._maps = 0  # there is no noise to look at
         except BaseException:
             self.close()
             raise
@@ -144,9 +150,9 @@ class RunWriter:
 
     def _error_map(self, result: Classification, key: int | str, label: int | None, image: Tensor) -> Any:
         """How much larger the error of the right class is than that of the chosen one, at each position (h, w)."""
-        if result.candidate is None:
+        if result.candidate is None or not isinstance(self._classifier, DiffusionClassifier):
             return None
-        classes = self._classifier.denoiser.candidates.classes
+        classes = self._classifier.candidates.classes
         tried = [k for k in result.candidates_K.tolist() if classes[k] == label]
         difference_of = dict(zip(result.candidates_K.tolist(), result.differences_K.tolist(), strict=True))
         right = min(tried, key=difference_of.__getitem__) if tried else classes.index(label)
@@ -172,17 +178,22 @@ class RunWriter:
         Returns:
             The numbers of the data set's own, by name.
         """
-        settings, outline = self._store.settings, Outline.of_classifier(self._classifier)
+        settings, outline = self._store.settings, Outline.of(self._store.settings.info)
         finish(self.folder, settings)
         if summary is None:
             written = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
         else:
             calibrated = calibrate(Stored(self.folder, settings, Sample.COLUMNS), outline)
             written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
+            sureness = Sureness()
+            for chunk in Stored(self.folder, settings, Sureness.COLUMNS):
+                sureness.update(chunk)
+            written |= sureness.selective() | sets_of(outline, Stored(self.folder, settings, RightScores.COLUMNS))
             charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
         own = {} if score is None else score(self._records())
         described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info
-        write_json({"metrics": own | written, "settings": described}, self.folder / "metrics.json", 2, "results")
+        self._numbers = own | written
+        write_json({"metrics": self._numbers, "settings": described}, self.folder / "metrics.json", 2, "results")
         self.close()
         return own
 
@@ -196,12 +207,13 @@ class RunWriter:
         if self._lock is not None:
             self._lock.release()
 
-    def print(self, metrics: dict[str, float]) -> None:
-        """Show metrics as a table."""
+    def print(self) -> None:
+        """Show what :meth:`finish` found as a table."""
         classifier = self._classifier
-        title = f"diffusion classifier, {classifier.recipe.loss}, {classifier.rule}"
+        kind = "discriminative" if classifier.terms.logits else "diffusion"
+        title = f"{kind} classifier, {classifier.terms.loss}, {classifier.rule}"
         table = Table(title=escape(title), show_header=False)
-        for name, value in metrics.items():
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, text in shown(self._numbers).items():
+            table.add_row(name, text)
         table.add_row("results in", escape(str(self.folder)))
         Console(soft_wrap=True).print(table)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.classifier.classification import Classification
-from lightning_diffclf.classifier.engine import DiffusionClassifier
+from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.search import Found, Search, check_kept, flops_of, groups_of, heaviest
 from lightning_diffclf.classifier.sequential import LikelihoodRatio

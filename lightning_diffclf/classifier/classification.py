@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.candidates import Candidates
+from lightning_diffclf.classifier.conformal import Conformal, nonconformity
 from lightning_diffclf.classifier.contest import Contest
 from lightning_diffclf.classifier.posterior import Posterior, class_differences
 from lightning_diffclf.errors import UserError
@@ -148,6 +149,18 @@ class Classification:
             zip(known, self._probabilities_C.tolist(), strict=True), key=lambda one: (-one[1], place[one[0]])
         )
         return [(names[c], probability) for c, probability in likely[:k]]
+
+    def conforming(self, conformal: Conformal) -> list[str]:
+        """Names of the classes in the conformal set of this image, the likeliest first; there may be none.
+
+        Args:
+            conformal: Calibrated on decisions of the same network and recipe on other images.
+        """
+        classes_C, class_K = self._classes_K.unique(return_inverse=True)
+        differences_1C = class_differences(self.differences_K[None], class_K[None], len(classes_C)).numpy()
+        member_C = conformal(nonconformity(differences_1C), classes_C[None].numpy())[0]
+        names = {self.candidates.class_names[c] for c in classes_C.numpy()[member_C].tolist()}
+        return [name for name, _ in self.top(len(classes_C)) if name in names]
 
     @property
     def _classes_K(self) -> Tensor:

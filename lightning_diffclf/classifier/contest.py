@@ -28,6 +28,8 @@ class Terms:
         log_snr_S: Log signal-to-noise ratio of each draw, in the order spent (S,), float64.
         weights_S: What each draw weighs in the score (S,), float64, mean 1.
         budget: Network calls for one image at most; None for no limit.
+        logits: Whether errors are negative logits, which one network call gives of all candidates: then calls are
+            counted by draw, and differences are nats as they are.
     """
 
     rule: Elimination
@@ -35,6 +37,7 @@ class Terms:
     log_snr_S: np.ndarray
     weights_S: np.ndarray
     budget: int | None = None
+    logits: bool = False
 
     def check_budget(self, image_id: int | str, num_candidates: int, spent: int) -> None:
         """Raise ValueError unless the budget pays for one call of each candidate after ``spent`` calls."""
@@ -105,7 +108,7 @@ class Contest:
             Positions of the candidates that are out because an error is NaN or infinite.
         """
         weights_R1 = self.terms.weights_S[self.done : self.stop, None]
-        self.nfe += errors_RP.size
+        self.nfe += len(errors_RP) if self.terms.logits else errors_RP.size
         self.draws_K[self.playing] = self.stop
         finite_P = np.isfinite(errors_RP).all(0)
         broken = self.playing[~finite_P]
@@ -157,7 +160,8 @@ class Contest:
         rivals_A = rivals_A & (np.arange(len(sums_A)) != best)
         if rivals_A.any():
             gap = float(sums_A[rivals_A].min() - sums_A[best])
-            self._evidence = min(self._evidence, gap / (2 * float(sums_A[best]) / self.stop + 1e-300))
+            scale = 1.0 if self.terms.logits else 2 * float(sums_A[best]) / self.stop + 1e-300
+            self._evidence = min(self._evidence, gap / scale)
 
     def _advance(self) -> None:
         """Begin the next round, unless all is decided."""

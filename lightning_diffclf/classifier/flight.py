@@ -15,6 +15,25 @@ from lightning_diffclf.classifier.contest import Contest
 from lightning_diffclf.classifier.device import download
 
 
+@dataclass(frozen=True)
+class Landed:
+    """Errors of an image that have come back from a micro-batch.
+
+    Attributes:
+        image_id: Id of the image.
+        candidates_P: Indices of the candidates that are in play in these draws (P,), int64.
+        first: Draws before these.
+        errors_RP: Errors of the draws that are now complete (R, P), float32, without weights; R may be 0.
+        nfe: Network calls spent on the image so far.
+    """
+
+    image_id: int | str
+    candidates_P: np.ndarray
+    first: int
+    errors_RP: np.ndarray
+    nfe: int
+
+
 @dataclass(eq=False)
 class Flight:
     """An image between its arrival and its decision.
@@ -62,6 +81,23 @@ class Flight:
         self.taken = self.landed = 0
         self.errors_N = np.empty(self.contest.rows, dtype=np.float32)
 
+    def land(self, piece: Piece, errors_N: np.ndarray) -> None:
+        """Take the errors of one of its pieces (N,)."""
+        self.errors_N[piece.first : piece.last] = errors_N
+        self.landed += piece.size
+
+    def completed_by(self, piece: Piece) -> Landed:
+        """What came back with the piece that landed last, before the round ends."""
+        contest, in_play = self.contest, len(self.contest.playing)
+        first, last = piece.first // in_play, piece.last // in_play
+        return Landed(
+            self.image_id,
+            self.candidates_K[contest.playing],
+            contest.done + first,
+            self.errors_N[first * in_play : last * in_play].reshape(-1, in_play).copy(),
+            contest.nfe + self.landed,
+        )
+
     def end_round(self) -> np.ndarray:
         """Hand the round to the contest; returns the positions of broken candidates."""
         contest, playing = self.contest, self.contest.playing
@@ -69,7 +105,8 @@ class Flight:
         if self.errors_KS is not None:
             self.errors_KS[playing, contest.done : contest.stop] = errors_RP.T
         if self.distances:
-            distances_RPP, self.distances = np.square(torch.cat(self.distances).float().numpy()), []
+            roots_RPP = np.concatenate([part.numpy() for part in self.distances])
+            distances_RPP, self.distances = np.square(roots_RPP.astype(np.float32)), []
             if self.distances_SKK is not None:
                 self.distances_SKK[np.ix_(np.arange(contest.done, contest.stop), playing, playing)] = distances_RPP
         return contest.land(errors_RP, distances_RPP)

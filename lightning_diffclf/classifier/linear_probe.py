@@ -19,7 +19,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import digest_of_tensor
 
 if TYPE_CHECKING:
-    from lightning_diffclf.classifier.engine import DiffusionClassifier
+    from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
 
 MOST_FEATURES = 8192  # of an image: the products of all pairs are kept, in float64
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from lightning_diffclf.classifier.arrays import Values, as_array, like
 from lightning_diffclf.errors import UserError
 
-CELLS = 2**18  # logits that a fit differentiates together: of many classes, all would take ten times their memory
+CELLS = 2**18  # logits that a fit differentiates together: of many classes, all would take several times their memory
+
+FLAT = 1e-7  # nats by which the likelihood still changes, of a temperature e times as large, where a fit ends
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,13 @@ class Posterior:
         if not self.temperature > 0:
             raise UserError(f"posterior: temperature {self.temperature}, expected a positive number")
 
-    def log_probabilities(self, scores_BK: Tensor, dims: int) -> Tensor:
+    def log_probabilities(self, scores_BK: Values, dims: int) -> Values:
         """Logarithm of :meth:`__call__`, (B, K) float64."""
-        logits_BK = -scores_BK.double() * (dims if self.reduction == "sum" else 1) / self.temperature
-        logits_BK = logits_BK.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-        return logits_BK.where(logits_BK.isfinite().any(1, keepdim=True), 0).log_softmax(1)
+        logits_BK = self._logits(as_array(scores_BK), dims)
+        logits_BK -= np.log(np.exp(logits_BK).sum(1, keepdims=True))
+        return like(scores_BK, logits_BK)
 
-    def __call__(self, scores_BK: Tensor, dims: int) -> Tensor:
+    def __call__(self, scores_BK: Values, dims: int) -> Values:
         """Probability of each candidate.
 
         Args:
@@ -74,9 +77,22 @@ class Posterior:
         Returns:
             (B, K) float64, each row sums to one.
         """
-        return self.log_probabilities(scores_BK, dims).exp()
+        p_BK = self._logits(as_array(scores_BK), dims)
+        np.exp(p_BK, out=p_BK)
+        p_BK /= p_BK.sum(1, keepdims=True)
+        return like(scores_BK, p_BK)
 
-    def fit(self, scores_BK: Tensor, target_B: Tensor, dims: int) -> Posterior:
+    def _logits(self, scores_BK: np.ndarray, dims: int) -> np.ndarray:
+        """A new array (B, K): 0 for the likeliest candidates, minus infinity for broken ones, unless all are."""
+        logits_BK: np.ndarray = scores_BK * -(dims if self.reduction == "sum" else 1)
+        logits_BK /= self.temperature
+        np.nan_to_num(logits_BK, copy=False, nan=-np.inf, posinf=np.finfo(np.float64).max, neginf=-np.inf)
+        best_B1 = logits_BK.max(1, initial=-np.inf, keepdims=True)
+        logits_BK[np.isneginf(best_B1[:, 0])] = 0
+        logits_BK -= np.where(np.isneginf(best_B1), 0, best_B1)
+        return logits_BK
+
+    def fit(self, scores_BK: Values, target_B: Values, dims: int) -> Posterior:
         """The same posterior with the temperature that maximises the likelihood of held-out images.
 
         Args:
@@ -92,44 +108,65 @@ class Posterior:
             raise UserError(f"fit: {num_images} rows of scores and {len(target_B)} targets, expected equally many, ≥ 1")
         if int(target_B.min()) < 0 or int(target_B.max()) >= num_candidates:
             raise UserError(f"fit: targets {target_B.min()} … {target_B.max()}, expected 0 … {num_candidates - 1}")
-        target_B = target_B.to(scores_BK.device)
+        logits_BK, target_B1 = -as_array(scores_BK), as_array(target_B, np.int64)[:, None]
         # A broken right candidate has probability zero at any temperature: such images say nothing.
-        usable_B = scores_BK.gather(1, target_B[:, None])[:, 0].isfinite()
-        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode cannot be differentiated
-            logits_BK, target_B = -scores_BK[usable_B].double(), target_B[usable_B]
-            finite = logits_BK.isfinite()
-            # Only differences within an image matter, and errors of images differ far more than those of its
-            # candidates. In place, as these arrays are large.
-            logits_BK.sub_(logits_BK.gather(1, target_B[:, None])).masked_fill_(~finite, 0)
-            spread = torch.linalg.vector_norm(logits_BK) / logits_BK.count_nonzero().sqrt()
-            if not bool(spread > 0):  # no two candidates differ: all temperatures are equally likely
-                return self
-            # Start where the logits have unit spread. In log temperature the problem is smooth and has one minimum.
-            logits_BK.div_(spread)
-        with torch.inference_mode(False), torch.enable_grad():
-            log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-            together = max(1, CELLS // num_candidates)
-            optimizer = torch.optim.LBFGS([log_temperature], max_iter=200, line_search_fn="strong_wolfe")
+        usable_B = np.isfinite(np.take_along_axis(logits_BK, target_B1, 1)[:, 0])
+        logits_BK, target_B1 = logits_BK[usable_B], target_B1[usable_B]
+        broken_BK = ~np.isfinite(logits_BK)
+        # Only differences within an image matter, and errors of images differ far more than those of its candidates.
+        # In place, as these arrays are large.
+        logits_BK -= np.take_along_axis(logits_BK, target_B1, 1)
+        logits_BK[broken_BK] = 0
+        spread = float(np.linalg.norm(logits_BK)) / (int(np.count_nonzero(logits_BK)) or 1) ** 0.5
+        if not spread > 0:  # no two candidates differ: all temperatures are equally likely
+            return self
+        logits_BK /= spread  # so that the search begins at unit spread
+        best_B1 = np.where(broken_BK, -np.inf, logits_BK).max(1, keepdims=True)
+        logits_BK -= best_B1  # so that no exponential overflows
+        logits_BK[broken_BK] = 0
+        some_broken, together = bool(broken_BK.any()), max(1, CELLS // num_candidates)
 
-            def negative_log_likelihood() -> Tensor:
-                optimizer.zero_grad()
-                total = torch.zeros((), dtype=torch.float64)
-                for logits, known, target in zip(
-                    *(t.split(together) for t in (logits_BK, finite, target_B)), strict=True
-                ):
-                    # Bounded, because the best temperature of a flawless classifier is zero.
-                    logits = (logits * torch.exp(-log_temperature.clamp(-10, 10))).where(known, -torch.inf)
-                    loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum") / len(target_B)
-                    loss.backward()
-                    total += loss.detach()
-                return total
+        def derivatives(sharpness: float) -> tuple[float, float]:
+            """First and second derivative of the negative log likelihood of an image, on average."""
+            first, second = float(best_B1.sum()), 0.0
+            for begin in range(0, len(logits_BK), together):
+                some_BK = logits_BK[begin : begin + together]
+                p_BK = some_BK * sharpness
+                np.exp(p_BK, out=p_BK)
+                if some_broken:
+                    p_BK[broken_BK[begin : begin + together]] = 0
+                total_B = p_BK.sum(1)
+                p_BK *= some_BK
+                mean_B = p_BK.sum(1) / total_B
+                square_B = np.einsum("bk,bk->b", p_BK, some_BK) / total_B
+                first, second = first + float(mean_B.sum()), second + float((square_B - mean_B**2).sum())
+            return first / len(logits_BK), second / len(logits_BK)
 
-            optimizer.step(negative_log_likelihood)
-        fitted = float(spread * log_temperature.detach().clamp(-10, 10).exp())
+        fitted = spread / _root(derivatives)
         return replace(self, temperature=fitted * (dims if self.reduction == "sum" else 1))
 
 
-def class_differences(differences_BK: Tensor, class_BK: Tensor, num_classes: int) -> Tensor:
+def _root(derivatives: Callable[[float], tuple[float, float]], most: float = np.exp(10.0)) -> float:
+    """Where a convex function of a positive number has its minimum, by Newton's method within bounds.
+
+    Args:
+        derivatives: The first and the second one.
+        most: What is not exceeded, and its inverse not undercut: the best temperature of a flawless classifier is zero.
+    """
+    low, high, place = 1 / most, most, 1.0
+    for _ in range(200):
+        first, second = derivatives(place)
+        low, high = (low, place) if first > 0 else (place, high)
+        following = place - first / second if second > 0 else most
+        if not low < following < high:
+            following = (low * high) ** 0.5
+        if abs(first) * place <= FLAT:  # quadratic convergence: this step is the last that changes anything
+            return float(following if abs(following / place - 1) < 1e-3 else place)
+        place = following
+    return place
+
+
+def class_differences(differences_BK: Values, class_BK: Values, num_classes: int) -> Values:
     """What a posterior over classes is made of: each class stands where its best candidate stands.
 
     So the likeliest class is the one decided for, and a class gains nothing by having more candidates (prompts).
@@ -144,11 +181,13 @@ def class_differences(differences_BK: Tensor, class_BK: Tensor, num_classes: int
         (B, C) float64; infinite for classes without a candidate whose difference is finite.
 
     Example:
-        >>> differences_1K, class_1K = torch.tensor([[0.5, 0.0, 0.25]]), torch.tensor([[0, 2, 0]])
+        >>> differences_1K, class_1K = np.array([[0.5, 0.0, 0.25]]), np.array([[0, 2, 0]])
         >>> class_differences(differences_1K, class_1K, num_classes=3).tolist()
         [[0.25, inf, 0.0]]
     """
-    differences_BK = differences_BK.double().nan_to_num(nan=torch.inf, posinf=torch.inf)
-    best_BC = differences_BK.new_full((len(differences_BK), num_classes), torch.inf)
-    inside_BK = class_BK.to(best_BC.device).clamp(0, num_classes - 1)
-    return best_BC.scatter_reduce_(1, inside_BK, differences_BK, "amin")
+    found_BK = as_array(differences_BK)
+    best_BC = np.full((len(found_BK), num_classes), np.inf)
+    inside_BK = as_array(class_BK, np.int64).clip(0, num_classes - 1)
+    place_BK = inside_BK + np.arange(len(found_BK))[:, None] * num_classes
+    np.fmin.at(best_BC.reshape(-1), place_BK.reshape(-1), found_BK.reshape(-1))  # of NaN and a number, the number
+    return like(differences_BK, best_BC)

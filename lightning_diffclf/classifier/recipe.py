@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from lightning_diffclf.classifier.conformal import check_coverage
 from lightning_diffclf.classifier.draws import Draws
 from lightning_diffclf.classifier.elimination import Elimination
 from lightning_diffclf.classifier.posterior import Posterior
@@ -45,6 +46,9 @@ class Recipe:
             any callable from images (B, C, H, W) to indices (B, m).
         reduction: ``mean`` or ``sum``: how probabilities are read off scores; see :class:`~.posterior.Posterior`.
         temperature: Temperature of the probabilities.
+        coverage: Share of images whose conformal set of classes shall contain the right one, above 0 and below 1; no
+            sets if omitted. See :class:`~.conformal.Conformal`.
+        coverage_by_class: Whether that shall hold for the images of each class, not only for all together.
 
     Raises:
         ValueError: if a value is out of range.
@@ -62,10 +66,14 @@ class Recipe:
     proposal: Proposal | None = None
     reduction: Literal["mean", "sum"] = "sum"
     temperature: float = 1.0
+    coverage: float | None = None
+    coverage_by_class: bool = False
 
     CANNOT_CHANGE_DECISIONS: ClassVar[dict[str, str]] = {
         "reduction": "probabilities are made of stored differences whenever they are read",
         "temperature": "likewise",
+        "coverage": "likewise, sets",
+        "coverage_by_class": "likewise",
     }
 
     def __post_init__(self) -> None:
@@ -83,11 +91,20 @@ class Recipe:
         if self.candidates is not None and len(self.candidates) == 0:
             raise UserError("candidates: an empty list, expected at least one index, or null for all")
         Posterior(self.reduction, self.temperature)
+        if self.coverage is not None:
+            check_coverage(self.coverage)
+        elif self.coverage_by_class:
+            raise UserError("coverage_by_class: given without a coverage, expected one, such as 0.9")
 
     @property
     def posterior(self) -> Posterior:
         """Turns differences of scores into probabilities."""
         return Posterior(self.reduction, self.temperature)
+
+    def resolved(self, draws: Draws, rule: Elimination) -> Recipe:
+        """With what a classifier uses where it leaves things open: so that a default is what it stands for."""
+        fixed = draws.timesteps is not None or draws.noise is not None
+        return replace(self, draws=draws if fixed else draws.count, seed=draws.seed, elimination=rule)
 
     def identity(self) -> dict[str, Any]:
         """What decisions depend on."""

@@ -38,8 +38,9 @@ class Predictions:
 
     @cached_property
     def epsilon(self) -> Tensor:
-        """Predicted noise (N, C, ...), float32: in half precision, candidates would tie by rounding."""
-        return self.schedule.to_epsilon(self.output.float(), self.x_t, self.t)
+        """Predicted noise (N, C, ...), at least float32: in half precision, candidates would tie by rounding."""
+        wide = torch.promote_types(self.output.dtype, torch.float32)
+        return self.schedule.to_epsilon(self.output.to(wide), self.x_t, self.t)
 
     @cached_property
     def bound(self) -> tuple[Tensor, Tensor]:

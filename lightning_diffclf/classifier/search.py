@@ -24,7 +24,7 @@ from lightning_diffclf.noise import KeyedNoise
 from lightning_diffclf.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from lightning_diffclf.classifier.engine import DiffusionClassifier
+    from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
 
 FIRST_DRAW = 2**63  # of the search: its noise is none of the contest's
 CONDITIONS_AT_ONCE = 64  # in float32, since a thousand prompts of T5 are gigabytes

@@ -7,12 +7,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from typing import NamedTuple
 
 from lightning_diffclf import __version__
 from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.interruption import leaves_at_once
 
 
 class Command(NamedTuple):
@@ -33,6 +35,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Begin": {
         "demo": Command("train on handwritten digits and classify with what was learnt: minutes", "commands.demo"),
         "configs": Command("the experiments that come with this package, or a copy of one to edit", "commands.configs"),
+        "completion": Command("a script with which TAB completes commands and options", "commands.completion"),
     },
     "Train and evaluate": {
         "fit": Command("train: --config dit_digits.yaml, and any value in it as a flag"),
@@ -44,12 +47,20 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Results": {
         "report": Command("one HTML file that shows an evaluation, and its figures", "commands.results"),
         "compare": Command("two evaluations image by image: agreement, McNemar's test, cost", "commands.results"),
+        "ood": Command("how well a run's numbers tell foreign images: AUROC, FPR95, AUPR", "commands.ood"),
         "merge": Command("join evaluations of parts of a data set", "commands.results"),
+        "robustness": Command(
+            "runs on shifted data against a line through ordinary classifiers", "commands.robustness"
+        ),
         "replay": Command(
-            "what other rules, weights and budgets would have decided, without the network", "commands.results"
+            "what other rules, weights and budgets would have decided, without the network", "commands.replay"
         ),
     },
+    "Tables of the paper": {
+        "reproduce": Command("a table of the paper, its values beside ours: reproduce digits", "commands.reproduce"),
+    },
     "Photos and samples": {
+        "app": Command("a local page: drop a picture, and watch labels fall draw by draw", "commands.app"),
         "classify": Command("photos and labels in, probabilities out", "commands.classify"),
         "sample": Command("images of given classes from a trained network", "commands.sample"),
         "fid": Command("how good generated images are: FID, Inception Score, precision, recall", "commands.fid"),
@@ -99,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(f"diffclf {__version__}")
     elif name in COMMANDS:
-        telling(lambda: run(name, others))
+        telling(lambda: run(name, others), program=args is None)
     elif name == "":
         print(help_text(), file=sys.stderr)
         raise SystemExit(2)
@@ -109,11 +120,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def evaluate(args: Sequence[str] | None = None) -> None:
     """``evaluate.py``: ``diffclf evaluate``; ``args`` are those of the process if omitted."""
-    telling(lambda: run("evaluate", sys.argv[1:] if args is None else args))
+    telling(lambda: run("evaluate", sys.argv[1:] if args is None else args), program=args is None)
 
 
-def telling(command: Callable[[], object]) -> None:
-    """Run a command; what the user did wrong is told in one line instead of a traceback."""
+def telling(command: Callable[[], object], program: bool = False) -> None:
+    """Run a command; what the user did wrong is told in one line instead of a traceback.
+
+    Args:
+        command: What to run.
+        program: Whether that is all that this process is for, so that it may end at once when that is done.
+    """
     for harmless in (
         "isinstance\\(treespec, LeafSpec\\)",
         "The number of training batches",
@@ -121,9 +137,13 @@ def telling(command: Callable[[], object]) -> None:
         ".*does not have many workers",
     ):
         warnings.filterwarnings("ignore", message=f".*{harmless}")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
+    chatter = "Tip:", "already configured with model summary"
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(text in record.getMessage() for text in chatter)
+    )
     try:
-        command()
+        with leaves_at_once() if program else nullcontext():
+            command()
     except BrokenPipeError:  # who reads what is printed has seen enough, as `| head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         raise SystemExit(1) from None

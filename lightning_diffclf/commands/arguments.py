@@ -14,6 +14,13 @@ from jsonargparse import Namespace
 from lightning_diffclf.classifier.elimination import Elimination
 from lightning_diffclf.classifier.sequential import SequentialTest  # noqa: F401  (rules are named without a path)
 from lightning_diffclf.commands.parser import Parser
+from lightning_diffclf.commands.results_arguments import compare as compare
+from lightning_diffclf.commands.results_arguments import merge as merge
+from lightning_diffclf.commands.results_arguments import ood as ood
+from lightning_diffclf.commands.results_arguments import replay as replay
+from lightning_diffclf.commands.results_arguments import report as report
+from lightning_diffclf.commands.results_arguments import reproduce as reproduce
+from lightning_diffclf.commands.results_arguments import robustness as robustness
 from lightning_diffclf.hub import AUTOENCODER, TEXT_TO_IMAGE
 
 
@@ -40,6 +47,18 @@ def configs(args: Sequence[str]) -> Namespace:
     )
     parser.add_argument("--copy", metavar="NAME", type=str | None, default=None, help="write one to a file, to edit it")
     parser.add_argument("--out", type=str | None, default=None, help="the file (default: NAME, in this folder)")
+    return parser.read(args)
+
+
+def completion(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf completion``."""
+    parser = Parser(
+        prog="diffclf completion",
+        description="Print a script with which TAB completes commands, options and names of configurations. It takes "
+        "seconds, so keep it in a file: diffclf completion bash > "
+        "~/.local/share/bash-completion/completions/diffclf, or, for zsh, a file _diffclf in a folder of $fpath.",
+    )
+    parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="which shell")
     return parser.read(args)
 
 
@@ -94,6 +113,22 @@ def classify(args: Sequence[str]) -> Namespace:
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
     parser.add_argument(
+        "--coverage",
+        type=float | None,
+        default=None,
+        help="also print a set of labels that contains the right one for this share of images (0.9); needs "
+        "--calibration",
+    )
+    parser.add_argument(
+        "--coverage_by_class", action="store_true", help="let that hold for the images of each label by themselves"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=str | None,
+        default=None,
+        help="folder of an evaluation of other labelled images by the same model, labels, prompts and recipe",
+    )
+    parser.add_argument(
         "--search",
         action="store_true",
         help="first find the labels worth trying, by the gradient of the error by the prompts (GradientSearch): pays "
@@ -106,6 +141,33 @@ def classify(args: Sequence[str]) -> Namespace:
     parser.add_argument("--skip-bad", action="store_true", help="go on where an image cannot be read")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plots", type=str | None, default=None, help="folder for pictures with bars")
+    return parser.read(args)
+
+
+def app(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf app``."""
+    parser = Parser(
+        prog="diffclf app",
+        description="A page in the browser: drop a picture, type labels, and watch them fall draw by draw. It needs no "
+        "network; a tiny model of handwritten digits comes with the package. Ctrl-C ends it.",
+    )
+    parser.add_argument(
+        "--ckpt", type=str, action="append", default=[], help="checkpoint of a training; may be repeated"
+    )
+    parser.add_argument(
+        "--model",
+        type=str,
+        action="append",
+        default=[],
+        help="folder or Hub repository of a text-to-image pipeline of diffusers; may be repeated",
+    )
+    parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the repositories")
+    parser.add_argument("--template", type=str, default="a photo of a {}", help="prompt; {} is the label")
+    parser.add_argument("--vae", type=str | None, default=None, help="autoencoder in place of the checkpoints' own")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to serve; 0.0.0.0 is for everybody")
+    parser.add_argument("--port", type=int, default=7860, help="port to serve; 0 is any that is free")
+    parser.add_argument("--device", type=str, default="auto", help="cuda, cpu, …")
+    parser.add_argument("--dtype", type=str, default="auto", help="of pipelines: float32, float16, bfloat16")
     return parser.read(args)
 
 
@@ -224,63 +286,6 @@ def sample(args: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--precision", type=Literal["32-true", "bf16-mixed", "16-mixed"], default="32-true", help="of the network"
     )
-    return parser.read(args)
-
-
-def replay(args: Sequence[str]) -> Namespace:
-    """Of ``diffclf replay``."""
-    parser = Parser(
-        prog="diffclf replay",
-        description="What other elimination rules and timestep weights would have decided, and what they would have "
-        "cost, from the errors that `evaluate.py --keep-errors` wrote. Needs no network.",
-    )
-    parser.add_argument("file", type=str, help="errors.parquet of a run without elimination")
-    parser.add_argument(
-        "--elimination", type=Elimination | None, default=None, help="the rule; if omitted, the usual ones are compared"
-    )
-    parser.add_argument(
-        "--weights", type=str | list[float] | None, default=None, help="timestep weights; those of the run if omitted"
-    )
-    parser.add_argument("--budget", type=int | None, default=None, help="network calls for one image at most")
-    parser.add_argument("--out", type=str | None, default=None, help="write the numbers to this JSON file as well")
-    return parser.read(args)
-
-
-def merge(args: Sequence[str]) -> Namespace:
-    """Of ``diffclf merge``."""
-    parser = Parser(
-        prog="diffclf merge",
-        description="Join runs with the same settings, ended or killed: jobs of an array, parts of a data set. Images "
-        "that are in several count once and must agree.",
-    )
-    parser.add_argument("runs", type=str, nargs="+", help="folders of evaluations")
-    parser.add_argument("--out", type=str, required=True, help="folder for the whole")
-    return parser.read(args)
-
-
-def compare(args: Sequence[str]) -> Namespace:
-    """Of ``diffclf compare``."""
-    parser = Parser(
-        prog="diffclf compare",
-        description="Compare two evaluations image by image: agreement, accuracy with intervals, McNemar's exact test, "
-        "cost.",
-    )
-    parser.add_argument("first", type=str, help="folder of an evaluation")
-    parser.add_argument("second", type=str, help="folder of another on the same images")
-    parser.add_argument("--out", type=str | None, default=None, help="folder for figures and comparison.json")
-    return parser.read(args)
-
-
-def report(args: Sequence[str]) -> Namespace:
-    """Of ``diffclf report``."""
-    parser = Parser(
-        prog="diffclf report",
-        description="One HTML file that shows an evaluation (also one that is still running), and its figures as PNG "
-        "and SVG. Needs no network, neither to make nor to open.",
-    )
-    parser.add_argument("run", type=str, help="folder of an evaluation")
-    parser.add_argument("--out", type=str | None, default=None, help="the file (default: report.html in the folder)")
-    parser.add_argument("--gallery", type=int, default=240, help="images to show at most")
     return parser.read(args)
 
 

@@ -22,7 +22,7 @@ def classify_command(given: Namespace) -> None:
         recipe = replace(recipe, elimination=RECIPE.elimination)
     if given.search:
         recipe = replace(recipe, proposal=GradientSearch())
-    settings = ("model", "revision", "microbatch", "size", "device", "dtype")
+    settings = ("model", "revision", "microbatch", "size", "device", "dtype", "calibration")
     answers = classify(
         given.images,
         labels,

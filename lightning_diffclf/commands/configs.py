@@ -95,18 +95,26 @@ def summary(path: Path) -> str:
         return file.readline().removeprefix("#").strip()
 
 
+def listing() -> dict[str, dict[str, str]]:
+    """All configurations: under a title for experiments and one for layers, the summary of each by its name."""
+    summaries = {path.name: summary(path) for path in sorted(CONFIGS.glob("*.yaml"))}
+    return {
+        title: {name: text for name, text in summaries.items() if text.startswith(LAYER) == layer}
+        for title, layer in (("Experiments", False), ("Layers, to be given after them", True))
+    }
+
+
 def configs_command(given: Namespace) -> None:
     """``diffclf configs``: prints what there is, or copies one."""
     if given.copy is not None:
         print(copied(given.copy, Path(given.out or Path(given.copy).name)))
         return
-    summaries = {path.name: summary(path) for path in sorted(CONFIGS.glob("*.yaml"))}
-    width = max(map(len, summaries))
-    for title, layer in (("Experiments", False), ("Layers, to be given after them", True)):
+    groups = listing()
+    width = max(len(name) for group in groups.values() for name in group)
+    for title, group in groups.items():
         print(f"{title}:")
-        for name, text in summaries.items():
-            if text.startswith(LAYER) == layer:
-                print(f"  {name:{width}}  {text}")
+        for name, text in group.items():
+            print(f"  {name:{width}}  {text}")
         print()
     print("diffclf fit|evaluate --config NAME [--config LAYER …]; to edit one: diffclf configs --copy NAME")
 

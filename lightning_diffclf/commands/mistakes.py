@@ -100,7 +100,26 @@ def _of_option(name: str, message: str) -> str:
             short = class_path.rpartition(".")[2]
             return f"{name}: {unknown('class', short, _classes(name))} ({inner})"
         return explained(inner, _parameters(class_path), f"{name}.")
+    if found := re.search(r"^ *Given value: (.*)", message, re.MULTILINE):
+        return _none_of_types(name, found[1], message)
     return f"{name}: {message}"
+
+
+def _none_of_types(name: str, given: str, message: str) -> str:
+    """That a value is none of several types, of which some are lists of words.
+
+    Example:
+        >>> _none_of_types("trainer.precision", "bf61", "Expected a typing.Literal['32', 'bf16', 'bf16-mixed']")
+        "trainer.precision: 'bf61', expected one of '32', 'bf16', 'bf16-mixed'; did you mean 'bf16'?"
+        >>> _none_of_types("trainer.max_epochs", "x", "Expected a <class 'int'>, Expected a <class 'NoneType'>")
+        "trainer.max_epochs: 'x', expected int"
+    """
+    lists = ", ".join(re.findall(r"typing\.Literal\[(.*?)\]", message))
+    words = list(dict.fromkeys(re.findall(r"'([^']*)'", lists)))
+    types = [kind for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind != "NoneType"]
+    expected = " or ".join([*types, *(["one of " + ", ".join(map(repr, words))] if words else [])])
+    meant = similar(given, words)
+    return f"{name}: {given!r}, expected {expected}" + (f"; did you mean {meant[0]!r}?" if meant else "")
 
 
 def _classes(option: str) -> list[str]:

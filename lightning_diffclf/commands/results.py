@@ -1,4 +1,4 @@
-"""``diffclf replay|merge|compare|report``: what works on stored results."""
+"""``diffclf merge|compare|report``: what works on stored results, without torch: it takes seconds to import."""
 
 from __future__ import annotations
 
@@ -9,33 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_diffclf.classifier import LikelihoodRatio
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import write_json
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
-from lightning_diffclf.results.errors import StoredErrors
 from lightning_diffclf.results.evaluation import Evaluation
-from lightning_diffclf.results.replay import measure_inflation, replay, to_table, usual_rules
-from lightning_diffclf.results.report import headline, write_report
+from lightning_diffclf.results.headline import details
+from lightning_diffclf.results.report import write_report
 from lightning_diffclf.results.store import merge
-
-
-def replay_command(given: Namespace) -> None:
-    """``diffclf replay``: prints a table, and writes it to ``--out``."""
-    errors = StoredErrors(given.file)
-    rules = usual_rules(errors) if given.elimination is None else [given.elimination]
-    replays = [replay(errors, rule, given.weights, given.budget) for rule in rules]
-    console = Console(soft_wrap=True)
-    console.print(to_table(replays, errors.info))
-    inflation = None
-    if given.elimination is None and any(isinstance(one.rule, LikelihoodRatio) for one in replays):
-        inflation = measure_inflation(errors)
-        console.print(f"measured here for LikelihoodRatio: inflation {inflation:.2f}")
-    if given.out is not None:
-        numbers = {"file": given.file, "loss": errors.info.loss, "draws": errors.info.draws, "seed": errors.info.seed}
-        numbers |= {} if inflation is None else {"inflation": inflation}
-        write_json(numbers | {"replays": [one.summary() for one in replays]}, given.out, indent=2, what="replay")
 
 
 def merge_command(given: Namespace) -> None:
@@ -43,7 +24,7 @@ def merge_command(given: Namespace) -> None:
     merge([Path(run) for run in given.runs], Path(given.out))
     run = Evaluation.read(given.out)
     table = Table(title=escape(f"merged into {given.out}"), show_header=False)
-    for name, value, note in headline(run):
+    for name, value, note in details(run):
         table.add_row(name, value, note)
     Console(soft_wrap=True).print(table)
 

@@ -15,11 +15,12 @@ from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.files import replacing, write_json
 from lightning_diffclf.hub import AUTOENCODER
-from lightning_diffclf.identity import differences, digest_of_weights, identity_of
+from lightning_diffclf.identity import digest_of_weights, identity_of
 from lightning_diffclf.models.published import config_of, is_published, load_published
 from lightning_diffclf.modules.checkpoints import trained_module
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 from lightning_diffclf.results.figures import save_image_grid
+from lightning_diffclf.results.settings import differences
 
 SETTINGS = "samples.json"
 GRID_SUFFIXES = (".png", ".jpg", ".jpeg")

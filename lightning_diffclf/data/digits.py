@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import lightning as L
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_diffclf.data.stream import evaluation_loader, some_images, training_loader
-from lightning_diffclf.errors import check_at_least
+from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.identity import ByArguments
 
 TEST_SIZE = 360
@@ -23,12 +24,12 @@ class InMemoryImages(Dataset[dict[str, Tensor]]):
 
     Args:
         image: (N, C, H, W).
-        label: (N,), int64.
+        label: (N,), int64; None if they have none.
         id: (N,), int64.
     """
 
-    def __init__(self, image: Tensor, label: Tensor, id: Tensor) -> None:
-        self.parts = {"image": image, "label": label, "id": id}
+    def __init__(self, image: Tensor, label: Tensor | None, id: Tensor) -> None:
+        self.parts = {"image": image, "id": id} | ({} if label is None else {"label": label})
 
     def __len__(self) -> int:
         return len(self.parts["id"])
@@ -52,9 +53,11 @@ class DigitsDataModule(ByArguments, L.LightningDataModule):
         batch_size: Training images in one optimizer step, over all processes and accumulated batches.
         eval_batch_size: Test images in a batch of one process.
         seed: Key of the order of training images.
+        left_out: Digits that are none of the classes: the others are classes 0, 1, … in ascending order, and
+            ``predict`` sees all images of those left out, without labels, in place of the test images.
 
     Raises:
-        ValueError: if a batch size is below 1.
+        ValueError: if a batch size is below 1, or what is left out are not different digits that leave one.
     """
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
@@ -66,23 +69,35 @@ class DigitsDataModule(ByArguments, L.LightningDataModule):
     num_classes = 10
     class_names = tuple("0123456789")
 
-    def __init__(self, batch_size: int = 256, eval_batch_size: int = 60, seed: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 256, eval_batch_size: int = 60, seed: int = 0, left_out: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        if len(set(left_out)) < len(left_out) or not set(left_out) < set(range(10)):
+            raise UserError(f"left_out: {list(left_out)}, expected different digits, fewer than ten")
         self.save_hyperparameters()
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self._digits = [digit for digit in range(10) if digit not in left_out]  # that are classes
+        if left_out:
+            self.num_classes, self.class_names = len(self._digits), tuple(map(str, self._digits))
 
     def setup(self, stage: str | None = None) -> None:
         pixels, digits = load_digits(return_X_y=True)
         images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1  # 0 … 16 to [-1, 1]
         labels = torch.tensor(digits, dtype=torch.int64)
         rows = train_test_split(torch.arange(len(labels)), test_size=TEST_SIZE, random_state=0, stratify=digits)
-        self.train, self.test = (InMemoryImages(images[part], labels[part], part) for part in rows)
+        class_of = torch.full((10,), -1).index_copy(0, torch.tensor(self._digits), torch.arange(len(self._digits)))
+        classes = class_of[labels]
+        known = [part[classes[part] >= 0] for part in rows]
+        self.train, self.test = (InMemoryImages(images[part], classes[part], part) for part in known)
+        others = torch.arange(len(labels))[classes < 0]
+        self.outside = None if len(others) == 0 else InMemoryImages(images[others], None, others)
 
     def contents(self) -> dict[str, Any]:
         if not hasattr(self, "test"):
             self.setup()
-        return {"test": self.test.parts}
+        return {"test": self.test.parts} | ({} if self.outside is None else {"outside": self.outside.parts})
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         train = self.train
@@ -103,7 +118,9 @@ class DigitsDataModule(ByArguments, L.LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return self.val_dataloader()
+        if self.outside is None:
+            return self.val_dataloader()
+        return evaluation_loader(self.outside, self.eval_batch_size, self.trainer)
 
 
 class DigitPairsDataModule(DigitsDataModule):

@@ -119,6 +119,14 @@ def to_tensor(image: Image.Image) -> Tensor:
     return v2.functional.pil_to_tensor(image).float() / 127.5 - 1
 
 
+def resized_to(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) of a batch at another (height, width), bicubic and without cropping."""
+    if tuple(images.shape[2:]) == size:
+        return images
+    bicubic = v2.InterpolationMode.BICUBIC
+    return v2.functional.resize(images, list(size), interpolation=bicubic, antialias=True)
+
+
 def transform(
     height: int, width: int, crop: Literal["covering", "published"] = "covering"
 ) -> Callable[[Image.Image], Tensor]:

@@ -6,10 +6,12 @@ A data module that has the members of one of these protocols is asked for them b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_diffclf.data.latents import Latents
@@ -100,6 +102,22 @@ class HasNativeSize(Protocol):
     def native_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that it was trained on."""
         ...
+
+
+@runtime_checkable
+class HasPreparation(Protocol):
+    """A network that wants images prepared in its own way: asked by data modules that were given no size."""
+
+    @property
+    def preparation(self) -> Callable[[Image.Image], Tensor]:
+        """Takes an RGB image to (3, H, W), float32 in [-1, 1]; has an ``identity()``."""
+        ...
+
+
+def own_preparation(size: object, trainer: object) -> Callable[[Image.Image], Tensor] | None:
+    """How the network of a Trainer wants images, where no ``size`` was given; None where it does not say."""
+    network: object = getattr(trainer, "lightning_module", None)
+    return network.preparation if size is None and isinstance(network, HasPreparation) else None
 
 
 class Decided(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,12 +21,14 @@ from lightning_diffclf.data.digit_scenes import caption_of_two, two_digits
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.images import open_image, stacked, transform
 from lightning_diffclf.data.prompts import PromptSet
-from lightning_diffclf.data.protocols import Decided
+from lightning_diffclf.data.protocols import Decided, own_preparation
 from lightning_diffclf.data.stream import evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.identity import ByArguments
 
 HUB = "facebook/winoground"
+
+DEFAULT_SIZE = (512, 512)  # Stable Diffusion's
 
 
 class Group(NamedTuple):
@@ -131,8 +133,8 @@ def digit_groups(count: int = 100) -> list[Group]:
 class _Images(Dataset[dict[str, Any]]):
     """The images of groups: image i of group g at position 2 g + i."""
 
-    def __init__(self, groups: Sequence[Group], size: tuple[int, int], root: str) -> None:
-        self.groups, self.prepare, self.root = groups, transform(*size), root
+    def __init__(self, groups: Sequence[Group], prepare: Callable[[Any], Tensor], root: str) -> None:
+        self.groups, self.prepare, self.root = groups, prepare, root
 
     def __len__(self) -> int:
         return 2 * len(self.groups)
@@ -161,7 +163,8 @@ class WinogroundDataModule(ByArguments, L.LightningDataModule):
     Args:
         source: ``digits`` (scenes of test digits, see :func:`digit_groups`), ``hub`` (the gated set), or a folder or
             JSONL file of the same form.
-        size: Height and width of images from files.
+        size: Height and width of images from files; if null, as the Trainer's module wants them
+            (:class:`~lightning_diffclf.data.protocols.HasPreparation`), or 512 where it does not say.
         eval_batch_size: Images in a batch of one process.
         num_workers: Processes that read images.
 
@@ -177,7 +180,7 @@ class WinogroundDataModule(ByArguments, L.LightningDataModule):
     def __init__(
         self,
         source: str = "digits",
-        size: int | tuple[int, int] = 512,
+        size: int | tuple[int, int] | None = 512,
         eval_batch_size: int = 16,
         num_workers: int = 0,
     ) -> None:
@@ -185,7 +188,7 @@ class WinogroundDataModule(ByArguments, L.LightningDataModule):
         if eval_batch_size < 1 or num_workers < 0:
             raise UserError(f"eval_batch_size {eval_batch_size}, num_workers {num_workers}: expected at least 1, 0")
         self.save_hyperparameters()
-        self.source, self.size = source, (size, size) if isinstance(size, int) else tuple(size)
+        self.source, self.size = source, (size, size) if isinstance(size, int) else size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self._groups: list[Group] = []
 
@@ -206,12 +209,20 @@ class WinogroundDataModule(ByArguments, L.LightningDataModule):
         names = [f"{group.id}: {caption}" for group in self.groups for caption in group.captions]
         return PromptSet(Candidates([*names, "(no caption)"]), prompts)
 
+    @property
+    def _own_preparation(self) -> Callable[[Any], Tensor] | None:
+        return own_preparation(self.size, self.trainer)
+
     def contents(self) -> dict[str, Any]:
         places = [[one.name if isinstance(one, Path) else one for one in group.images] for group in self.groups]
-        return {"groups": [(g.id, g.captions, g.tag, images) for g, images in zip(self.groups, places, strict=True)]}
+        prepared = {} if self._own_preparation is None else {"preparation": self._own_preparation}
+        return prepared | {
+            "groups": [(g.id, g.captions, g.tag, images) for g, images in zip(self.groups, places, strict=True)]
+        }
 
     def setup(self, stage: str | None = None) -> None:
-        self.test = _Images(self.groups, self.size, self.source)  # type: ignore[arg-type]
+        prepare = self._own_preparation or transform(*(self.size or DEFAULT_SIZE))
+        self.test = _Images(self.groups, prepare, self.source)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         return evaluation_loader(self.test, self.eval_batch_size, self.trainer, self.num_workers, stacked)

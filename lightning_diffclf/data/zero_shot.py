@@ -17,7 +17,7 @@ from torchvision import datasets
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
 from lightning_diffclf.data.images import find_images, open_image, stacked, to_rgb, transform
-from lightning_diffclf.data.protocols import HasNativeSize
+from lightning_diffclf.data.protocols import HasNativeSize, own_preparation
 from lightning_diffclf.data.shards import ShardImages, Shards
 from lightning_diffclf.data.stream import Share, evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError, check_at_least
@@ -226,7 +226,8 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
             ``objectnet``, from folders; ``folder``, for images in ``root``, one folder for each class; or
             ``webdataset``, for tar shards (``root``: a pattern or a folder), with ``class_names`` or a CSV of prompts.
         root: Folder of the data.
-        size: Height and width of the images; if omitted, those that the Trainer's module was trained on
+        size: Height and width of the images; if omitted, images are prepared as the Trainer's module says
+            (:class:`~lightning_diffclf.data.protocols.HasPreparation`), or have the size that it was trained on
             (:class:`~lightning_diffclf.data.protocols.HasNativeSize`), or 512 where none says so.
         eval_batch_size: Images in a batch of one process.
         num_workers: Processes that read images.
@@ -324,7 +325,9 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
 
     def contents(self) -> dict[str, Any]:
         height, width = self.size
-        size = {"size": height if height == width else self.size}  # the module's own is the same as one given
+        own = own_preparation(self._given_size, self.trainer)
+        # The module's own size is the same as one given.
+        size = {"size": height if height == width else self.size} if own is None else {"preparation": own}
         if self.name == "webdataset":
             return size | {"source": Shards(self.root)}
         if isinstance(self.source, FolderImages):
@@ -333,7 +336,7 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
         return size | known | {"positions": self._positions()}
 
     def setup(self, stage: str | None = None) -> None:
-        prepare = transform(*self.size, self.crop)
+        prepare = own_preparation(self._given_size, self.trainer) or transform(*self.size, self.crop)
         if self.name == "webdataset":
             share = Share.of(self.trainer)
             self.test: Any = ShardImages(Shards(self.root), prepare, share.rank, share.world_size)

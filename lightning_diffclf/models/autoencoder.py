@@ -75,9 +75,10 @@ class Autoencoder:
             self.vae.to(device)
         return self
 
-    @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior of images (B, 3, H, W) in [-1, 1]: (B, C, h, w) each, unscaled.
+
+        Differentiable by the images, where these ask for gradients.
 
         Raises:
             ValueError: if the images are not RGB, or their sides are no multiples of :attr:`factor`.

@@ -48,7 +48,7 @@ def text_encoders(
         loaded[name], found = network.from_pretrained(
             pretrained, subfolder=name, revision=revision, dtype=dtype, output_loading_info=True, **how
         )
-        _refuse(sorted(found["missing_keys"]), name, pretrained)
+        refuse_missing(sorted(found["missing_keys"]), name, pretrained)
     return loaded
 
 
@@ -56,14 +56,15 @@ def check_whole(pipeline: Any, pretrained: str) -> None:
     """Raise ValueError if weights of a pipeline have no values: those that diffusers did not find stay on ``meta``."""
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            _refuse([key for key, value in part.state_dict().items() if value.is_meta], name, pretrained)
+            refuse_missing([key for key, value in part.state_dict().items() if value.is_meta], name, pretrained)
 
 
 def _is_loaded(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == "transformers"
 
 
-def _refuse(missing: list[str], name: str, pretrained: str) -> None:
+def refuse_missing(missing: list[str], name: str, pretrained: str) -> None:
+    """Raise ValueError where weights of a part ``name`` are missing."""
     if missing:
         raise UserError(
             f"pretrained: {pretrained!r} lacks {len(missing)} weights of its {name}: {', '.join(missing[:3])}"

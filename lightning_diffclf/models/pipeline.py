@@ -91,7 +91,7 @@ class PipelineDenoiser:
     """A diffusers pipeline as a :class:`~lightning_diffclf.denoiser.ConditionalDenoiser`.
 
     Images (B, 3, H, W) in [-1, 1] become the mean of the autoencoder's posterior, shifted and scaled as the autoencoder
-    says. Prompts are embedded once, when the first image comes; the text encoders are let go then.
+    says. Prompts are embedded once, when the first image comes; the text encoders are let go then, or kept.
 
     Args:
         pipeline: A loaded pipeline; see :func:`load`.
@@ -100,6 +100,7 @@ class PipelineDenoiser:
         embed_batch: Prompts that are embedded at once.
         offload: Keep on the device only what is at work: text encoders, autoencoder or network. Otherwise all but the
             text encoders stay there.
+        keep_texts: Keep the text encoders, so that others may be made of the pipeline, with other prompts.
 
     Raises:
         ValueError: if prompts are not as many as candidates, one is longer than the tokenizer allows, or the network is
@@ -111,6 +112,7 @@ class PipelineDenoiser:
     prompts: Sequence[str]
     embed_batch: int = 32
     offload: bool = False
+    keep_texts: bool = False
     schedule: NoiseSchedule = field(init=False)
     _embeddings: Embeddings | None = field(init=False, default=None, repr=False)
     _texts: dict[str, Any] | None = field(init=False, default=None, repr=False)
@@ -176,9 +178,8 @@ class PipelineDenoiser:
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
     @torch.inference_mode(False)  # a Trainer's: what is made in it, such as conditions, could not be differentiated by
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32.
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32; differentiable by images that ask for it.
 
         Raises:
             ValueError: if the images have other than 3 channels, or sides that the autoencoder cannot halve.
@@ -186,7 +187,8 @@ class PipelineDenoiser:
         self._check_images(images)
         device = images.device
         if self._embeddings is None:
-            self._embed(device)
+            with torch.no_grad():
+                self._embed(device)
         tell("encoding images")
         vae = self.pipeline.vae
         if self.offload:
@@ -198,7 +200,7 @@ class PipelineDenoiser:
             vae.to("cpu")
         self.network.to(device)
         if not self._shared:
-            self._shared = {n: v.to(device) for n, v in self.family.shared(self.pipeline, x0).items()}
+            self._shared = {n: v.to(device) for n, v in self.family.shared(self.pipeline, x0.detach()).items()}
         return x0
 
     def _check_images(self, images: Tensor) -> None:
@@ -216,8 +218,9 @@ class PipelineDenoiser:
         self._checked = True
 
     def _embed(self, device: torch.device) -> None:
-        """Prompts to embeddings, once; then the text encoders go."""
-        self._text_identity()
+        """Prompts to embeddings, once; then the text encoders go, unless they are kept."""
+        if not self.keep_texts:
+            self._text_identity()
         encoders = [getattr(self.pipeline, name, None) for name in self.family.TEXT]
         for part in encoders:
             if isinstance(part, nn.Module):
@@ -228,7 +231,7 @@ class PipelineDenoiser:
             batches.append(self.family.embed(self.pipeline, list(self.prompts[first : first + self.embed_batch])))
         joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         self._embeddings = {name: rows.to(device) for name, rows in joined.items()}
-        for name in self.family.TEXT:
+        for name in self.family.TEXT if not self.keep_texts else ():
             setattr(self.pipeline, name, None)
 
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
@@ -382,7 +385,11 @@ def check_lengths(pipeline: Any, encoders: Sequence[str], prompts: list[str]) ->
     limits = [(t.model_max_length, name, t) for name, t in tokenizers if t is not None]
     if not limits:
         return
-    limit, name, tokenizer = max(limits, key=lambda one: one[0])  # SD3 and FLUX: T5 reads on where CLIP stops
+    check_length(*max(limits, key=lambda one: one[0]), prompts)  # SD3 and FLUX: T5 reads on where CLIP stops
+
+
+def check_length(limit: int, name: str, tokenizer: Any, prompts: list[str]) -> None:
+    """Raise ValueError if a prompt is longer than the ``limit`` of a tokenizer of this name."""
     for prompt in prompts:
         ids = tokenizer(prompt).input_ids
         if len(ids) > limit:

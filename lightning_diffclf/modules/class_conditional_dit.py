@@ -58,6 +58,7 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         class_dropout_prob: Share of labels replaced by the null label in training, for classifier-free guidance.
         class_sets: Share of images trained on the mean embedding of a random set of classes with their own in it, of
             1 … ``num_classes`` (log-uniform), so that the network knows mixtures: for ``GradientSearch``.
+        none_of_these: Whether "none of these", the null label of label dropout, is a candidate beside the classes.
         learn_sigma: Also predict the variance, trained by the variational bound. Only with epsilon prediction on a
             discrete schedule.
         schedule: Noise schedule. ``sit`` is the rectified flow as SiT has it: time runs from noise to data, and the
@@ -101,6 +102,7 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         class_blocks: int | None = None,
         class_dropout_prob: float = 0.1,
         class_sets: float = 0.0,
+        none_of_these: bool = False,
         learn_sigma: bool = True,
         schedule: Literal["linear", "scaled_linear", "cosine", "rectified_flow", "sit"] = "linear",
         prediction: Literal["epsilon", "sample", "v_prediction", "velocity"] | None = None,
@@ -130,6 +132,8 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         for name, value in (("lr", lr), ("num_classes", num_classes)):
             if value <= 0:
                 raise UserError(f"{name}: {value}, expected a positive number")
+        if none_of_these and class_dropout_prob == 0:
+            raise UserError("none_of_these: the network has no null label, expected class_dropout_prob > 0")
         if not 0 <= class_sets <= 1:
             raise UserError(f"class_sets: {class_sets}, expected a share in [0, 1]")
         if vae is not None and not latents:
@@ -186,7 +190,8 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         data: Any = getattr(self._trainer, "datamodule", None)
         if self._conditions is None or self._conditions[0]() is not data:
             # Weakly: EMA copies all attributes of the module, and a data module knows the Trainer.
-            found = conditions(self.hparams["num_classes"], self.hparams["class_names"], data)
+            own = self.hparams
+            found = conditions(own["num_classes"], own["class_names"], data, own["none_of_these"])
             self._conditions = (lambda: None) if data is None else weakref.ref(data), found
         whose, found = self._conditions
         if found.rows is not None and device is not None and found.rows.device != device:
@@ -196,7 +201,7 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The names of the classes go with the weights, also where it was the data that said them."""
-        checkpoint["hyper_parameters"]["class_names"] = list(self.candidates.names)
+        checkpoint["hyper_parameters"]["class_names"] = list(self.candidates.names)[: self.hparams["num_classes"]]
 
     @property
     def candidates(self) -> Candidates:
@@ -240,7 +245,7 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
 
     def _check_pixels(self, images: Tensor) -> None:
         if not self.hparams["latents"] or self._are_pixels(images):
-            low, high = (float(v) for v in images.aminmax())
+            low, high = (float(v) for v in images.detach().aminmax())
             if not (low >= -1.001 and high <= 1.001):  # also refuses NaN
                 raise UserError(f"images: values in [{low:.4g}, {high:.4g}], expected pixels in [-1, 1]")
 

@@ -72,22 +72,13 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
     def denoiser(self) -> PipelineDenoiser:
         """What does the work; loaded when it is asked for first."""
         if not self._denoiser:
-            prompt_set = self._prompt_set()
+            prompt_set = prompts_of(*self._given, getattr(self._trainer, "datamodule", None))
             chosen = torch.float16 if torch.cuda.is_available() else torch.float32
             others: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if self.drop_t5 else {}
             dtype = chosen if self.dtype_name == "auto" else DTYPES[self.dtype_name]
             pipeline = load(self.pretrained, self.revision, dtype, self.lora, self.attention, **others)
             self._denoiser.append(PipelineDenoiser(pipeline, *prompt_set, offload=self.offload))
         return self._denoiser[0]
-
-    def _prompt_set(self) -> PromptSet:
-        prompts, class_names = self._given
-        data: object = getattr(self._trainer, "datamodule", None)
-        if isinstance(data, HasPrompts):  # the data say it all
-            return data.prompt_set
-        if class_names is None and not is_csv(prompts) and isinstance(data, HasClassNames):
-            class_names = data.class_names
-        return make_prompts(prompts, class_names)
 
     def contents(self) -> dict[str, Any]:
         """What is asked, and of which networks; loads them."""
@@ -139,6 +130,21 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
 
     def configure_optimizers(self) -> None:
         """Nothing is trained."""
+
+
+def prompts_of(prompts: str | Sequence[str], class_names: Sequence[str] | None, data: object) -> PromptSet:
+    """What a zero-shot network is asked: as ``data`` say (:class:`~.HasPrompts`), or by templates and class names.
+
+    Args:
+        prompts: See :class:`ZeroShotStableDiffusion`.
+        class_names: Likewise.
+        data: The data module, if there is one.
+    """
+    if isinstance(data, HasPrompts):  # the data say it all
+        return data.prompt_set
+    if class_names is None and not is_csv(prompts) and isinstance(data, HasClassNames):
+        class_names = data.class_names
+    return make_prompts(prompts, class_names)
 
 
 def is_csv(prompts: str | Sequence[str]) -> bool:

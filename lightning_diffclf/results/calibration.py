@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from heapq import nsmallest
 
 import numpy as np
-import torch
 
 from lightning_diffclf.classifier import Posterior
-from lightning_diffclf.results.columns import Chunk, Columns, one_thread
+from lightning_diffclf.results.columns import Chunk, Columns, Tried
 from lightning_diffclf.results.statistics import Judged, Scores
 from lightning_diffclf.results.summary import Outline, judge
 
@@ -90,27 +89,23 @@ class Sample:
             for row in np.flatnonzero(tells_B).tolist():
                 found[fold_of(ids[row])].append((order_of(ids[row]), row))
             for fold, some in enumerate(found):
-                self._keep(fold, columns, label_B, some)
+                self._keep(fold, tried, label_B, columns.dims, some)
 
-    def _keep(self, fold: int, columns: Columns, label_B: np.ndarray, found: list[tuple[bytes, int]]) -> None:
+    def _keep(self, fold: int, tried: Tried, label_B: np.ndarray, dims: int, found: list[tuple[bytes, int]]) -> None:
         """Of what is kept of a fold and of more images, given by order and row, keep those that come first."""
         first = nsmallest(ENOUGH, (one for one in found if one[0] < self._ends[fold]))
         if not first:
             return
-        chosen_B = np.zeros(len(columns), dtype=bool)
-        chosen_B[[row for _, row in first]] = True
-        chosen, dims = Columns(columns, ("candidates_K", "differences_K")).take(chosen_B), columns.dims
-        differences_BC = chosen.class_differences(self.outline.classes, self.outline.num_classes).numpy()
+        differences_BC = tried.take(np.array([row for _, row in first])).spread(self.outline.num_classes)
         more = [
-            _Example(order, int(label_B[row]), dims, differences_C.astype(np.float32))  # as stored
-            for (order, row), differences_C in zip(sorted(first, key=lambda one: one[1]), differences_BC, strict=True)
+            _Example(order, int(label_B[row]), dims, differences_C.copy())  # which does not hold those of the others
+            for (order, row), differences_C in zip(first, differences_BC, strict=True)
         ]
         kept = nsmallest(ENOUGH, self._folds[fold] + more, key=lambda one: one.order)
         self._folds[fold] = kept
         if len(kept) == ENOUGH:
             self._ends[fold] = kept[-1].order
 
-    @one_thread()
     def fit(self, leave_out: int | None = None) -> Posterior:
         """The evaluation's posterior with the temperature that suits these images best.
 
@@ -124,9 +119,8 @@ class Sample:
         examples = nsmallest(ENOUGH, examples, key=lambda one: one.order)
         if not examples:
             return self.outline.posterior
-        differences_BC = torch.from_numpy(np.stack([one.differences_C for one in examples]))
-        label_B = torch.tensor([one.label for one in examples])
-        return self.outline.posterior.fit(differences_BC, label_B, examples[0].dims)
+        differences_BC, label_B = np.stack([one.differences_C for one in examples]), [one.label for one in examples]
+        return self.outline.posterior.fit(differences_BC, np.array(label_B), examples[0].dims)
 
 
 class CrossFitted:
@@ -171,7 +165,6 @@ class CrossFitted:
         return Judged(*(np.concatenate(parts) for parts in zip(*self._judged, strict=True)))
 
 
-@one_thread()
 def calibrate(chunks: Iterable[Chunk], outline: Outline) -> Calibration | None:
     """Fit the temperature to labelled images, and judge it by five-fold cross-fitting; None if there are below 50.
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 import vl_convert
+from scipy.special import logit
 
 from lightning_diffclf.files import write_bytes, write_text
 from lightning_diffclf.results import tables
@@ -17,13 +19,71 @@ from lightning_diffclf.results.summary import Summary
 
 WIDTH, HEIGHT = 460, 300
 NAME_PIXELS = 150  # of a class's name
+FEWEST_POINTS = 3  # of a line that says something
 
 PERCENT = alt.Axis(format="~%")
-NAMES = alt.value("#808080")  # readable on light and dark
+
+# By role. Text on page or card has a contrast of 4.5 at least (tests/results/test_charts.py); grids are quiet.
+LIGHT = {
+    **{"page": "#ffffff", "card": "#f5f6f8", "text": "#1c2024", "quiet": "#565d67", "line": "#d5d9df"},
+    **{
+        "accent": "#1f5fbf",
+        "right": "#14713d",
+        "wrong": "#b3261e",
+        "warm": "#b45309",
+        "faint": "#e7eaee",
+        "low": "#c4d6f2",
+    },
+}
+DARK = {
+    **{"page": "#15181c", "card": "#20252b", "text": "#e6e9ed", "quiet": "#a4acb7", "line": "#3a414b"},
+    **{
+        "accent": "#86b6ff",
+        "right": "#6fd39a",
+        "wrong": "#ff9a8f",
+        "warm": "#f0b06a",
+        "faint": "#2b3138",
+        "low": "#31486b",
+    },
+}
 
 NAMES_OF_PICTURES = ("confusion", "timesteps", "reliability", "coverage", "cost", "survivors", "disagreement")
 
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
+
+
+def theme(colors: dict[str, str]) -> dict[str, Any]:
+    """The look of a chart in :data:`LIGHT` or :data:`DARK` colors, as a config of Vega-Lite."""
+    quiet = colors["quiet"]
+    return {
+        "background": "transparent",
+        "font": "system-ui, sans-serif",
+        "view": {"stroke": None},
+        "title": {
+            "color": colors["text"],
+            "subtitleColor": quiet,
+            "anchor": "start",
+            "fontSize": 14,
+            "subtitleFontSize": 12,
+            "offset": 12,
+        },
+        "axis": {
+            **{"gridColor": colors["faint"], "domainColor": colors["line"], "tickColor": colors["line"]},
+            **{"labelColor": quiet, "titleColor": quiet, "labelFontSize": 11, "titleFontSize": 12},
+            **{"titleFontWeight": "normal", "labelOverlap": True},
+        },
+        "legend": {
+            **{"labelColor": quiet, "titleColor": quiet, "labelFontSize": 12, "titleFontSize": 12},
+            **{"titleFontWeight": "normal", "orient": "bottom", "symbolStrokeWidth": 3},
+        },
+        "text": {"color": colors["text"]},
+        "rule": {"color": quiet},
+        "mark": {"color": colors["accent"]},
+        "range": {
+            "category": [colors["accent"], colors["warm"], colors["right"]],
+            "heatmap": [colors["low"], colors["accent"]],
+        },
+    }
 
 
 def of_summary(summary: Summary) -> dict[str, Chart]:
@@ -38,7 +98,9 @@ def of_summary(summary: Summary) -> dict[str, Chart]:
             subtitle += f", the {len(counts):,} commonest pairs"
         charts["confusion"] = confusion(counts, names, summary.outline.num_classes, subtitle)
     timesteps = tables.timesteps(summary)
-    if len(timesteps):  # with elimination, all candidates are seen at few timesteps only
+    # With elimination, all candidates are seen at few timesteps only, and at most of these by hard images only.
+    timesteps = timesteps[2 * timesteps["images"] >= summary.labelled]
+    if len(timesteps) >= FEWEST_POINTS and not summary.outline.one_call:
         charts["timesteps"] = by_timestep(timesteps, summary.accuracy.value, summary.chance)
     return charts
 
@@ -46,14 +108,14 @@ def of_summary(summary: Summary) -> dict[str, Chart]:
 def specs(charts: dict[str, Chart]) -> dict[str, dict[str, Any]]:
     """Each chart as Vega-Lite has it, by name."""
     with alt.data_transformers.enable("default", max_rows=None):
-        return {name: chart.to_dict() for name, chart in charts.items()}
+        return {name: chart.to_dict() | {"config": {}} for name, chart in charts.items()}
 
 
 def save(specs: dict[str, dict[str, Any]], folder: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
     """Write each of :func:`specs` as PNG (for slides) and SVG (for papers) to ``folder``; returns the files."""
     paths = []
     for name, spec in specs.items():
-        text = json.dumps(spec)
+        text = json.dumps(spec | {"config": theme(LIGHT) | {"background": LIGHT["page"]}})
         for kind in kinds:
             path = folder / f"{name}.{kind}"
             if kind == "png":
@@ -64,8 +126,9 @@ def save(specs: dict[str, dict[str, Any]], folder: Path, kinds: Iterable[str] = 
     return paths
 
 
-def _finished(chart: Chart, title: str) -> Chart:
-    return chart.properties(width=WIDTH, height=HEIGHT, title=title).configure_legend(orient="bottom")
+def _finished(chart: Chart, title: str, subtitle: str) -> Chart:
+    words = alt.TitleParams(title, subtitle=subtitle)
+    return chart.properties(width=WIDTH, height=HEIGHT, title=words)
 
 
 def confusion(counts: pd.DataFrame, names: pd.DataFrame, num_classes: int, subtitle: str) -> Chart:
@@ -107,14 +170,21 @@ def confusion(counts: pd.DataFrame, names: pd.DataFrame, num_classes: int, subti
         x="order == 'class' ? datum.predicted : datum.predicted_rank",
         y="order == 'class' ? datum.true : datum.true_rank",
     )
-    squares = base.mark_rect(width=max(cell, 2), height=max(cell, 2)).encode(
+    edge = max(1, 3 / cell)  # cells smaller than three pixels could not be seen
+    edges = base.transform_calculate(
+        **{name: f"datum.{name} - {edge / 2}" for name in "xy"},
+        **{f"{name}2": f"datum.{name} + {edge}" for name in "xy"},
+    )
+    squares = edges.mark_rect().encode(
         x=x,
+        x2="x2:Q",
         y=y,
+        y2="y2:Q",
         color=alt.Color(
             "share:Q",
             title="share of the true class",
-            scale=alt.Scale(scheme="blues", domain=[0, 1]),
-            legend=alt.Legend(format=".0%"),
+            scale=alt.Scale(domain=[0, 1], range="heatmap"),
+            legend=alt.Legend(format=".0%", gradientLength=160),
         ),
         tooltip=[
             alt.Tooltip("true_name:N", title="true"),
@@ -129,7 +199,7 @@ def confusion(counts: pd.DataFrame, names: pd.DataFrame, num_classes: int, subti
             x=x,
             y=y,
             text="images:Q",
-            color=alt.condition("datum.share > 0.5", alt.value("white"), alt.value("black")),
+            color=alt.condition("luminance(scale('color', datum.share)) > 0.18", *map(alt.value, ("black", "white"))),
         )
         place = "order == 'class' ? datum.class : datum.rank"
         across = (
@@ -143,38 +213,36 @@ def confusion(counts: pd.DataFrame, names: pd.DataFrame, num_classes: int, subti
                 baseline="top",
                 dy=4,
             )
-            .encode(x=x, y=alt.value(height), text="name:N", color=NAMES)
+            .encode(x=x, y=alt.value("height"), text="name:N")
         )
         down = (
             alt.Chart(names[names["class"] < num_classes])
             .transform_calculate(y=place)
             .mark_text(align="right", fontSize=10, limit=NAME_PIXELS, dx=-6)
-            .encode(y=y, x=alt.value(0), text="name:N", color=NAMES)
+            .encode(y=y, x=alt.value(0), text="name:N")
         )
         chart = alt.layer(squares, numbers, across, down)
     title = alt.TitleParams("Confusion matrix", subtitle=subtitle)
-    return chart.add_params(order).properties(width=width, height=height, title=title).configure_legend(orient="bottom")
+    return chart.add_params(order).properties(width=width, height=height, title=title)
 
 
 def by_timestep(frame: pd.DataFrame, overall: float, chance: float) -> Chart:
     """Accuracy of each draw alone."""
     x = alt.X("timestep:Q")
+    y = alt.Y("accuracy:Q", axis=PERCENT, scale=alt.Scale(domain=[0, 1]))
     band = alt.Chart(frame).mark_area(opacity=0.25).encode(x=x, y=alt.Y("low:Q", title="accuracy"), y2="high:Q")
     line = (
         alt.Chart(frame)
         .mark_line(point=len(frame) <= 120)
-        .encode(
-            x=x,
-            y=alt.Y("accuracy:Q", axis=PERCENT, scale=alt.Scale(domain=[0, 1])),
-            tooltip=["timestep:Q", alt.Tooltip("accuracy:Q", format=".1%"), "images:Q"],
-        )
+        .encode(x=x, y=y, tooltip=["timestep:Q", alt.Tooltip("accuracy:Q", format=".1%"), "images:Q"])
     )
-    rules = (
-        alt.Chart(pd.DataFrame({"accuracy": [overall, chance], "what": ["all draws", "chance"]}))
-        .mark_rule(strokeDash=[4, 4])
-        .encode(y="accuracy:Q", color=alt.Color("what:N", title=None, scale=alt.Scale(range=["#2ca02c", "#808080"])))
+    known = alt.Chart(pd.DataFrame({"accuracy": [overall, chance], "what": ["all draws", "chance"]}))
+    rules = known.mark_rule(strokeDash=[4, 4]).encode(y="accuracy:Q")
+    words = known.mark_text(align="right", baseline="bottom", dy=-3).encode(
+        x=alt.value("width"), y="accuracy:Q", text="what:N"
     )
-    return _finished(alt.layer(band, line, rules), "Accuracy of one draw, by timestep")
+    subtitle = "if it decided alone, with 95 % intervals"
+    return _finished(alt.layer(band, line, rules, words), "Accuracy of one draw, by timestep", subtitle)
 
 
 def by_cost(frame: pd.DataFrame) -> Chart:
@@ -193,20 +261,20 @@ def by_cost(frame: pd.DataFrame) -> Chart:
     )
     if several:
         chart = chart.encode(color=alt.Color("run:N"))
-    return _finished(chart, "Accuracy of the answer so far, by cost")
+    return _finished(chart, "Accuracy of the answer so far, by cost", "after each draw, on average over the images")
 
 
 def survivors(frame: pd.DataFrame) -> Chart:
     """Candidates in play over the draws."""
-    x = alt.X("draw:Q")
+    x = alt.X("draw:Q", scale=alt.Scale(type="log", nice=False))  # most fall early
     band = alt.Chart(frame).mark_area(opacity=0.25).encode(x=x, y=alt.Y("low:Q", title="candidates"), y2="high:Q")
     line = (
         alt.Chart(frame)
         .mark_line()
         .encode(x=x, y="candidates:Q", tooltip=["draw:Q", alt.Tooltip("candidates:Q", format=".2f")])
     )
-    title = "Candidates in play (mean, and 80 % of the images)"
-    return _finished(alt.layer(band, line), title)
+    subtitle = "mean, and range of the middle 80 % of the images"
+    return _finished(alt.layer(band, line), "Candidates in play", subtitle)
 
 
 def reliability(frame: pd.DataFrame) -> Chart:
@@ -234,7 +302,7 @@ def reliability(frame: pd.DataFrame) -> Chart:
         )
     )
     layers = alt.layer(diagonal.encode(x=x, y="accuracy:Q"), bars, points)
-    return _finished(layers, "Reliability (with 95 % intervals)")
+    return _finished(layers, "Reliability", "how sure answers are, and how often they are right, with 95 % intervals")
 
 
 def selective(frame: pd.DataFrame) -> Chart:
@@ -249,7 +317,7 @@ def selective(frame: pd.DataFrame) -> Chart:
             tooltip=["by:N", alt.Tooltip("coverage:Q", format=".1%"), alt.Tooltip("accuracy:Q", format=".2%")],
         )
     )
-    return _finished(chart, "Accuracy of the surest answers")
+    return _finished(chart, "Accuracy of the surest answers", "if only these are given")
 
 
 def disagreement(counts: pd.DataFrame) -> Chart:
@@ -260,3 +328,34 @@ def disagreement(counts: pd.DataFrame) -> Chart:
         .encode(x=alt.X("images:Q"), y=alt.Y("what:N", title=None, sort=None), tooltip=["what:N", "images:Q"])
     )
     return chart.properties(width=WIDTH, height=120, title="Images decided rightly")
+
+
+def robustness(models: pd.DataFrame, line: pd.DataFrame, runs: pd.DataFrame) -> Chart:
+    """Accuracy on shifted against ordinary data, on logit axes: models, the line through them, runs with intervals.
+
+    Args:
+        models: ``model``, ``ordinary``, ``shifted``, in 0 … 1.
+        line: Points of the line, ``ordinary`` and ``shifted``.
+        runs: As :class:`~lightning_diffclf.results.robustness.Robustness` has them.
+    """
+
+    def on_logits(frame: pd.DataFrame) -> pd.DataFrame:
+        shares = frame.select_dtypes("number")
+        return frame.assign(**{f"{n}_logit": logit(shares[n].clip(1e-4, 1 - 1e-4)) for n in shares if n != "effective"})
+
+    label = "format(1 / (1 + exp(-datum.value)), '~%')"
+    ticks = logit(np.array([0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99])).tolist()
+    axis = alt.Axis(values=ticks, labelExpr=label)
+    x = alt.X("ordinary_logit:Q", title="accuracy, ordinary data", axis=axis, scale=alt.Scale(zero=False))
+    y = alt.Y("shifted_logit:Q", title="accuracy, shifted data", axis=axis, scale=alt.Scale(zero=False))
+    percent = [alt.Tooltip(f"{name}:Q", format=".1%") for name in ("ordinary", "shifted")]
+    points = alt.Chart(on_logits(models)).mark_circle(opacity=0.5).encode(x=x, y=y, tooltip=["model:N", *percent])
+    fitted = alt.Chart(on_logits(line)).mark_line(strokeDash=[4, 4]).encode(x=x, y=y)
+    ours = alt.Chart(on_logits(runs))
+    stars = ours.mark_point(size=120, filled=True).encode(x=x, y=y, color="run:N", tooltip=["run:N", *percent])
+    upright = ours.mark_rule().encode(x=x, y="shifted_low_logit:Q", y2="shifted_high_logit:Q", color="run:N")
+    across = ours.mark_rule().encode(y=y, x="ordinary_low_logit:Q", x2="ordinary_high_logit:Q", color="run:N")
+    layers = [points, fitted] if runs.empty else [points, fitted, upright, across, stars]
+    return _finished(
+        alt.layer(*layers), "Effective robustness", "accuracy on shifted data beside that on ordinary data"
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -11,8 +10,6 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
 
 from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.results.predictions import SCHEMA, Record
@@ -21,20 +18,6 @@ CELLS = 2**18  # numbers in an array
 
 Chunk: TypeAlias = "Sequence[Record] | pa.Table | pa.RecordBatch | Columns"
 """Some decisions: as objects, or as columns of predictions.parquet, at least those that are asked for."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch works in one thread meanwhile: several wait for each other longer than they work on arrays so small.
-
-    Other threads read files at the same time.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -91,8 +74,15 @@ class Tried(NamedTuple):
         return np.asarray(self.classes_BW == class_B[:, None])
 
     def take(self, chosen_B: np.ndarray) -> Tried:
-        """Those of some images."""
+        """Those of some images, given as ``chosen_B`` (B,), bool, or by their positions."""
         return Tried(self.classes_BW[chosen_B], self.differences_BW[chosen_B])
+
+    def spread(self, num_classes: int) -> np.ndarray:
+        """The differences with a place for each class (B, num_classes), float32; infinite for classes without any."""
+        found_BC = np.full((len(self.classes_BW), num_classes), np.inf, np.float32)
+        row, place = np.nonzero(self.classes_BW >= 0)
+        found_BC[row, self.classes_BW[row, place]] = self.differences_BW[row, place]
+        return found_BC
 
 
 class Columns:
@@ -172,7 +162,7 @@ class Columns:
         """Number of values of x0, which all images of a run share; 1 without images."""
         return int(self.table["dims"][0].as_py()) if len(self) else 1
 
-    def class_differences(self, classes: Sequence[int], num_classes: int) -> Tensor:
+    def class_differences(self, classes: Sequence[int], num_classes: int) -> np.ndarray:
         """:func:`~lightning_diffclf.classifier.posterior.class_differences` of all classes (B, num_classes).
 
         Args:
@@ -181,7 +171,7 @@ class Columns:
         """
         differences_BK = self.lists("differences_K").padded(np.inf, np.float64)
         class_BK = np.asarray(classes)[self.lists("candidates_K").padded(0, np.int64)]
-        return class_differences(torch.from_numpy(differences_BK), torch.from_numpy(class_BK), num_classes)
+        return class_differences(differences_BK, class_BK, num_classes)
 
     def tried(self, classes: Sequence[int], num_classes: int) -> Tried:
         """The classes that have a candidate; arguments as of :meth:`class_differences`.
@@ -199,9 +189,10 @@ class Columns:
         class_BK = np.append(np.asarray(classes), -1)[candidates.padded(-1, np.int64)]
         if class_BK.shape[1] >= num_classes:
             tried_BA = np.zeros((len(self), num_classes + 1), dtype=bool)  # the last for what pads
-            np.put_along_axis(tried_BA, class_BK, True, axis=1)
+            row_B1 = np.arange(len(self))[:, None]
+            tried_BA.reshape(-1)[np.where(class_BK < 0, num_classes, class_BK) + row_B1 * (num_classes + 1)] = True
             classes_BC = np.where(tried_BA[:, :-1], np.arange(num_classes), -1)
-            return Tried(classes_BC, self.class_differences(classes, num_classes).numpy())
+            return Tried(classes_BC, self.class_differences(classes, num_classes))
         differences_BK = np.nan_to_num(
             self.lists("differences_K").padded(np.inf, np.float64), nan=np.inf, posinf=np.inf
         )

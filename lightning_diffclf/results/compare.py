@@ -14,6 +14,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.results import charts, tables
 from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.evaluation import Evaluation
+from lightning_diffclf.results.shown import shown
 from lightning_diffclf.results.statistics import Interval, mcnemar, wilson
 from lightning_diffclf.results.summary import Outline, Summary
 
@@ -145,8 +146,10 @@ def to_table(found: Comparison, first: str, second: str) -> Table:
     if found.missing:
         table.caption = f"{found.missing} images are in one of them only"
     table.add_row("agreement", str(found.agreement), "")
-    for name in dict.fromkeys([*found.first, *found.second]):
-        table.add_row(name, *(f"{run[name]:.4g}" if name in run else "" for run in (found.first, found.second)))
+    runs = shown(found.first), shown(found.second)
+    for name in dict.fromkeys([*runs[0], *runs[1]]):
+        table.add_row(name, *(run.get(name, "") for run in runs))
+    table.add_row("saved beside the other", _saved(found.first, found.second), _saved(found.second, found.first))
     if found.first_kept or found.second_kept:
         kept = (str(one) if one else "" for one in (found.first_kept, found.second_kept))
         table.add_row("keeps the other's decision", *kept)
@@ -155,6 +158,15 @@ def to_table(found: Comparison, first: str, second: str) -> Table:
         table.add_row("right in both / neither", f"{found.both} / {found.neither}", "")
         table.add_row("McNemar, exact p", f"{found.p_value:.3g}", "")
     return table
+
+
+def _saved(run: dict[str, float], other: dict[str, float]) -> str:
+    """What a run cost less than another; nothing where it made no fewer calls."""
+    calls = 1 - run["nfe_per_image"] / other["nfe_per_image"]
+    if calls <= 0:
+        return ""
+    time = f", {1 - run['seconds'] / other['seconds']:.1%} of the time" if other["seconds"] else ""
+    return f"{calls:.1%} of the calls{time}"
 
 
 def save_plots(first: Evaluation, second: Evaluation, found: Comparison, folder: Path) -> None:

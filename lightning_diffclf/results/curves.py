@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from lightning_diffclf.results.columns import Chunk, Columns
+from lightning_diffclf.results.statistics import selective_scores
 from lightning_diffclf.results.summary import Outline
 
 POINTS = 200  # of a curve: more cannot be seen
@@ -61,6 +62,11 @@ class Sureness:
     def margin(self) -> np.ndarray:
         """Evidence in nats (B,), float64; minus infinity without an answer."""
         return self._columns[2]
+
+    def selective(self) -> dict[str, float]:
+        """:func:`~.statistics.selective_scores` of the labelled images by their margin, on which ``abstain`` acts."""
+        known_B = self.label >= 0
+        return selective_scores(self.margin[known_B], self.right[known_B])
 
     @property
     def votes(self) -> np.ndarray:

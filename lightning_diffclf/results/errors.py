@@ -15,17 +15,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_diffclf.candidates import Candidates
-from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.results.parts import ROW_GROUP_BYTES, Parts
-from lightning_diffclf.results.seal import Damaged, check_seal, sealed_writer
+from lightning_diffclf.results.seal import Damaged, sealed_file, sealed_writer
+
+if TYPE_CHECKING:
+    from lightning_diffclf.classifier import Classification, DiffusionClassifier
 
 ERRORS = "errors.parquet"
 
@@ -278,8 +280,7 @@ class StoredErrors:
     def _open(self) -> Iterator[pq.ParquetFile]:
         """The file, verified; what goes wrong with it is told with its name."""
         try:
-            check_seal(self.path)
-            with pq.ParquetFile(self.path) as file:
+            with sealed_file(self.path) as file:
                 yield file
         except (Damaged, pa.ArrowException, OSError) as error:
             raise UserError(f"errors: {str(self.path)!r} cannot be read ({error})") from error

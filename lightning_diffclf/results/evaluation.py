@@ -6,18 +6,18 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
 
 from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sample
-from lightning_diffclf.results.columns import Chunk, Columns, one_thread
+from lightning_diffclf.results.columns import Chunk, Columns
+from lightning_diffclf.results.conformal import RightScores, sets_of
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
@@ -86,7 +86,6 @@ class Evaluation:
         wanted = None if ids is None else pa.array(ids, pa.string())
         return together(self._stored.chunks(list(dict.fromkeys(columns)), wanted))
 
-    @one_thread()
     def show(self, *counts: Counts, ids: Collection[str] | None = None) -> None:
         """Let all of ``counts`` count the decisions, which are read once; of the images ``ids`` only, if given."""
         names = [name for one in counts for name in one.COLUMNS]
@@ -141,6 +140,11 @@ class Evaluation:
         self.show(crossfitted)
         return crossfitted
 
+    @cached_property
+    def sets(self) -> dict[str, Any]:
+        """Numbers of the conformal sets; none where no coverage was asked for, or images are too few."""
+        return sets_of(self.outline, Stored(self.path, self.settings, RightScores.COLUMNS))
+
     @property
     def probabilities(self) -> dict[str, Scores]:
         """Scores of the probabilities as ``configured`` and, with 50 labels, as ``calibrated`` by other folds."""
@@ -171,9 +175,8 @@ class Evaluation:
         """The best candidates of an image: probability of its class, draws spent on each, how far behind each is."""
         names, outline = self.settings.info["candidate_names"], self.outline
         class_K = np.asarray(outline.classes)[row.candidates_K]
-        differences_1K, class_1K = torch.tensor(row.differences_K)[None], torch.from_numpy(class_K)[None]
-        differences_1C = class_differences(differences_1K, class_1K, outline.num_classes)
-        p_K = self.posterior(differences_1C, row.dims)[0].numpy()[class_K]
+        differences_1C = class_differences(row.differences_K[None], class_K[None], outline.num_classes)
+        p_K = self.posterior(differences_1C, row.dims)[0, class_K]
         order = np.lexsort((row.differences_K, -row.draws_K))[:most]
         return pd.DataFrame(
             {

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results.seal import Damaged, check_seal, sealed_writer
+from lightning_diffclf.results.seal import Damaged, sealed_file, sealed_writer
 
 CHUNK_BYTES = 2**23  # what is read at a time, about; a few times as much is in memory while it is put in order
 
@@ -224,12 +224,22 @@ class Parts:
         return pa.table(arrays, schema=pa.schema(fields))
 
 
+def has_rows(path: Path) -> bool:
+    """Whether a file has any row.
+
+    Raises:
+        Vanished: if it is gone.
+        UserError: if it cannot be read.
+    """
+    with _reading(path) as file:
+        return bool(file.metadata.num_rows)
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[pq.ParquetFile]:
     """An open Parquet file; what goes wrong with it is told with its name."""
     try:
-        check_seal(path)
-        with pq.ParquetFile(path) as file:
+        with sealed_file(path) as file:
             yield file
     except FileNotFoundError as error:
         raise Vanished(path) from error

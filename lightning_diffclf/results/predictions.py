@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from lightning_diffclf.classifier import Classification
 from lightning_diffclf.results.seal import sealed_writer
+from lightning_diffclf.results.trails import KIND, Trail, trail
+
+if TYPE_CHECKING:
+    from lightning_diffclf.classifier import Classification
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Record:
             not made.
         search_nfe: Network calls that finding the candidates took; None in files of earlier versions.
         dropped_draws: Draws of the search without a finite gradient; likewise.
+        trail: How the best classes fell behind over the draws; None without a decision, and in files of earlier
+            versions.
     """
 
     id: str
@@ -64,6 +69,7 @@ class Record:
     error_map: np.ndarray | None = None
     search_nfe: int | None = 0
     dropped_draws: int | None = 0
+    trail: Trail | None = None
 
     @classmethod
     def of(
@@ -97,12 +103,13 @@ class Record:
             contestants = classes_K
         choice_S = best_of(errors_KS, contestants)
         weighted_KS = np.where(np.isfinite(errors_KS), errors_KS * weights_S[:spent], np.inf)  # a weight may be 0
-        leader_S = best_of(weighted_KS.cumsum(1), contestants)
+        sums_KS = weighted_KS.cumsum(1)
+        ranked = ranked_classes(result, classes_K)
         return cls(
             id=str(result.image_id),
             label=label,
             prediction=result.prediction,
-            top5=ranked_classes(result, classes_K)[:5].astype(np.int32),
+            top5=ranked[:5].astype(np.int32),
             margin=result.margin,
             abstained=result.abstained,
             candidates_K=candidates_K.astype(np.int32),
@@ -112,7 +119,8 @@ class Record:
             nfe=result.nfe,
             dims=result.dims,
             choice_S=choice_S.astype(np.int32),
-            leader_S=leader_S.astype(np.int32),
+            leader_S=best_of(sums_KS, contestants).astype(np.int32),
+            trail=trail(sums_KS, contestants, ranked),
             search_nfe=result.search_nfe,
             dropped_draws=result.dropped_draws,
             **others,
@@ -181,6 +189,7 @@ SCHEMA = pa.schema(
         ("error_map", pa.list_(pa.list_(pa.float32()))),
         ("search_nfe", pa.int64()),
         ("dropped_draws", pa.int32()),
+        ("trail", KIND),
     ]
 )
 
@@ -190,7 +199,7 @@ ENCODING: dict[str, Any] = {
     "use_dictionary": [
         f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
         for field in SCHEMA
-        if field.name not in ("margin", "scores_K", "differences_K", "seconds", "thumbnail", "error_map")
+        if field.name not in ("margin", "scores_K", "differences_K", "seconds", "thumbnail", "error_map", "trail")
     ],
     "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("scores_K", "differences_K")},
 }

@@ -11,7 +11,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,33 +64,45 @@ def sealed_writer(path: Path, schema: pa.Schema, what: str, **settings: Any) -> 
             file.write(digits)
 
 
-def check_seal(path: Path) -> None:
-    """Verify a file, once as long as it stays as it is. One without a seal, of an earlier version, is taken as it is.
+@contextmanager
+def sealed_file(path: Path) -> Iterator[pq.ParquetFile]:
+    """A file to read, verified once as long as it stays as it is; without a seal, of an earlier version, as it is.
 
     Raises:
         Damaged: if it is damaged, or claims to hold more than its size allows.
         OSError: if it cannot be read.
     """
     status = path.stat()
-    _check(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+    known = str(path), status.st_ino, status.st_size, status.st_mtime_ns
+    if known not in _verified:
+        _check_digits(path)
+    with pq.ParquetFile(path) as file:
+        if known not in _verified:
+            _check_claim(file.metadata, status.st_size)
+            _verified.add(known)
+        yield file
 
 
-@lru_cache(maxsize=2**14)
-def _check(path: str, inode: int, size: int, changed: int) -> None:
-    position = _digits(Path(path))
+_verified: set[tuple[str, int, int, int]] = set()  # files that were verified by this process
+
+
+def _check_digits(path: Path) -> None:
+    position = _digits(path)
     if position is not None:
         with open(path, "rb") as file:
             file.seek(position)
             found = file.read(len(OPEN))
-        if found != b"%08x" % _checksum(Path(path), position):
+        if found != b"%08x" % _checksum(path, position):
             raise Damaged(
                 f"it is damaged: its checksum is not that of what was written; if a program of others wrote it anew, "
                 f"remove {KEY.decode()} from its metadata"
             )
-    with pq.ParquetFile(path) as file:
-        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-        values = sum(group.column(number).num_values for group in groups for number in range(group.num_columns))
-        values = max(values, file.metadata.num_rows, *(group.num_rows for group in groups), 0)
+
+
+def _check_claim(metadata: pq.FileMetaData, size: int) -> None:
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    values = sum(group.column(number).num_values for group in groups for number in range(group.num_columns))
+    values = max(values, metadata.num_rows, *(group.num_rows for group in groups), 0)
     if values > MAX_VALUES + MAX_VALUES_PER_BYTE * size:
         raise Damaged(f"it claims to hold {values:,} values in {size:,} bytes")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import read_json
-from lightning_diffclf.identity import differences
 
 SETTINGS = "settings.json"
 
@@ -67,3 +67,12 @@ class Settings:
         different = list(differences(other.identity, self.identity))
         if different:
             raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")
+
+
+def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    """Where two identities differ, such as ``data.size: 8 there, 16 here``."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in dict.fromkeys([*here, *there]):
+            yield from differences(there.get(name), here.get(name), f"{path}.{name}" if path else name)
+    elif json.dumps(there, sort_keys=True) != json.dumps(here, sort_keys=True):
+        yield f"{path}: {there!r} there, {here!r} here"

@@ -6,8 +6,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtri
-from scipy.stats import binomtest
+from scipy.special import bdtr, ndtri
 
 from lightning_diffclf.errors import UserError
 
@@ -50,7 +49,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
         only_second: Images that only the second gets right.
     """
     disputed = only_first + only_second
-    return 1.0 if disputed == 0 else float(binomtest(only_first, disputed).pvalue)
+    return min(1.0, 2 * float(bdtr(min(only_first, only_second), disputed, 0.5)))  # both tails are alike
 
 
 class Judged(NamedTuple):
@@ -129,3 +128,29 @@ def selective_accuracy(sureness_B: np.ndarray, right_B: np.ndarray) -> Selective
     order = np.argsort(-sureness_B, kind="stable")
     count = np.arange(1, len(order) + 1)
     return Selective(count / len(order), right_B[order].cumsum() / count)
+
+
+def selective_scores(sureness_B: np.ndarray, right_B: np.ndarray) -> dict[str, float]:
+    """How well sureness sorts right answers before wrong ones; all in 0 … 1.
+
+    * ``aurc``: area under the curve of the risk (share of wrong ones) among the surest answers against their share
+      (Geifman & El-Yaniv 2017).
+    * ``augrc``: the same of the share of *all* images that are wrong and answered (Traub et al. 2024).
+    * ``coverage_at_5_risk``: the largest share of answers of which 5 % at most are wrong; 0 if there is none.
+    * ``risk_at_80_coverage``: the risk among the surest 80 %.
+
+    Areas are those of trapezoids from 1 / B to 1, divided by 1 - 1 / B; of a single image, its risk.
+    """
+    curve = selective_accuracy(sureness_B, right_B)
+    risk_B, least = 1 - curve.accuracy, 1 - curve.coverage[0]
+    allowed = np.flatnonzero(risk_B <= 0.05 + 1e-12)
+    areas = [
+        float((values[1:] + values[:-1]) / 2 @ np.diff(curve.coverage)) / least if least else float(values[0])
+        for values in (risk_B, risk_B * curve.coverage)
+    ]
+    return {
+        "aurc": areas[0],
+        "augrc": areas[1],
+        "coverage_at_5_risk": float(curve.coverage[allowed[-1]]) if len(allowed) else 0.0,
+        "risk_at_80_coverage": float(risk_B[math.ceil(0.8 * len(risk_B) - 1e-9) - 1]),
+    }

@@ -19,15 +19,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from lightning_diffclf.classifier import Classification
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
 from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
 from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
-from lightning_diffclf.results.parts import Vanished
+from lightning_diffclf.results.parts import Vanished, has_rows
 from lightning_diffclf.results.predictions import ENCODING, Record, to_table, write_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.stored import (
@@ -42,9 +42,11 @@ from lightning_diffclf.results.stored import (
     errors_of,
     files_of,
     parts_of,
-    scan,
     unsteady,
 )
+
+if TYPE_CHECKING:
+    from lightning_diffclf.classifier import Classification
 
 FLUSH_SECONDS = 60.0  # a part is also written when the last one is so old: images may take minutes each
 
@@ -234,6 +236,13 @@ def clean(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def _has_images(run: Path) -> bool:
+    for _ in attempts():
+        with suppress(Vanished):
+            return any(map(has_rows, files_of(run)))
+    raise unsteady(run)
+
+
 def merge(runs: Sequence[Path], out: Path) -> int:
     """Join runs with the same settings, ended, killed or going on, in one folder. Returns its number of images.
 
@@ -251,7 +260,7 @@ def merge(runs: Sequence[Path], out: Path) -> int:
     settings = Settings.read(runs[0])
     for run in runs[1:]:
         settings.check_same(Settings.read(run), f"the run in {str(run)!r}")
-    if not any(len(table) for run in runs for table in scan(run, ["id"], settings)):
+    if not any(_has_images(run) for run in runs):
         raise UserError(f"merge: no image in {', '.join(map(str, runs))}")
     place = claim(out, settings)
     with FolderLock(place):

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from lightning_diffclf.classifier import DiffusionClassifier, Posterior
+from lightning_diffclf.classifier import Conformal, Posterior
 from lightning_diffclf.results.columns import Chunk, Columns, Tried
 from lightning_diffclf.results.statistics import Interval, Judged, Scores, wilson
+
+if TYPE_CHECKING:
+    from lightning_diffclf.classifier.discriminative import Classifier
 
 MOST_RANKS = 2**14  # processes of a run
 
@@ -33,6 +35,10 @@ class Outline:
         posterior: Turns differences into probabilities.
         abstains: Whether a margin was asked for: numbers say how many images have an answer.
         proposes: Whether candidates were proposed for each image: numbers say how often the right class is among them.
+        coverage: Share of images whose conformal set shall contain the right class; None for no sets.
+        coverage_by_class: Whether that shall hold for the images of each class.
+        conformal: Thresholds of the sets, where another run calibrated them.
+        one_call: Whether one call of a network without noise decided each image, so that no draw is worth showing.
     """
 
     classes: tuple[int, ...]
@@ -41,11 +47,15 @@ class Outline:
     posterior: Posterior = field(default_factory=Posterior)
     abstains: bool = False
     proposes: bool = False
+    coverage: float | None = None
+    coverage_by_class: bool = False
+    conformal: Conformal | None = None
+    one_call: bool = False
 
     @classmethod
-    def of_classifier(cls, classifier: DiffusionClassifier) -> Outline:
-        """Of an evaluation by ``classifier``."""
-        candidates, recipe = classifier.denoiser.candidates, classifier.recipe
+    def of_classifier(cls, classifier: Classifier, conformal: Conformal | None = None) -> Outline:
+        """Of an evaluation by ``classifier``; ``conformal`` if its sets were calibrated on another run."""
+        candidates, recipe = classifier.candidates, classifier.recipe
         return cls(
             classes=tuple(candidates.classes),
             class_names=tuple(candidates.class_names),
@@ -53,6 +63,10 @@ class Outline:
             posterior=recipe.posterior,
             abstains=recipe.abstain > 0,
             proposes=recipe.proposal is not None,
+            coverage=recipe.coverage,
+            coverage_by_class=recipe.coverage_by_class,
+            conformal=conformal,
+            one_call=classifier.terms.logits,
         )
 
     @classmethod
@@ -71,6 +85,10 @@ class Outline:
             posterior=Posterior(summary.get("reduction", "sum"), summary.get("temperature", 1.0)),
             abstains=summary.get("abstains", False),
             proposes=summary.get("proposes", False),
+            coverage=summary.get("coverage"),
+            coverage_by_class=summary.get("coverage_by_class", False),
+            conformal=_conformal(summary),
+            one_call=summary.get("one_call", False),
         )
 
     def to_info(self) -> dict[str, Any]:
@@ -84,6 +102,11 @@ class Outline:
                 "temperature": self.posterior.temperature,
                 "abstains": self.abstains,
                 "proposes": self.proposes,
+                "coverage": self.coverage,
+                "coverage_by_class": self.coverage_by_class,
+                "thresholds": None if self.conformal is None else list(self.conformal.thresholds),
+                "calibration_images": None if self.conformal is None else self.conformal.images,
+                "one_call": self.one_call,
             },
         }
 
@@ -95,6 +118,12 @@ class Outline:
     def name(self, c: int) -> str:
         """Name of class ``c``; of C, which stands for no answer."""
         return self.class_names[c] if c < self.num_classes else NO_ANSWER
+
+
+def _conformal(summary: dict[str, Any]) -> Conformal | None:
+    if summary.get("thresholds") is None:
+        return None
+    return Conformal(summary["coverage"], tuple(map(float, summary["thresholds"])), summary["calibration_images"])
 
 
 class Summary:
@@ -227,6 +256,12 @@ class Summary:
         """Accuracy of guessing among the candidates of each image."""
         return float(self.sums["chance"]) / self.labelled
 
+    @property
+    def exhaustive_nfe(self) -> int:
+        """Network calls of all images if all candidates saw all draws, those included that a proposal leaves out."""
+        images, kept = int(self.sums["images"]), int(self.sums["kept"])
+        return len(self.outline.timesteps_S) * (images * len(self.outline.classes) if self.outline.proposes else kept)
+
     def numbers(self) -> dict[str, float]:
         """The headline numbers by name; those that need labels only with labels. docs/results.md has the formulas."""
         images, seconds = self.images, float(self.sums["seconds_R"].max())  # ranks run side by side
@@ -236,7 +271,8 @@ class Summary:
             numbers |= {"accuracy": self.accuracy.value, "accuracy_low": low, "accuracy_high": high}
             numbers["mean_per_class"] = float(np.nanmean(self.per_class))
             numbers |= self.scores.numbers()
-        numbers |= {"images": images, "nfe_per_image": int(self.sums["nfe"]) / images}
+        nfe = int(self.sums["nfe"])
+        numbers |= {"images": images, "nfe_per_image": nfe / images, "speedup": self.exhaustive_nfe / nfe}
         numbers |= {"images_per_second": images / seconds if seconds else float("nan"), "seconds": seconds}
         if self.outline.proposes:
             numbers |= self._search_numbers()
@@ -297,7 +333,7 @@ def judge(columns: Columns, outline: Outline, posterior: Posterior, tried: Tried
     label_B = columns.numbers("label")
     tried = columns.tried(outline.classes, outline.num_classes) if tried is None else tried
     # Classes without a candidate have probability zero, unless nothing is known of any: then all are equally likely.
-    p_BW = posterior(torch.from_numpy(tried.differences_BW), columns.dims).numpy()
+    p_BW = posterior(tried.differences_BW, columns.dims)
     known_B, equal = np.isfinite(tried.differences_BW).any(1), 1 / outline.num_classes
     confidence_B, label_p_B = p_BW.max(1, initial=0), (p_BW * tried.has(label_B)).sum(1)
     return Judged(

@@ -84,7 +84,8 @@ def test_one_draw_is_enough(tmp_path):
         Gaussians(), loader(4), verbose=False
     )
     assert read(tmp_path / "out")[1]["metrics"]["nfe_per_image"] == CLASSES
-    assert (tmp_path / "out" / "timesteps.png").is_file()
+    assert (tmp_path / "out" / "confusion.png").is_file()
+    assert not (tmp_path / "out" / "timesteps.png").exists()  # of one point
 
 
 def test_agrees_with_the_classifier_without_a_trainer(tmp_path):
@@ -263,7 +264,8 @@ def test_predict_needs_no_labels(tmp_path):
     trainer(callback).predict(Gaussians(), loader(6, labelled=False))
     rows, report = read(tmp_path / "out")
     assert rows["label"] == [None] * 6
-    assert set(report["metrics"]) == {"images", "nfe_per_image", "images_per_second", "seconds"}
+    assert set(report["metrics"]) == {"images", "nfe_per_image", "speedup", "images_per_second", "seconds"}
+    assert report["metrics"]["speedup"] == 1
     assert report["metrics"]["images"] == 6
     assert report["metrics"]["nfe_per_image"] == 5 * CLASSES
 

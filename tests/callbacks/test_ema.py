@@ -112,15 +112,6 @@ def test_bad_settings(tmp_path):
         fit(tmp_path, EMA(0.5), precision="bf16-true", enable_checkpointing=False)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_average_lives_on_the_training_device(tmp_path):
-    ema = EMA(0.5)
-    trainer = L.Trainer(accelerator="gpu", devices=1, max_steps=2, logger=False, callbacks=[ema])
-    trainer.fit(Walker(), loader(8))
-    assert {weight.device.type for weight in ema._average.values()} == {"cuda"}
-
-
 def test_no_average(tmp_path):
     trainer = fit(tmp_path, EMA(None), SaveEverywhere(tmp_path), enable_checkpointing=False)
     assert trainer.model.unused.item() == 6

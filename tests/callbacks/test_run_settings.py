@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+import lightning_diffclf.baselines
 import lightning_diffclf.data
 import lightning_diffclf.modules
 from lightning_diffclf import (
@@ -34,9 +35,12 @@ from lightning_diffclf import (
     PairedTest,
     ZeroShotStableDiffusion,
 )
+from lightning_diffclf.baselines.clip import ZeroShotCLIP
+from lightning_diffclf.baselines.timm_classifier import TimmClassifier, TimmFromScratch
 from lightning_diffclf.callbacks.run_settings import data_identity, module_identity
 from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.commands import run
+from lightning_diffclf.data.clip_benchmark import NAMES, TEMPLATES, ClipBenchmarkDataModule
 from lightning_diffclf.data.digit_scenes import WORDS, DigitScenesDataModule
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
 from lightning_diffclf.data.image_folder import ImageFolderDataModule
@@ -45,6 +49,8 @@ from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models.pipeline import load
+from tests.baselines.tiny_clip import write_clip
+from tests.baselines.tiny_timm import write_timm
 from tests.gaussians import Gaussians, Samples
 from tests.photos import autoencoder, photos
 
@@ -90,6 +96,12 @@ def files(tmp_path_factory) -> Path:
     shutil.copytree(folder / "photos" / "0", folder / "groups")
     group = {"image_0": "0.png", "image_1": "1.png", "caption_0": "a", "caption_1": "b"}
     (folder / "groups" / "examples.jsonl").write_text(json.dumps(group))
+    for name in ("wds", "other_wds"):
+        for split in ("test", "train"):
+            (folder / name / split).mkdir(parents=True)
+            (folder / name / split / "0.tar").touch()
+        (folder / name / NAMES).write_text("cat\ndog\n" if name == "wds" else "owl\ndog\n")
+        (folder / name / TEMPLATES).write_text("a {c}\nthe {c}\n")
     unet = load(MODEL).unet
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
     pipeline = type(load(MODEL))
@@ -121,6 +133,7 @@ def table(files: Path) -> dict[type, Changes]:
         "num_heads": 4,
         "patch_size": 4,
         "mlp_ratio": 2.0,
+        "none_of_these": True,
         "learn_sigma": True,
         "schedule": "cosine",
         "prediction": "v_prediction",
@@ -144,6 +157,15 @@ def table(files: Path) -> dict[type, Changes]:
         "attention": "native",
         "drop_t5": True,
     }
+    clip = {
+        "pretrained": write_clip(files / "other_clip", seed=1),
+        "prompts": "a {}",
+        "class_names": ["a", "c"],
+        "revision": "v1",
+        "dtype": "bfloat16",
+    }
+    vit = {"input_size": 8, "in_channels": 1, "num_classes": 2}
+    vit |= {"hidden_size": 16, "depth": 1, "num_heads": 1, "patch_size": 2}
     recipe = {
         "draws": 3,
         "seed": 1,
@@ -157,16 +179,29 @@ def table(files: Path) -> dict[type, Changes]:
         "proposal": lambda images: [[0]] * len(images),
     }
     return {
-        DigitsDataModule: Changes({}, {}),
+        DigitsDataModule: Changes({}, {"left_out": [1]}),
         DigitPairsDataModule: Changes({"train_pairs": 10, "test_pairs": 10}, {"test_pairs": 9}),
         DigitTriplesDataModule: Changes({"train_triples": 10, "test_triples": 10}, {"test_triples": 9}),
         DigitScenesDataModule: Changes({}, {}),
+        ClipBenchmarkDataModule: Changes(
+            {"root": str(files / "wds"), "size": 16},
+            {"root": str(files / "other_wds"), "split": "train", "templates": None, "size": 8, "crop": "published"},
+        ),
         ZeroShotDataModule: Changes({"root": str(files / "photos"), "size": 16}, zero_shot),
         ImageNetDataModule: Changes({"val": str(files / "photos")}, {"val": str(files / "more"), "size": 8}),
         ImageFolderDataModule: Changes({"root": str(files / "more"), "size": 8, "val_share": 0}, own_images),
         WinogroundDataModule: Changes({}, {"source": str(files / "groups"), "size": 8}),
         ClassConditionalDiT: Changes(TINY | {"learn_sigma": False}, dit),
         ZeroShotStableDiffusion: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd),
+        ZeroShotCLIP: Changes({"pretrained": write_clip(files / "clip"), "class_names": ["a", "b"]}, clip),
+        TimmClassifier: Changes(
+            {"model": write_timm(files / "timm", num_classes=2)},
+            {"model": write_timm(files / "other_timm", num_classes=2, seed=1), "class_names": ["a", "b"]},
+        ),
+        TimmFromScratch: Changes(
+            vit | {"model": "test_vit"},
+            {name: 2 * value for name, value in vit.items()} | {"model": "test_vit2", "class_names": ["a", "b"]},
+        ),
         Recipe: Changes({}, recipe),
     }
 
@@ -174,7 +209,7 @@ def table(files: Path) -> dict[type, Changes]:
 def parts_of_runs() -> list[type]:
     """All data modules and modules of ours, and the recipe."""
     found: dict[str, type] = {"Recipe": Recipe}
-    for package in (lightning_diffclf.data, lightning_diffclf.modules):
+    for package in (lightning_diffclf.data, lightning_diffclf.modules, lightning_diffclf.baselines):
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             for name, one in inspect.getmembers(importlib.import_module(info.name), inspect.isclass):
                 ours = one.__module__ == info.name and not name.startswith("_")

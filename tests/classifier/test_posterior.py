@@ -52,9 +52,10 @@ def test_fit_finds_the_temperature(true_temperature):
     def nll(log_temperature):
         return -log_softmax(-scores.numpy() / np.exp(log_temperature), axis=1)[range(3000), targets].mean()
 
-    best = minimize_scalar(nll, bounds=(-6, 6), method="bounded")
+    best = minimize_scalar(nll, bounds=(-6, 6), method="bounded", options={"xatol": 1e-9})
     fitted = Posterior("mean").fit(scores, targets, dims=64)
-    assert nll(np.log(fitted.temperature)) == pytest.approx(best.fun, abs=1e-6)
+    assert np.log(fitted.temperature) == pytest.approx(best.x, abs=1e-6)
+    assert fitted == Posterior("mean").fit(scores.numpy(), targets.numpy(), dims=64)  # arrays as well
     assert fitted.temperature == pytest.approx(true_temperature, rel=0.15)
     same = Posterior("sum").fit(scores, targets, dims=64)
     torch.testing.assert_close(same(scores, 64), fitted(scores, 64), rtol=1e-4, atol=1e-6)

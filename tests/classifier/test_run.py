@@ -18,6 +18,7 @@ from lightning_diffclf import (
     NoiseSchedule,
     PairedTest,
 )
+from lightning_diffclf.classifier import Landed
 from tests.classifier.gaussians import ExactGaussians, mixture
 from tests.classifier.toys import DropOneEachDraw, Toy, some_images
 
@@ -75,6 +76,43 @@ def test_micro_batches_are_filled_across_parts():
     results += run.finish()
     assert [r.image_id for r in results] == list(range(8))
     assert [len(rows) for rows, *_ in denoiser.calls] == [32] * 5  # 8 images × 5 candidates × 4 draws
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 7, 64])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_whoever_watches_sees_each_error_once(rule, microbatch):
+    images = some_images(4)
+    classifier = DiffusionClassifier(Toy(), Draws(12), elimination=rule, microbatch=microbatch, keep_errors=True)
+    seen: list[Landed] = []
+    run = classifier.run(seen.append)
+    run.add(images)
+    results = list(run.finish())
+    same(results, classifier(images))  # watching changes nothing
+    for number, result in enumerate(results):
+        errors_KS, calls = np.full(result.errors_KS.shape, np.nan, dtype=np.float32), []
+        for landed in (one for one in seen if one.image_id == number):
+            for draw, errors_P in enumerate(landed.errors_RP, landed.first):
+                assert np.isnan(errors_KS[landed.candidates_P, draw]).all()
+                errors_KS[landed.candidates_P, draw] = errors_P
+            calls.append(landed.nfe)
+        np.testing.assert_array_equal(errors_KS, result.errors_KS)
+        assert calls == sorted(set(calls))
+        assert calls[-1] == result.nfe
+
+
+def test_whoever_watches_may_end_the_run():
+    class Enough(Exception):
+        pass
+
+    def watch(landed: Landed) -> None:
+        raise Enough
+
+    network = Toy()
+    run = DiffusionClassifier(network, Draws(100), microbatch=5).run(watch)
+    run.add(some_images(2))
+    with pytest.raises(Enough):
+        list(run.finish())
+    assert len(network.calls) == 1
 
 
 def test_what_is_wrong_with_a_part_is_said_before_it_is_taken():

@@ -1,5 +1,6 @@
 """``diffclf demo``: what it runs works, from an empty folder."""
 
+import re
 from pathlib import Path
 
 from lightning_diffclf.commands import arguments, main
@@ -13,13 +14,28 @@ SMALLER = [
 
 
 def test_it_trains_and_classifies_from_an_empty_folder(tmp_path, monkeypatch, capsys):
+    """It shows shares in per cent, where everything is, and nothing internal."""
     monkeypatch.chdir(tmp_path)
     given = arguments.demo(["--run_dir", "there", *SMALLER])
     assert (given.run_dir, given.flags) == ("there", SMALLER)
-    for command in demo_commands(given.run_dir, given.flags):
+    fit, everything, *others = demo_commands(given.run_dir, given.flags)
+    for command in (fit, everything):
         main(command)
-    shown = capsys.readouterr().out
-    assert "accuracy" in shown
-    assert "360" in shown  # test images
-    assert {"samples.png", "evaluation", "checkpoints"} <= {path.name for path in Path("there").iterdir()}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"network: net \(DiT, (\d+\.\d K)\); \1 weights are trained trained 2 steps; in there: ", shown), (
+        shown
+    )
+    assert re.search(r"accuracy │ \d+\.\d\d%, 95 % interval \d+\.\d\d to \d+\.\d\d%", shown), shown
+    assert "network calls │ 20.0 an image │" in shown  # all of them: nothing was saved
+    for internal in ("FLOPs", "diffclf_metrics", "Trainable params", "already configured"):
+        assert internal not in shown
+    events = b"".join(path.read_bytes() for path in Path("there/tensorboard").rglob("events.*"))
+    assert b"val/loss" in events
+    assert b"hp_metric" not in events
+
+    for command in others:
+        main(command)
+    assert "360 images of both runs" in capsys.readouterr().out
+    assert {"samples.png", "evaluation", "all_draws", "checkpoints"} <= {path.name for path in Path("there").iterdir()}
+    assert Path("there/evaluation/report.html").stat().st_size > 100_000
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lightning_diffclf import Candidates, DiffusionClassifier, Draws
+from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models.flux import pack, unpack
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
 from tests.models.tiny_pipelines import PIPELINES, make
@@ -104,6 +105,22 @@ def test_rows_are_independent_and_prompts_are_embedded_once(family):
         for i, k in enumerate((1, 0, 1)):
             alone = ours.predict(rows[0][i : i + 1], rows[1][i : i + 1], torch.tensor([k]))
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_text_encoders_may_be_kept_for_other_prompts():
+    pipeline = make("SD 1")
+    first = PipelineDenoiser(pipeline, Candidates(["cat"]), ["a photo of a cat"], keep_texts=True)
+    first.encode(images(1))
+    second = PipelineDenoiser(pipeline, Candidates(PROMPTS), PROMPTS)
+    alone = denoiser("SD 1")
+    for one in (second, alone):
+        one.encode(images(1))
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([300, 700])
+    with torch.no_grad():
+        found, expected = (one.predict(x_t, t, torch.tensor([0, 1])) for one in (second, alone))
+    torch.testing.assert_close(found, expected)
+    assert identity_of(second) == identity_of(alone)
+    assert pipeline.text_encoder is None  # which the second one let go
 
 
 @pytest.mark.parametrize("family", PIPELINES)

@@ -20,7 +20,7 @@ from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.modules.checkpoints import check_checkpoint, trained_module
-from lightning_diffclf.modules.conditions import Conditions
+from lightning_diffclf.modules.conditions import Conditions, conditions
 from lightning_diffclf.modules.training import StepRandom, class_sets, keyed_generator
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder, photos
@@ -453,3 +453,34 @@ def test_a_checkpoint_says_how_many_blocks_see_the_class(tmp_path):
         check_checkpoint(ClassConditionalDiT(**TINY | {"depth": 2}), checkpoint, "x.ckpt")
     del checkpoint["hyper_parameters"]["class_blocks"]  # of an earlier version: all blocks see it
     check_checkpoint(ClassConditionalDiT(**TINY | {"depth": 2}, class_sets=0.2), checkpoint, "x.ckpt")
+
+
+def test_none_of_these_is_the_null_label():
+    module = ClassConditionalDiT(**TINY, none_of_these=True).eval()
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.2)  # the last layer begins at zero
+    classes = module.hparams["num_classes"]
+    assert module.candidates.names[-1] == "none of these"
+    assert len(module.candidates) == module.candidates.num_classes == classes + 1
+    x_t = torch.randn(2, *module.image_shape, generator=torch.Generator().manual_seed(0))
+    t = module.schedule.network_time(module.schedule.timesteps(2))
+    found = module.predict(x_t, t, torch.tensor([classes, 1]))
+    dropped = module.net(x_t, t, torch.tensor([0, 1]), drop=torch.tensor([True, False]))
+    torch.testing.assert_close(found, dropped)
+    with pytest.raises(ValueError, match=r"none_of_these: the network has no null label, expected class_dropout_prob"):
+        ClassConditionalDiT(**TINY | {"class_dropout_prob": 0.0}, none_of_these=True)
+
+
+class Grouped:
+    """Data of two classes, which are made up of three of the network's."""
+
+    class_names = ("cat", "dog")
+    network_classes = ((4,), (0, 2))
+
+
+def test_none_of_these_is_a_class_beside_those_of_the_data():
+    found = conditions(5, None, Grouped(), null=True)
+    assert found.candidates.names == ("cat", "dog (0)", "dog (2)", "none of these")
+    assert found.candidates.classes == (0, 1, 1, 2)
+    assert list(found.candidates.class_names) == ["cat", "dog", "none of these"]
+    assert found.rows.tolist() == [4, 0, 2, 5]

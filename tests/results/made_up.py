@@ -11,12 +11,22 @@ from lightning_diffclf.results.predictions import Record, to_table
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import claim, write_whole
 from lightning_diffclf.results.summary import Outline
+from lightning_diffclf.results.trails import Trail
 
 
 def picture(shade: int) -> bytes:
     file = io.BytesIO()
     Image.new("L", (8, 8), shade % 256).save(file, "WEBP", lossless=True)
     return file.getvalue()
+
+
+def trail_of(best: int, logits: np.ndarray, spent: np.ndarray) -> Trail:
+    """Of all classes, straight down after a lead of each in the first draw."""
+    order = sorted(range(len(logits)), key=lambda c: (c != best, -spent[c]))[:10]
+    draws = sorted({1, *spent[order].tolist()})
+    slope = (logits.max() - logits) / 64
+    behind = [[float(slope[c] if n > 1 else -slope[c]) for n in draws if n <= spent[c]] for c in order]
+    return Trail(draws=draws, classes=order, behind=behind)
 
 
 def made_up_rows(count: int, classes: int, seed: int = 0, draws: int = 20, labelled: bool = True, sharp: float = 1.0):
@@ -50,6 +60,7 @@ def made_up_rows(count: int, classes: int, seed: int = 0, draws: int = 20, label
             leader_S=leader.astype(np.int32),
             seconds=0.25,
             rank=i % 2,
+            trail=trail_of(best, logits, spent),
             thumbnail=picture(i),
             error_map=rng.normal(size=(4, 4)).astype(np.float32) if label != best and i < 40 else None,
         )
@@ -74,8 +85,10 @@ def made_up_outline(classes: int, draws: int = 20, **settings) -> Outline:
     return Outline(tuple(range(classes)), names, timesteps, **settings)
 
 
-def made_up_run(folder: Path, rows, classes: int, draws: int = 20, proposes: bool = False, **identity) -> Path:
-    outline = made_up_outline(classes, draws, proposes=proposes)
+def made_up_run(
+    folder: Path, rows, classes: int, draws: int = 20, proposes: bool = False, coverage: float | None = None, **identity
+) -> Path:
+    outline = made_up_outline(classes, draws, proposes=proposes, coverage=coverage)
     info = outline.to_info() | {
         "candidate_names": list(outline.class_names),
         "log_snr_S": list(range(draws)),

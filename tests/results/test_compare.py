@@ -42,11 +42,17 @@ def test_counts_are_those_of_a_plain_loop(two):
     assert found.both + found.neither + found.only_first + found.only_second == 170
 
 
-def test_the_command(two, capsys):
-    folder, _, _ = two
+def test_the_command(two, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    folder, rows, others = two
     main(["compare", str(folder / "a"), str(folder / "b"), "--out", str(folder / "plots")])
     printed = capsys.readouterr().out
     assert "McNemar, exact p" in printed
+    first, second = (sum(row.nfe for row in run[20:190]) for run in (rows, others))
+    assert second < first
+    assert f"│ saved beside the other │ │ {1 - second / first:.1%} of the calls, 0.0% of the time │" in " ".join(
+        printed.split()
+    )
     assert "30 images are in one of them only" in printed
     numbers = json.loads((folder / "plots" / "comparison.json").read_text())
     assert numbers["images"] == 170

@@ -1,19 +1,22 @@
 """The report, read and used in a real browser where there is one."""
 
+import csv
 import dataclasses
 import re
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lightning_diffclf.cli import main
 from lightning_diffclf.results import tables
 from lightning_diffclf.results.curves import Costs
 from lightning_diffclf.results.evaluation import Evaluation
-from lightning_diffclf.results.report import write_report
+from lightning_diffclf.results.report import make_figures, write_report
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import claim
 from tests.results.made_up import made_up_outline, made_up_rows, made_up_run
@@ -57,7 +60,7 @@ def test_numbers_are_those_of_the_rows(report):
     right = sum(row.prediction == row.label for row in rows)
     numbers = run.summary.numbers()
     assert numbers["accuracy"] == right / 300
-    assert f"{right / 300:.2%}" in report.read_text()
+    assert f"{100 * right / 300:.2f} %" in report.read_text()
     classes = tables.classes(run.summary)
     assert classes["images"].sum() == 300
     assert (classes["accuracy"] * classes["images"]).sum() == pytest.approx(right)
@@ -86,6 +89,17 @@ def test_curves_are_those_of_a_plain_loop(report):
     np.testing.assert_allclose(sure.votes, [row.votes for row in rows])
     np.testing.assert_allclose(sure.margin, [row.margin for row in rows])
     assert sure.right.tolist() == [row.prediction == row.label for row in rows]
+
+
+def test_charts_that_say_nothing_are_left_out(tmp_path):
+    """Without elimination, all candidates stay in play; with few draws, images or no mistake, curves are a point."""
+    rows = [dataclasses.replace(row, draws_K=np.full(5, 20, np.int32), nfe=100) for row in made_up_rows(80, 5)]
+    everything = make_figures(Evaluation.read(made_up_run(tmp_path / "all", rows, 5)))
+    assert {"confusion", "timesteps", "reliability", "coverage", "cost"} == everything.keys()
+    right = [dataclasses.replace(row, label=row.prediction) for row in made_up_rows(80, 5)]
+    assert "coverage" not in make_figures(Evaluation.read(made_up_run(tmp_path / "right", right, 5)))
+    unknown = list(made_up_rows(80, 5, labelled=False))
+    assert make_figures(Evaluation.read(made_up_run(tmp_path / "unknown", unknown, 5))).keys() == {"survivors"}
 
 
 def test_answers_stay_after_the_decision():
@@ -154,19 +168,41 @@ def browser():
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1600"):
         options.add_argument(flag)
     options.add_argument("--proxy-server=http://127.0.0.1:9")
+    quiet = ("gpu", "background-networking", "component-update", "sync")
+    for flag in ("--no-first-run", *(f"--disable-{name}" for name in quiet)):
+        options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
 
 
-def opened(browser, report: Path):
-    browser.get(report.as_uri())
+def opened(browser, report: Path, state: str = ""):
+    browser.get("about:blank")  # another fragment alone would not load it again
+    browser.get(report.as_uri() + state)
+    waited(browser, lambda: browser.execute_script("return document.documentElement.dataset.ready"))
+    return browser
+
+
+def waited(browser, done):
     deadline = time.monotonic() + 60
-    while not browser.execute_script("return document.documentElement.dataset.ready"):
+    while not (found := done()):
         assert time.monotonic() < deadline, browser.get_log("browser")
         time.sleep(0.05)
-    return browser
+    return found
+
+
+@contextmanager
+def shown_as(browser, width: int, scheme: str):
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_it_opens_without_network_and_errors(browser, report):
@@ -207,47 +243,193 @@ def test_tables_sort_and_filter(browser, report):
     assert column(0) == ["kind 3 <&>"]
 
 
-def test_the_gallery_filters_and_tells_the_story(browser, report):
+def test_the_table_is_saved_as_csv(browser, report, tmp_path):
+    from selenium.webdriver.common.by import By
+
+    download = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", download)
+    opened(browser, report)
+    browser.find_elements(By.CSS_SELECTOR, "#class-table th button")[1].click()  # in the order shown
+    table = browser.execute_script("""return [...document.querySelectorAll("#class-table tr")]
+        .map(row => [...row.cells].map(cell => cell.textContent.trim()))""")
+    browser.find_element(By.ID, "class-csv").click()
+    waited(browser, lambda: (tmp_path / "classes.csv").is_file())
+    with open(tmp_path / "classes.csv", newline="") as file:
+        saved = list(csv.reader(file))
+    assert saved[0] == table[0]
+    assert len(saved) == len(table) == 9
+    for cells, shown in zip(saved[1:], table[1:], strict=True):
+        assert [cells[0], cells[1], cells[6]] == [shown[0], shown[1], shown[6]]
+        assert [f"{100 * float(cell):.1f} %" for cell in cells[2:5]] == shown[2:5]
+        assert f"{float(cells[5]):.1f}" == shown[5]
+    browser.find_element(By.CSS_SELECTOR, '[data-figure="cost"][data-kind="png"]').click()
+    browser.find_element(By.CSS_SELECTOR, '[data-figure="confusion"][data-kind="svg"]').click()
+    waited(browser, lambda: {"cost.png", "confusion.svg"} <= {path.name for path in tmp_path.iterdir()})
+    with Image.open(tmp_path / "cost.png") as picture:
+        assert picture.width > 800
+    assert "Confusion matrix" in (tmp_path / "confusion.svg").read_text()
+    assert browser.get_log("browser") == []
+
+
+def gallery(browser) -> list[dict[str, str]]:
+    """What the cards that are shown say."""
+    return browser.execute_script(
+        "return [...document.querySelectorAll('#gallery li:not([hidden])')].map(card => ({...card.dataset}))"
+    )
+
+
+def test_the_gallery_has_pages_and_filters_that_are_in_the_address(browser, report):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
 
     opened(browser, report)
-
-    def shown():
-        return [card for card in browser.find_elements(By.CSS_SELECTOR, "#gallery li") if card.is_displayed()]
-
-    total = len(shown())
-    assert total == 240
-    assert "wrong" in shown()[0].get_attribute("data-kind")
+    first = gallery(browser)
+    assert len(first) == 24
+    assert {card["kind"] for card in first} == {"wrong"}
+    sure = [float(card["sure"]) for card in first]
+    assert sure == sorted(sure, reverse=True)  # wrong and sure comes first
+    assert browser.find_element(By.ID, "page-number").text == "page 1 of 10"
+    browser.find_element(By.ID, "page-on").click()
+    second = gallery(browser)
+    assert not {card["id"] for card in first} & {card["id"] for card in second}
+    assert browser.current_url.endswith("#images?page=2")
     Select(browser.find_element(By.ID, "image-kind")).select_by_value("right")
-    assert {card.get_attribute("data-kind") for card in shown()} == {"right"}
     Select(browser.find_element(By.ID, "image-class")).select_by_value("kind 2 <&>")
-    assert 0 < len(shown()) < total / 2
-    assert {card.get_attribute("data-prediction") for card in shown()} == {"kind 2 <&>"}
-    assert browser.find_element(By.ID, "image-count").text == f"{len(shown())} shown"
-    Select(browser.find_element(By.ID, "image-kind")).select_by_value("")
-    Select(browser.find_element(By.ID, "image-class")).select_by_value("")
-    browser.execute_script("document.querySelector('#gallery button').focus()")
-    browser.switch_to.active_element.send_keys("\n")
+    Select(browser.find_element(By.ID, "image-order")).select_by_value("calls")
+    few = gallery(browser)
+    assert {card["kind"] for card in few} == {"right"}
+    assert {card["prediction"] for card in few} == {"kind 2 <&>"}
+    calls = [int(card["nfe"]) for card in few]
+    assert calls == sorted(calls, reverse=True)
+    rows = [row for row in Evaluation.read(report.parent).gallery(240) if row.prediction == row.label == 2]
+    assert browser.find_element(By.ID, "image-count").text == f"{len(rows)} images"
+    assert len(few) == min(len(rows), 24)
+    assert calls[0] == max(row.nfe for row in rows)
+    state = browser.current_url.partition("#")[2]
+    assert state == "images?class=kind+2+%3C%26%3E&show=right&first=calls"
+    opened(browser, report, f"#{state}")
+    assert gallery(browser) == few
+    opened(browser, report, "#images?class=nobody&page=99")  # of another run
+    assert len(gallery(browser)) == 24
+    assert browser.find_element(By.ID, "page-number").text == "page 10 of 10"
+    assert browser.get_log("browser") == []
+
+
+def test_an_image_tells_its_story_and_arrows_turn_pages(browser, report):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, report)
+    cards = browser.find_elements(By.CSS_SELECTOR, "#gallery li:not([hidden]) button")
+    words = cards[0].text
+    first = gallery(browser)
+    assert f"image {first[0]['id']}" in words
+    assert re.search(r"\d+ % sure", words)
+    assert "nats" not in words
+    cards[0].send_keys(Keys.ENTER)
     dialog = browser.find_element(By.ID, "detail")
     assert dialog.get_attribute("open") is not None
-    assert "but is" in browser.find_element(By.ID, "detail-title").text
-    deadline = time.monotonic() + 20
-    while not dialog.find_elements(By.CSS_SELECTOR, "#detail-chart canvas"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert browser.get_log("browser") == []
-    browser.find_element(By.CSS_SELECTOR, "#detail form button").click()
-    assert dialog.get_attribute("open") is None
-
-
-def test_it_fits_a_phone(browser, report):
-    opened(browser, report)
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    assert browser.find_element(By.ID, "detail-title").text == (
+        f"Taken for {first[0]['prediction']}, but is {first[0]['label']}"
     )
-    try:
-        time.sleep(0.3)
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    facts = browser.find_element(By.ID, "detail-facts").text
+    assert f"image {first[0]['id']} · " in facts
+    assert f" · {first[0]['nfe']} network calls · " in facts
+    candidates = browser.execute_script("""return [...document.querySelectorAll("#detail-candidates li")]
+        .map(row => [...row.querySelectorAll("span")].map(one => one.textContent))""")
+    assert len(candidates) == 8
+    assert candidates[0][0] == first[0]["prediction"]
+    assert candidates[0][3] == "saw all 20 draws"
+    assert all(re.fullmatch(r"dropped after \d+ draws?", until) for *_, until in candidates[1:])
+    waited(browser, lambda: dialog.find_elements(By.CSS_SELECTOR, "#detail-lines canvas"))
+    assert browser.current_url.endswith(f"#images?image={first[0]['id']}")
+    titles = [browser.find_element(By.ID, "detail-title").text]
+    for _ in range(24):  # to the next page of the gallery
+        browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert browser.find_element(By.ID, "detail-place").text == "25 of 240"
+    assert browser.find_element(By.ID, "page-number").text == "page 2 of 10"
+    for _ in range(30):  # and back, to the first at most
+        browser.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    assert browser.find_element(By.ID, "detail-place").text == "1 of 240"
+    assert [browser.find_element(By.ID, "detail-title").text] == titles
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert dialog.get_attribute("open") is None
+    assert browser.execute_script("return document.activeElement.closest('li').dataset.id") == first[0]["id"]
+    opened(browser, report, f"#images?image={first[3]['id']}")
+    assert browser.find_element(By.ID, "detail").get_attribute("open") is not None
+    assert browser.find_element(By.ID, "detail-place").text == "4 of 240"
+    assert browser.get_log("browser") == []
+
+
+def test_the_error_map_lies_over_its_image(browser, report):
+    from selenium.webdriver.common.by import By
+
+    with_map = next(row for row in Evaluation.read(report.parent).gallery(240) if row.error_map is not None)
+    opened(browser, report, f"#images?image={with_map.id}")
+    under, over = (browser.find_element(By.ID, f"detail-{name}") for name in ("under", "map"))
+    waited(browser, lambda: browser.execute_script("return arguments[0].naturalWidth", over) == 4)
+    assert (
+        under.rect
+        == over.rect
+        == browser.find_element(By.ID, "detail-map-box").find_element(By.CLASS_NAME, "stack").rect | {}
+    )
+    assert under.rect["width"] == browser.find_element(By.ID, "detail-picture").rect["width"] > 150
+
+
+CONTRASTS = """
+const parse = color => color.match(/[\\d.]+/g).map(Number);
+const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const light = color => color.slice(0, 3).map(v => linear(v / 255))
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+function behind(element) {
+  for (; element; element = element.parentElement) {
+    const color = parse(getComputedStyle(element).backgroundColor);
+    if (color.length < 4 || color[3] === 1) return color;
+  }
+  return [255, 255, 255];
+}
+const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const element = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
+  if (!text || !element.checkVisibility() || element.closest("script, .skip")) continue;
+  const [a, b] = [light(parse(getComputedStyle(element).color)), light(behind(element))];
+  found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), text]);
+}
+return found;
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_and_fits_a_phone(browser, report, scheme):
+    with shown_as(browser, 390, scheme):
+        first = Evaluation.read(report.parent).gallery(1)[0].id
+        for state in ("", f"#images?image={first}"):
+            opened(browser, report, state)
+            browser.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+            found = browser.execute_script(CONTRASTS)
+            assert len(found) > 100
+            assert min(found)[0] >= 4.5, min(found)
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        clipped = """const texts = "h1, h2, h3, .lead, .cards div, .chart p, .facts, nav, dialog, .detail";
+            return [...document.querySelectorAll(texts)]
+                .filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.textContent)"""
+        assert browser.execute_script(clipped) == []
+        wide = """return [...document.querySelectorAll(".chart canvas, #detail-lines canvas")]
+            .filter(one => one.getBoundingClientRect().width > one.closest(".plot").clientWidth + 1).length"""
+        assert browser.execute_script(wide) == 0
+        assert browser.get_log("browser") == []
+
+
+def test_six_numbers_fill_their_row(browser, report):
+    for width, rows in ((1400, 1), (900, 2), (390, 3)):
+        with shown_as(browser, width, "light"):
+            opened(browser, report)
+            boxes = browser.execute_script(
+                "return [...document.querySelectorAll('.cards > div')].map(one => one.getBoundingClientRect().toJSON())"
+            )
+            whole = browser.execute_script("return document.querySelector('.cards').getBoundingClientRect().right")
+            assert len(boxes) == 6
+            tops = sorted({round(box["top"]) for box in boxes})
+            assert len(tops) == rows
+            for top in tops:
+                assert max(box["right"] for box in boxes if round(box["top"]) == top) == pytest.approx(whole, abs=1)

@@ -9,7 +9,15 @@ from scipy.stats import binom, norm
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lightning_diffclf.results.statistics import Judged, Scores, ece, mcnemar, selective_accuracy, wilson
+from lightning_diffclf.results.statistics import (
+    Judged,
+    Scores,
+    ece,
+    mcnemar,
+    selective_accuracy,
+    selective_scores,
+    wilson,
+)
 
 
 @given(st.integers(1, 2000), st.data())
@@ -83,3 +91,33 @@ def test_selective_accuracy():
     curve = selective_accuracy(np.array([0.1, 0.9, 0.5, 0.7]), np.array([0, 1, 0, 1]))
     assert curve.coverage.tolist() == [0.25, 0.5, 0.75, 1]
     np.testing.assert_allclose(curve.accuracy, [1, 1, 2 / 3, 0.5])
+
+
+# of torch-uncertainty 0.13: AURC(), AUGRC(), CovAt5Risk(), RiskAt80Cov() on probabilities [sure, 1 - sure], in float64
+TORCH_UNCERTAINTY = {
+    (0, 40, 0.9): [0.21065226896184472, 0.11121794878980157, 0.1, 0.1875],
+    (1, 200, 0.7): [0.24878856484303552, 0.1437688442160845, 0.055, 0.3125],
+    (2, 500, 0.98): [0.07718494692730296, 0.046795591076095745, 0.366, 0.1075],
+}
+
+
+@pytest.mark.parametrize("case", TORCH_UNCERTAINTY, ids=str)
+def test_selective_scores_are_those_of_torch_uncertainty(case):
+    seed, count, share = case
+    rng = np.random.default_rng(seed)
+    sure = 0.5 + rng.permutation(count) / (2 * count + 2)
+    right = rng.random(count) < share * (0.5 + sure / 2)
+    found = selective_scores(sure, right)
+    names = ("aurc", "augrc", "coverage_at_5_risk", "risk_at_80_coverage")
+    assert [found[name] for name in names] == pytest.approx(TORCH_UNCERTAINTY[case], abs=1e-6)
+
+
+def test_selective_scores_of_few_and_of_hopeless_images():
+    assert selective_scores(np.array([1.0]), np.array([False]))["aurc"] == 1
+    assert selective_scores(np.arange(3.0), np.zeros(3, bool))["coverage_at_5_risk"] == 0
+    assert selective_scores(np.arange(30.0), np.ones(30, bool)) == {
+        "aurc": 0,
+        "augrc": 0,
+        "coverage_at_5_risk": 1,
+        "risk_at_80_coverage": 0,
+    }

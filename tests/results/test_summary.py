@@ -17,9 +17,10 @@ from lightning_diffclf import Candidates, DiffusionClassifierCallback
 from lightning_diffclf.results import charts, tables
 from lightning_diffclf.results.compare import compare
 from lightning_diffclf.results.evaluation import Evaluation
+from lightning_diffclf.results.headline import details
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import SCHEMA, to_table, write_table
-from lightning_diffclf.results.report import headline, make_figures, write_report
+from lightning_diffclf.results.report import make_figures, write_report
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import claim, finish
 from lightning_diffclf.results.stored import SETTINGS_KEY, Stored
@@ -75,11 +76,11 @@ def test_live_metrics_file_report_and_comparison_agree(ensemble, tmp_path):
     assert evaluation.summary.numbers() == expected
     found = compare(evaluation, Evaluation.read(run))
     assert found.first == found.second == expected
-    shown = {name: value for name, value, _ in headline(evaluation)}
-    assert shown["accuracy"] == f"{live['accuracy']:.2%}"
+    shown = {name: value for name, value, _ in details(evaluation)}
+    assert shown["accuracy"] == f"{100 * live['accuracy']:.2f} %"
     assert shown["ECE, configured"] == f"{live['ece']:.4f}"
     assert shown["ECE, calibrated"] == f"{stored['calibrated_ece']:.4f}"
-    assert shown["coverage"] == f"{live['coverage']:.2%}"
+    assert shown["coverage"] == f"{100 * live['coverage']:.2f} %"
     assert evaluation.posterior.temperature == pytest.approx(stored["temperature"])
 
 
@@ -101,6 +102,8 @@ def test_numbers_are_those_of_a_plain_loop(tmp_path):
     assert live["brier"] == pytest.approx(brier)
     assert live["accuracy"] == np.mean([row.prediction == row.label for row in rows])
     assert live["top5"] == np.mean([row.label in row.top5 for row in rows])
+    everything = sum(len(row.candidates_K) * 6 for row in rows)
+    assert live["speedup"] == pytest.approx(everything / sum(row.nfe for row in rows))
 
 
 def test_another_temperature_on_resumption_is_that_of_all_numbers(tmp_path):
@@ -126,13 +129,13 @@ def test_calls_of_search_and_contest_add_up(tmp_path):
     assert numbers["dropped_draws"] == 45
     recall = [row.label in row.candidates_K for row in rows if row.label is not None]
     assert numbers["proposal_recall"] == np.mean(recall)
-    shown = {name: (value, note) for name, value, note in headline(run)}
+    shown = {name: (value, note) for name, value, note in details(run)}
     assert shown["NFE of the search"] == (
         f"{search / 90:.1f}",
-        f"of an image, {search / (search + contest):.1%} of all",
+        f"of an image, {100 * search / (search + contest):.1f} % of all",
     )
     assert shown["NFE of the contest"][0] == f"{contest / 90:.1f}"
-    assert shown["proposal recall"][0] == f"{np.mean(recall):.2%}"
+    assert shown["proposal recall"][0] == f"{100 * np.mean(recall):.2f} %"
     assert shown["dropped"][0] == "45"
     cost = tables.costs(run.costs)
     labelled = [row for row in rows if row.label is not None]
@@ -158,7 +161,7 @@ def test_decisions_of_earlier_versions_are_read_and_their_split_is_unknown(tmp_p
     assert numbers["proposal_recall"] == np.mean([row.label in row.candidates_K for row in rows[:40]])
     assert "search_nfe_per_image" not in numbers
     assert {row.search_nfe for row in evaluation.gallery(3)} == {None}
-    assert ("NFE of the search", "unknown") in [line[:2] for line in headline(evaluation)]
+    assert ("NFE of the search", "unknown") in [line[:2] for line in details(evaluation)]
     write_report(run)
     # and resumed: images that come now do not make it known
     new = to_table(rows[40:]).replace_schema_metadata(described)
@@ -193,7 +196,7 @@ def test_no_answer_is_wrong_but_no_class(tmp_path):
     assert "(none)" not in html
     page = re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
     assert page.count('data-prediction="no answer"') == 4
-    assert {name: value for name, value, _ in headline(evaluation)}["no answer"] == "4"
+    assert {name: value for name, value, _ in details(evaluation)}["no answer"] == "4"
 
 
 def test_of_very_many_mistakes_the_commonest_are_drawn(monkeypatch):
@@ -318,5 +321,6 @@ def test_an_outline_survives_as_plain_values():
 def test_one_draw(tmp_path):
     _, live = evaluated(tmp_path / "run", draws=1, broken=0)
     assert live["nfe_per_image"] == len(PROMPTS)
-    assert (tmp_path / "run" / "timesteps.png").is_file()
+    assert (tmp_path / "run" / "confusion.png").is_file()
+    assert not {"timesteps", "cost", "survivors"} & make_figures(Evaluation.read(tmp_path / "run")).keys()  # one point
     write_report(tmp_path / "run")

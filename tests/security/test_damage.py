@@ -16,7 +16,7 @@ from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.errors import ErrorsInfo, ErrorsWriter, StoredErrors, merge_errors
-from lightning_diffclf.results.seal import check_seal
+from lightning_diffclf.results.seal import sealed_file
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.stored import PREDICTIONS, read_table
 from tests.classifier.toys import Toy, some_images
@@ -117,7 +117,8 @@ def test_no_damage_becomes_other_numbers(make, tmp_path):
 def test_the_seal_is_of_every_byte_and_others_can_read_it(tmp_path):
     content, read = errors(tmp_path)
     path = tmp_path / "whole.parquet"
-    check_seal(path)
+    with sealed_file(path):
+        pass
     with pq.ParquetFile(path) as file:
         assert file.metadata.metadata[b"diffclf_crc32"] != b"0" * 8
         assert file.read().num_rows == 6
@@ -127,7 +128,8 @@ def test_the_seal_is_of_every_byte_and_others_can_read_it(tmp_path):
         with pytest.raises(UserError):
             read(bytes(broken))
     merge_errors([path], tmp_path / "merged.parquet")
-    check_seal(tmp_path / "merged.parquet")
+    with sealed_file(tmp_path / "merged.parquet"):
+        pass
     with pq.ParquetFile(tmp_path / "merged.parquet") as file:
         assert b"diffclf_crc32" in file.metadata.metadata
 

@@ -1,0 +1,114 @@
+"""``diffclf reproduce``: a table of the paper, its values beside ours."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_diffclf.commands.mistakes import unknown
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import read_json, write_json
+from lightning_diffclf.results.paper import TABLES, Cell, Needs
+
+EVALUATION = "evaluation"
+
+
+def folder_of(out: Path, table: str, cell: Cell) -> Path:
+    """Where a cell's run is: ``OUT/TABLE/ROW/COLUMN``, in letters, digits and dashes."""
+    return out.joinpath(
+        *(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (table, cell.row, cell.column))
+    )
+
+
+def commands_of(cell: Cell, folder: Path, flags: list[str]) -> list[list[str]]:
+    """What computes a cell, as arguments of ``diffclf``; ``flags`` are for the evaluation."""
+    result = f"--out={folder / EVALUATION}"
+    if not cell.training:
+        return [["evaluate", *cell.flags, result, *flags]]
+    checkpoint = f"--ckpt={folder / 'checkpoints' / 'last.ckpt'}"
+    return [["fit", *cell.training, f"--run_dir={folder}"], ["evaluate", checkpoint, *cell.flags, result, *flags]]
+
+
+def missing(needs: tuple[Needs, ...]) -> list[Needs]:
+    """What of ``needs`` is not on this machine."""
+    cached: set[str] = set()
+    if any(one.hub for one in needs):
+        with suppress(CacheNotFound):
+            cached = {repository.repo_id for repository in scan_cache_dir().repos}
+    return [one for one in needs if not (one.what in cached if one.hub else Path(one.what).exists())]
+
+
+def outcome(cell: Cell, folder: Path) -> dict[str, Any]:
+    """A cell's numbers: in percent, with the verdict whether the paper's value is in our interval."""
+    found: dict[str, Any] = {"row": cell.row, "column": cell.column, "paper": cell.paper}
+    path = folder / EVALUATION / "metrics.json"
+    if not path.is_file():
+        return found
+    metrics = read_json(path, "reproduce")["metrics"]
+    value, low, high = (100 * metrics[f"{cell.metric}{end}"] for end in ("", "_low", "_high"))
+    found |= {"ours": value, "low": low, "high": high, "images": metrics["images"]}
+    found |= {"nfe_per_image": metrics["nfe_per_image"], "seconds": metrics["seconds"]}
+    if cell.paper is not None:
+        found["verdict"] = "inside" if low <= cell.paper <= high else "outside"
+    return found
+
+
+def run_cell(cell: Cell, folder: Path, flags: list[str]) -> None:
+    """Compute a cell, each command in a process of its own; what was begun goes on.
+
+    Raises:
+        UserError: if a command fails.
+    """
+    for command in commands_of(cell, folder, flags):
+        print(f"diffclf {shlex.join(command)}", flush=True)
+        status = subprocess.run([sys.executable, "-m", "lightning_diffclf", *command]).returncode
+        if status:
+            raise UserError(f"reproduce: {cell.row}, {cell.column}: `diffclf {command[0]}` ended with status {status}")
+
+
+def reproduce_command(given: Namespace) -> None:
+    """``diffclf reproduce``: runs what can be run, prints a table and writes it."""
+    if given.table not in TABLES:
+        raise UserError(unknown("table", given.table, TABLES))
+    out, rows, lacking = Path(given.out), [], dict[Needs, None]()
+    for cell in TABLES[given.table]:
+        folder = folder_of(out, given.table, cell)
+        lacks = missing(cell.needs)
+        lacking |= dict.fromkeys(lacks)
+        done = (folder / EVALUATION / "metrics.json").is_file()
+        if not given.dry_run and not lacks and not done:
+            run_cell(cell, folder, given.flags)
+        rows.append(outcome(cell, folder) | ({"missing": [one.what for one in lacks]} if lacks and not done else {}))
+    console = Console(soft_wrap=True)
+    console.print(to_table(given.table, rows))
+    for one in lacking:
+        console.print(escape(f"missing: {one.what}: {one.get}"))
+    write_json({"table": given.table, "cells": rows}, out / given.table / "reproduction.json", 2, "reproduce")
+
+
+def to_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """For the terminal."""
+    table = Table(title=f"{name}: the paper's values, and ours with 95 % intervals")
+    for column in ("system", "data", "paper", "ours", "images", "NFE", "seconds", "verdict"):
+        table.add_column(column)
+    for row in rows:
+        paper = "–" if row["paper"] is None else f"{row['paper']:.1f}"
+        if "ours" in row:
+            ours = f"{row['ours']:.1f} ({row['low']:.1f} – {row['high']:.1f})"
+            numbers = [ours, str(row["images"]), f"{row['nfe_per_image']:,.0f}", f"{row['seconds']:,.1f}"]
+            table.add_row(row["row"], row["column"], paper, *numbers, row.get("verdict", "–"))
+        else:
+            table.add_row(row["row"], row["column"], paper, *["–"] * 4, "missing" if "missing" in row else "not run")
+    return table

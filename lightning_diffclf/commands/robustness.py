@@ -1,0 +1,51 @@
+"""``diffclf robustness``: runs against a line through the accuracies of ordinary classifiers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import write_json
+from lightning_diffclf.results import charts
+from lightning_diffclf.results.evaluation import Evaluation
+from lightning_diffclf.results.robustness import Counted, read_timm, robustness
+from lightning_diffclf.results.statistics import Interval
+
+
+def robustness_command(given: Namespace) -> None:
+    """``diffclf robustness``: prints a table and, with ``--out``, draws it."""
+    if len(given.run) % 2:
+        raise UserError(f"run: {len(given.run)} folders, expected pairs: one of ordinary data, one of shifted data")
+    runs = [_counted(folder) for folder in given.run]
+    pairs = list(zip(runs[::2], runs[1::2], strict=True))
+    found = robustness(read_timm(given.ordinary), read_timm(given.shifted), pairs)
+    table = Table(title=f"effective robustness, against {found.line.models} models; 99.5 % intervals")
+    for name in ("run", "ordinary", "shifted", "expected", "effective"):
+        table.add_column(name)
+    for row in found.runs.to_dict("records"):
+        shares = [str(Interval(*(row[f"{n}{end}"] for end in ("", "_low", "_high")))) for n in ("ordinary", "shifted")]
+        effective = [f"{row[f'effective{end}']:+.2%}" for end in ("", "_low", "_high")]
+        expected = f"{row['expected']:.2%}"
+        table.add_row(escape(row["run"]), *shares, expected, "{} ({} – {})".format(*effective))
+    Console(soft_wrap=True).print(table)
+    if given.out is not None:
+        x = np.linspace(found.models["ordinary"].min(), found.models["ordinary"].max(), 50).clip(1e-4, 1 - 1e-4)
+        line = pd.DataFrame({"ordinary": x, "shifted": found.line.expected(x)})
+        chart = charts.robustness(found.models, line, found.runs)
+        charts.save(charts.specs({"robustness": chart}), Path(given.out))
+        numbers = {"line": found.line._asdict(), "runs": found.runs.to_dict("records")}
+        write_json(numbers, Path(given.out) / "robustness.json", indent=2, what="robustness")
+
+
+def _counted(folder: str) -> Counted:
+    summary = Evaluation.read(folder).summary
+    if not summary.labelled:
+        raise UserError(f"run: {folder!r} has no labels, expected an evaluation of labelled images")
+    return Counted(folder, summary.right, summary.labelled)

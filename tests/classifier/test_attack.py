@@ -1,0 +1,105 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_diffclf import DiffusionClassifier, DiffusionLogits
+from lightning_diffclf.classifier.attack import APGD, auto_attack, margin_loss
+from lightning_diffclf.errors import UserError
+from tests.classifier.toys import SHAPE, Toy
+
+
+class Linear(nn.Module):
+    """Two classes, whose worst case is known in closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight
+
+
+def grey(count: int) -> torch.Tensor:
+    """Images far enough from 0 and 1 that a small ball fits."""
+    return 0.3 + 0.4 * torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("norm", "eps", "dual"), [("linf", 0.05, 1), ("l2", 0.2, 2)])
+def test_the_worst_case_of_a_linear_network_is_found(norm, eps, dual):
+    network, images = Linear(), grey(6)
+    label = network(images).argmax(1)
+    found = APGD(eps, norm, steps=30)(network, images, label)
+    sign = 1 - 2 * label.double()
+    difference = (network.weight[:, 1] - network.weight[:, 0]).double()
+    expected = (network(images)[:, 1] - network(images)[:, 0]).double() * sign + eps * difference.norm(dual)
+    torch.testing.assert_close(found.losses[-1].double(), expected, atol=2e-3, rtol=0)
+    assert torch.equal(found.right, expected < 0)
+    order = float("inf") if norm == "linf" else 2
+    assert float((found.images - images).flatten(1).norm(order, dim=1).max()) <= eps + 1e-6
+    torch.testing.assert_close(margin_loss(network(found.images), label), found.losses[-1])
+
+
+@pytest.fixture(scope="module")
+def white_box():
+    """An attack on a diffusion classifier, of images that it answers rightly."""
+    network = DiffusionLogits(DiffusionClassifier(Toy(4).requires_grad_(False), draws=5))
+    images = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(2))
+    label = network(images).argmax(1)
+    attack = APGD(0.1, steps=25)
+    return network, images, label, attack(network, images, label)
+
+
+def test_no_gradient_is_masked(white_box):
+    """The loss climbs along the attack, and random search in the same ball finds nothing that gradients do not."""
+    network, images, label, found = white_box
+    start, end = found.losses[0], found.losses[-1]
+    assert torch.equal(start, margin_loss(network(images), label))
+    assert bool((end > start).all())
+    assert bool((found.losses.diff(dim=0) >= 0).all())
+    halfway = found.losses[5]
+    assert float((end - halfway).mean()) < float((halfway - start).mean())  # it levels off: steps are enough
+    generator = torch.Generator().manual_seed(3)
+    black_box = start.clone()
+    for _ in range(60):
+        change = 0.1 * torch.randint(0, 2, images.shape, generator=generator).mul(2).sub(1)
+        black_box = torch.maximum(black_box, margin_loss(network((images + change).clamp(0, 1)), label))
+    assert bool((black_box <= end).all())
+
+
+def test_a_larger_ball_is_not_safer(white_box):
+    network, images, label, found = white_box
+    smaller = APGD(0.02, steps=15)(network, images, label)
+    assert bool((smaller.losses[-1] < found.losses[-1]).all())
+    again = APGD(0.02, steps=15)(network, images, label)
+    assert torch.equal(again.images, smaller.images)
+    several = APGD(0.02, steps=15, restarts=3)(network, images, label)
+    assert bool((several.losses[-1] >= smaller.losses[-1]).all())
+    torch.testing.assert_close(margin_loss(network(several.images), label), several.losses[-1])
+
+
+def test_what_cannot_be_attacked_is_said():
+    network, images, label = Linear(), grey(2), torch.tensor([0, 1])
+    for eps in (8, 0, -0.1, float("nan")):
+        with pytest.raises(UserError, match=r"eps: .*in units of images in \[0, 1\]; 8 / 255 is 8 grey levels"):
+            APGD(eps)
+    with pytest.raises(UserError, match="norm: 'l1', expected 'linf' or 'l2'"):
+        APGD(0.1, "l1")
+    with pytest.raises(UserError, match=r"images: values in .*, expected \[0, 1\], the unit of eps"):
+        APGD(0.1)(network, images * 2 - 1, label)
+    with pytest.raises(UserError, match="no gradient path to the images"):
+        APGD(0.1)(lambda x: network(x.detach()), images, label)
+
+
+def test_auto_attack_takes_the_network():
+    pytest.importorskip("pyautoattack")
+    network, images = Linear(), grey(6)
+    label = network(images).argmax(1)
+    logits, weight = network(images), network.weight
+    limits = (logits[:, 1] - logits[:, 0]).abs() / (weight[:, 1] - weight[:, 0]).norm(1)  # in closed form
+    eps = float(limits.sort().values[2:4].mean())
+    changed = auto_attack(network, images, label, eps=eps, version="custom", attacks=["apgd-ce"], seed=0)
+    assert torch.equal(network(changed).argmax(1) == label, limits > eps)
+    assert torch.equal(APGD(eps)(network, images, label).right, limits > eps)
+    assert float((changed - images).abs().max()) <= eps + 1e-6
+    with pytest.raises(UserError, match="eps: 8, expected a positive radius"):
+        auto_attack(network, images, label, eps=8)

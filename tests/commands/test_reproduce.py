@@ -1,0 +1,69 @@
+"""What a table of the paper lacks on this machine, what it would run, and what it says of runs that are there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_diffclf.commands import main, run
+from lightning_diffclf.commands.configs import CONFIGS
+from lightning_diffclf.commands.reproduce import commands_of, folder_of, outcome
+from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.results.paper import TABLES
+from tests.baselines.evaluation import evaluate
+from tests.data.test_corruptions import Counting
+
+
+def test_every_cell_names_configurations_that_there_are():
+    assert set(TABLES) == {"table1", "table3", "table4", "digits"}
+    places = [folder_of(Path("out"), table, cell) for table, cells in TABLES.items() for cell in cells]
+    assert len(set(places)) == len(places)
+    for cells in TABLES.values():
+        for cell in cells:
+            names = [flag.split("=")[1] for flag in (*cell.flags, *cell.training) if flag.startswith("--config=")]
+            assert names
+            assert all((CONFIGS / name).is_file() for name in names)
+    values = {(cell.row, cell.column): cell.paper for cell in TABLES["table4"]}
+    assert values["ResNet-50", "imagenet_a"] == 0.0
+    assert values["Diffusion Classifier, 512", "imagenet_a"] == 30.2
+
+
+def test_it_says_what_is_missing_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    run("reproduce", ["table3"])
+    shown = capsys.readouterr().out
+    assert "missing: facebook/winoground: accept its terms on the Hub" in shown
+    assert "missing: openai/clip-vit-large-patch14: hf download openai/clip-vit-large-patch14" in shown
+    found = json.loads(Path("runs/reproduce/table3/reproduction.json").read_text())
+    assert [cell["paper"] for cell in found["cells"]] == [38.5, 28.2, 33.0]
+    assert all(len(cell["missing"]) == 2 for cell in found["cells"])
+    with pytest.raises(SystemExit, match="error: no table 'table5'"):
+        main(["reproduce", "table5"])
+
+
+def test_runs_that_are_there_are_not_run_again(tmp_path, capsys):
+    """Evaluations of another network in the places of two cells: whatever stands there is reported."""
+    cell = TABLES["digits"][0]
+    folder = folder_of(tmp_path, "digits", cell)
+    _, report = evaluate(folder / "evaluation", Counting(), DigitsDataModule())
+    run("reproduce", ["digits", f"--out={tmp_path}", "--dry-run"])
+    assert "not run" in capsys.readouterr().out
+    first, *others = json.loads((tmp_path / "digits" / "reproduction.json").read_text())["cells"]
+    assert first["ours"] == pytest.approx(100 * report["metrics"]["accuracy"])
+    assert (first["images"], first["nfe_per_image"]) == (360, 1)
+    assert "verdict" not in first  # the paper has no digits
+    assert not any("ours" in one for one in others)
+    claims = {first["ours"]: "inside", first["high"] + 0.1: "outside", first["low"] - 0.1: "outside"}
+    assert {paper: outcome(cell._replace(paper=paper), folder)["verdict"] for paper in claims} == claims
+
+
+def test_what_it_runs(tmp_path):
+    trained, zero_shot = TABLES["digits"][0], TABLES["digits"][3]
+    fit, evaluation = commands_of(trained, tmp_path, ["--trainer.accelerator=cpu"])
+    assert fit == ["fit", "--config=dit_digits.yaml", f"--run_dir={tmp_path}"]
+    checkpoint = f"--ckpt={tmp_path}/checkpoints/last.ckpt"
+    assert evaluation == ["evaluate", checkpoint, f"--out={tmp_path}/evaluation", "--trainer.accelerator=cpu"]
+    assert commands_of(zero_shot, tmp_path, []) == [
+        ["evaluate", "--config=clip_digits.yaml", f"--out={tmp_path}/evaluation"]
+    ]
