@@ -81,10 +81,11 @@ def stored(task: Task, classifier: DiffusionClassifier, folder: Path) -> StoredE
 def timed(classifier: DiffusionClassifier, images: torch.Tensor, ids: list[int], repetitions: int) -> dict[str, float]:
     """Medians over repetitions that alternate between the engine and the bare network on the same micro-batches."""
     module, calls = classifier.denoiser, []
-    predict = module.predict_shared
-    module.predict_shared = lambda *rows: calls.append(rows) or predict(*rows)
+    name = "predict_shared" if hasattr(module, "predict_shared") else "predict"
+    predict = getattr(module, name)
+    setattr(module, name, lambda *rows: calls.append(rows) or predict(*rows))
     nfe = sum(result.nfe for result in classifier(images, ids))
-    module.predict_shared = predict
+    setattr(module, name, predict)
     engine, bare = [], []
     for _ in range(repetitions):
         start = time.perf_counter()

@@ -50,10 +50,10 @@ def network(num_classes: int, device: str, hidden_size: int = 64, depth: int = 4
 
 def record(module: ClassConditionalDiT, classify) -> list[tuple[torch.Tensor, ...]]:
     """The rows of every network call of a classification."""
-    calls, predict = [], module.predict_shared
-    module.predict_shared = lambda *rows: calls.append(rows) or predict(*rows)
+    calls, predict = [], module.predict
+    module.predict = lambda *rows: calls.append(rows) or predict(*rows)
     classify()
-    module.predict_shared = predict
+    module.predict = predict
     return calls
 
 
@@ -62,7 +62,7 @@ def bare_seconds(module: ClassConditionalDiT, calls: list[tuple[torch.Tensor, ..
     synchronize(device)
     start = time.perf_counter()
     for rows in calls:
-        module.predict_shared(*rows)
+        module.predict(*rows)
     synchronize(device)
     return time.perf_counter() - start
 
@@ -91,7 +91,7 @@ def overhead(
 def own_milliseconds(rule, draws: int, microbatch: int, images: int, device: str, repetitions: int) -> float:
     """What the engine itself takes for a full micro-batch: with a network that returns zeros at once."""
     module = network(10, device)
-    module.predict_shared = lambda x_t, t, pair, candidate: torch.zeros_like(x_t)[pair]
+    module.predict = lambda x_t, t, candidate: torch.zeros_like(x_t)
     pixels = torch.rand(images, 1, 8, 8, device=device) * 2 - 1
     classifier = DiffusionClassifier(module, Draws(draws), elimination=rule, microbatch=microbatch)
     took = []

@@ -1,8 +1,8 @@
 """Training for the search: python benchmarks/bench_training_for_search.py [--variant ordinary] [--steps 1200].
 
 Digit pairs (100 classes), networks of `dit_digit_pairs.yaml` trained for equally many steps, anew or from the shipped
-weights on: an ordinary one, ones that see sets of classes (`class_sets`), ones whose first blocks see no class
-(`class_blocks`), a small one. Weights are averaged, kept in runs/training_for_search/ every 100 steps, and used again.
+weights on: an ordinary one, ones that see sets of classes (`class_sets`), a small one. Weights are averaged, kept in
+runs/training_for_search/ every 100 steps, and used again.
 
 The first table is about the networks: accuracy and calls of LikelihoodRatio(0.002) alone on the first test images, and
 accuracy of all candidates with a few draws (`--exhaustive`, 0 for none), the loss on all test images without sets, and
@@ -54,13 +54,9 @@ EVERY = 100  # steps after which weights are kept
 VARIANTS: dict[str, dict[str, Any]] = {
     "ordinary": {},
     "class_sets 0.25": {"class_sets": 0.25},
-    "class_blocks 2": {"class_blocks": 2},
-    "class_blocks 1": {"class_blocks": 1},
-    "class_sets 0.25, class_blocks 2": {"class_sets": 0.25, "class_blocks": 2},
     "small": {"hidden_size": 32, "depth": 2, "num_heads": 2},
     "shipped": {},
     "shipped, then ordinary": {"lr": 1e-3},
-    "shipped, then class_blocks 2": {"class_blocks": 2, "lr": 1e-3},
     "shipped, then class_sets 0.5": {"class_sets": 0.5, "lr": 1e-3},
 }
 

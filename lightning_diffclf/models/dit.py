@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -115,12 +114,9 @@ class DiT(nn.Module):
             has a row for the null label only if this is above 0.
         num_classes: Labels are 0 … num_classes - 1.
         learn_sigma: Whether to predict a variance next to the noise.
-        class_blocks: How many of the blocks, the last ones, see the class; all if omitted. The others see the timestep
-            only, so that one run of them serves all classes; see :meth:`forward_pairs`.
 
     Attributes:
         input_size: (height, width); patch_size, in_channels, num_classes and class_dropout_prob are as given.
-        class_blocks: As given, or ``depth``.
         checkpointing: Whether to compute the blocks' activations again in the backward pass rather than keep them: less
             memory, about a third more time. False at first.
         out_channels: 2C if ``learn_sigma``, else C.
@@ -148,7 +144,6 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
-        class_blocks: int | None = None,
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -160,9 +155,6 @@ class DiT(nn.Module):
             raise UserError(f"hidden_size: {hidden_size}, expected a multiple of 4 and of the {num_heads} heads")
         if not 0 <= class_dropout_prob <= 1:
             raise UserError(f"class_dropout_prob: {class_dropout_prob}, expected a probability in [0, 1]")
-        self.class_blocks = depth if class_blocks is None else class_blocks
-        if not 1 <= self.class_blocks <= depth:
-            raise UserError(f"class_blocks: {class_blocks}, expected 1 … {depth}, the number of blocks")
         self.input_size, self.patch_size = (height, width), patch_size
         self.in_channels, self.out_channels = in_channels, 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
@@ -239,48 +231,16 @@ class DiT(nn.Module):
         self._check_classes(y, len(x), drop)
         if drop is None and self.training and self.class_dropout_prob > 0:
             drop = torch.rand(len(y), device=y.device) < self.class_dropout_prob  # (N,)
-        return self._head(*self._trunk(x, t), self._embedding(y, drop))
-
-    def forward_pairs(self, x: Tensor, t: Tensor, pair: Tensor, y: Tensor) -> Tensor:
-        """As ``forward(x[pair], t[pair], y)``, but the blocks that see no class run once for each pair.
-
-        Labels are not dropped, whatever the mode.
-
-        Args:
-            x: Noisy inputs of M pairs of an image and a draw (M, C, H, W).
-            t: Their timesteps (M,).
-            pair: The pair of each row (N,), int64.
-            y: Of each row, as :meth:`forward` takes it.
-
-        Raises:
-            ValueError: as :meth:`forward`.
-        """
-        self._check_input(x, t)
-        self._check_classes(y, len(pair), None)
-        tokens, time = self._trunk(x, t)  # (M, L, D), (M, D)
-        return self._head(tokens[pair], time[pair], self._embedding(y, None))
-
-    def _trunk(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What does not depend on the class: tokens (N, L, D) and the embedded timesteps (N, D)."""
-        time = self.t_embedder(t)  # (N, D)
+        condition = self.t_embedder(t) + self._embedding(y, drop)  # (N, D)
         tokens = self.x_embedder(x) + self.pos_embed  # (N, L, D)
-        return self._through([*self.blocks][: len(self.blocks) - self.class_blocks], tokens, time), time
-
-    def _head(self, tokens: Tensor, time: Tensor, embedding: Tensor) -> Tensor:
-        """The output for what :meth:`_trunk` returns, and embeddings of classes (N, D)."""
-        condition = time + embedding  # (N, D)
-        tokens = self._through([*self.blocks][len(self.blocks) - self.class_blocks :], tokens, condition)
-        patches = self.final_layer(tokens, condition)  # (N, L, p * p * 2C)
-        h, p = self.input_size[0] // self.patch_size, self.patch_size
-        return rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", h=h, p=p, q=p)  # (N, 2C, H, W)
-
-    def _through(self, blocks: Iterable[nn.Module], tokens: Tensor, condition: Tensor) -> Tensor:
-        for block in blocks:  # (N, L, D) each
+        for block in self.blocks:
             if self.checkpointing and self.training:
                 tokens = checkpoint(block, tokens, condition, use_reentrant=False)
             else:
                 tokens = block(tokens, condition)
-        return tokens
+        patches = self.final_layer(tokens, condition)  # (N, L, p * p * 2C)
+        h, p = self.input_size[0] // self.patch_size, self.patch_size
+        return rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", h=h, p=p, q=p)  # (N, 2C, H, W)
 
     def _embedding(self, y: Tensor, drop: Tensor | None) -> Tensor:
         """Embeddings (N, D) of labels, of sets of classes, or as given; see :meth:`forward`."""

@@ -283,17 +283,13 @@ def to_diffusers(net: DiT) -> Any:
     published DiT folders. (With ``time_proj.downscale_freq_shift = 0`` they agree.)
 
     Raises:
-        ValueError: if the input is not square, ``mlp_ratio`` is not 4, some blocks see no class, or there is no null
+        ValueError: if the input is not square, ``mlp_ratio`` is not 4, or there is no null
             label: diffusers' network cannot be made otherwise.
     """
     from diffusers import DiTTransformer2DModel  # slow to import
 
     if net.input_size[0] != net.input_size[1]:
         raise UserError(f"export: input of {net.input_size[0]} x {net.input_size[1]}, diffusers takes squares only")
-    if net.class_blocks < len(net.blocks):
-        raise UserError(
-            f"export: class_blocks is {net.class_blocks}, but all blocks of diffusers' network see the class"
-        )
     if net.null_label is None:
         raise UserError("export: class_dropout_prob is 0, but diffusers' network has a null label")
     attention, hidden_size = _attention(net), net.pos_embed.shape[2]

@@ -36,7 +36,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def check_checkpoint(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
     """Raise ValueError unless ``checkpoint`` has the weights of a module like this one, trained in its way."""
-    for name in ("schedule", "prediction", "class_blocks"):  # which shapes do not show
+    for name in ("schedule", "prediction"):  # which shapes do not show
         trained, configured = (h.get(name) for h in (checkpoint.get("hyper_parameters", {}), module.hparams))
         if "hyper_parameters" in checkpoint and trained != configured:
             raise UserError(

@@ -53,8 +53,6 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         num_heads: Attention heads; must divide ``hidden_size``.
         patch_size: Side of a patch; must divide ``input_size``.
         mlp_ratio: Width of the blocks' MLP relative to ``hidden_size``.
-        class_blocks: Only so many blocks, the last ones, see the class; all if omitted. One run of the others then
-            serves all candidates.
         class_dropout_prob: Share of labels replaced by the null label in training, for classifier-free guidance.
         class_sets: Share of images trained on the mean embedding of a random set of classes with their own in it, of
             1 … ``num_classes`` (log-uniform), so that the network knows mixtures: for ``GradientSearch``.
@@ -99,7 +97,6 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         num_heads: int = 6,
         patch_size: int = 2,
         mlp_ratio: float = 4.0,
-        class_blocks: int | None = None,
         class_dropout_prob: float = 0.1,
         class_sets: float = 0.0,
         none_of_these: bool = False,
@@ -145,7 +142,6 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
             "input_size": size,
             "in_channels": in_channels,
             "mlp_ratio": mlp_ratio,
-            "class_blocks": class_blocks,
             "class_dropout_prob": class_dropout_prob,
             "num_classes": num_classes,
             "learn_sigma": learn_sigma,
@@ -265,12 +261,6 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Output of the network (N, C or 2C, H, W) for noisy inputs (N, C, H, W), times (N,) and classes (N,)."""
         return self.net(x_t.to(self.dtype), t, self._labels(candidate))
-
-    def predict_shared(self, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
-        """As :meth:`predict` for ``x_t[pair]`` and ``t[pair]``; blocks that see no class run once for each pair."""
-        if self.net.class_blocks == len(self.net.blocks):
-            return self.predict(x_t[pair], t[pair], candidate)
-        return self.net.forward_pairs(x_t.to(self.dtype), t, pair, self._labels(candidate))
 
     def conditions(self, candidate: Tensor) -> Tensor:
         """Class embeddings (N, D) of candidates (N,)."""

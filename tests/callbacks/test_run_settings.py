@@ -129,7 +129,6 @@ def table(files: Path) -> dict[type, Changes]:
         "class_names": ["a", "b", "c"],
         "hidden_size": 32,
         "depth": 2,
-        "class_blocks": 1,
         "num_heads": 4,
         "patch_size": 4,
         "mlp_ratio": 2.0,

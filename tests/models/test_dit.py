@@ -203,39 +203,6 @@ def test_a_set_of_classes_is_its_mean_embedding():
         dit(x, t, members[:, 1:])
 
 
-@pytest.mark.parametrize("class_blocks", [1, 2, 3])
-def test_only_the_last_blocks_see_the_class(class_blocks):
-    dit = tiny(depth=3, class_blocks=class_blocks)
-    x, t, y = batch()
-    seen: list[Tensor] = []
-    for block in dit.blocks:
-        block.register_forward_pre_hook(lambda block, args: seen.append(args[1]))
-    dit(x, t, y)
-    time = dit.t_embedder(t)
-    both = time + dit.y_embedder.embedding_table.weight[y]
-    for i, condition in enumerate(seen):
-        assert torch.equal(condition, both if i >= 3 - class_blocks else time)
-    ordinary = tiny(depth=3)
-    ordinary.load_state_dict(dit.state_dict())
-    assert torch.equal(dit(x, t, y), ordinary(x, t, y)) == (class_blocks == 3)
-
-
-def test_blocks_that_see_no_class_run_once_for_each_pair():
-    dit = tiny(depth=3, class_blocks=1)
-    x, t, _ = batch()
-    pair, y = torch.tensor([0, 0, 0, 4, 4, 2]), torch.tensor([0, 7, 9, 9, 3, 3])
-    rows = [[] for _ in dit.blocks]
-    for block, seen in zip(dit.blocks, rows, strict=True):
-        block.register_forward_pre_hook(lambda block, args, seen=seen: seen.append(len(args[0])))
-    shared = dit.forward_pairs(x, t, pair, y)
-    assert rows == [[5], [5], [6]]
-    torch.testing.assert_close(shared, dit(x[pair], t[pair], y), rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match=r"y: labels 0 … 11"):
-        dit.forward_pairs(x, t, pair, y + (y == 9) * 2)
-    with pytest.raises(ValueError, match=r"y: torch.int64 \(5,\), expected torch.int64 \(6,\)"):
-        dit.forward_pairs(x, t, pair, y[:5])
-
-
 # --- shapes and dtypes ---------------------------------------------------------------------------------------------
 
 
@@ -313,8 +280,6 @@ def test_wrong_shapes_and_labels_raise_one_clear_error():
         ({"input_size": (8, 9)}, r"input_size: 8 x 9, expected multiples of the patch size 2"),
         ({"hidden_size": 30}, r"hidden_size: 30, expected a multiple of 4 and of the 4 heads"),
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob: 1.5, expected a probability"),
-        ({"class_blocks": 0}, r"class_blocks: 0, expected 1 … 2"),
-        ({"class_blocks": 3}, r"class_blocks: 3, expected 1 … 2"),
     ],
 )
 def test_impossible_sizes_raise(arguments, message):

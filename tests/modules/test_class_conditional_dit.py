@@ -13,13 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, DiT, Draws, GradientSearch, LikelihoodRatio
+from lightning_diffclf import ClassConditionalDiT, DiT
 from lightning_diffclf.cli import read_checkpoint
 from lightning_diffclf.commands import run
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.denoiser import Candidates
-from lightning_diffclf.modules.checkpoints import check_checkpoint, trained_module
 from lightning_diffclf.modules.conditions import Conditions, conditions
 from lightning_diffclf.modules.training import StepRandom, class_sets, keyed_generator
 from tests.conftest import GOLDEN
@@ -246,7 +245,6 @@ def test_published_sizes_by_name():
         ({"model": "DiT-H/2"}, "DiT-H/2"),
         ({"num_heads": 3}, "hidden_size: 16"),
         ({"class_sets": 1.5}, r"class_sets: 1.5, expected a share in \[0, 1\]"),
-        ({"class_blocks": 2}, "class_blocks: 2, expected 1 … 1"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, message):
@@ -384,7 +382,7 @@ def test_data_must_fit_the_network(tmp_path):
 def test_checkpointing_and_compile_change_nothing(tmp_path):
     def weights(**settings):
         torch.manual_seed(0)
-        module = ClassConditionalDiT(**TINY | {"depth": 2, "class_blocks": 1, "class_sets": 0.5}, **settings)
+        module = ClassConditionalDiT(**TINY | {"depth": 2, "class_sets": 0.5}, **settings)
         trainer(3).fit(module, DigitsDataModule(batch_size=64))
         return [p.detach().clone() for p in module.parameters()], module
 
@@ -415,44 +413,6 @@ def test_class_embeddings_predict_as_classes_do():
     torch.testing.assert_close(dropped, module.net(x_t, t, torch.tensor([4, 2, 1]), drop=drop))
     with pytest.raises(ValueError, match=r"expected torch.int64 \(3,\), or embeddings \(3, 8\)"):
         module.net(x_t, t, conditions[:, :7])
-
-
-@pytest.mark.parametrize("class_blocks", [1, 3])
-@pytest.mark.parametrize("search", [None, GradientSearch(2)])
-def test_candidates_share_the_blocks_that_see_no_class(class_blocks, search):
-    module = ClassConditionalDiT(**TINY | {"depth": 3}, **FLOW, class_blocks=class_blocks).eval()
-    for i, parameter in enumerate(module.parameters()):
-        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
-
-    class Plain:
-        schedule, candidates, encode = module.schedule, module.candidates, module.encode
-        predict, conditions, predict_from = module.predict, module.conditions, module.predict_from
-
-    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    settings = {"elimination": LikelihoodRatio(0.1), "microbatch": 16, "proposal": search}
-    rows: list[int] = []
-    ours = DiffusionClassifier(module, Draws(8), **settings)
-    handle = module.net.blocks[0].register_forward_hook(lambda block, args, output: rows.append(len(output)))
-    shared = ours(images)
-    count, _ = sum(rows), rows.clear()
-    plain = DiffusionClassifier(Plain(), Draws(8), **settings)(images)
-    handle.remove()
-    for a, b in zip(shared, plain, strict=True):
-        assert (a.label, a.nfe, a.draws_K.tolist()) == (b.label, b.nfe, b.draws_K.tolist())
-        torch.testing.assert_close(a.scores_K, b.scores_K, rtol=1e-6, atol=0)
-    assert count < sum(rows) if class_blocks == 1 else count == sum(rows)
-
-
-def test_a_checkpoint_says_how_many_blocks_see_the_class(tmp_path):
-    fitting = trainer(1)
-    fitting.fit(ClassConditionalDiT(**TINY | {"depth": 2}, class_blocks=1, class_sets=0.5), DigitsDataModule())
-    fitting.save_checkpoint(tmp_path / "x.ckpt")
-    assert trained_module(tmp_path / "x.ckpt").net.class_blocks == 1
-    checkpoint = read_checkpoint(tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="was trained with class_blocks 1, but class_blocks is configured as None"):
-        check_checkpoint(ClassConditionalDiT(**TINY | {"depth": 2}), checkpoint, "x.ckpt")
-    del checkpoint["hyper_parameters"]["class_blocks"]  # of an earlier version: all blocks see it
-    check_checkpoint(ClassConditionalDiT(**TINY | {"depth": 2}, class_sets=0.2), checkpoint, "x.ckpt")
 
 
 def test_none_of_these_is_the_null_label():

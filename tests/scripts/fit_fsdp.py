@@ -41,7 +41,7 @@ if __name__ == "__main__":
     devices, steps, folder, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0]
     torch.manual_seed(0)
     sizes = {"input_size": 8, "in_channels": 1, "num_classes": 10, "hidden_size": 16, "depth": 2, "num_heads": 2}
-    model = Recording(**sizes, latents=False, lr=1e-2, class_sets=0.5, class_blocks=1)
+    model = Recording(**sizes, latents=False, lr=1e-2, class_sets=0.5)
     model.seen, model.validated = [], []
     sharding = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False, process_group_backend="gloo")
     trainer = L.Trainer(
