@@ -1,6 +1,7 @@
 """The documentation's site is whole: no page, link or public name is missing, and nothing is loaded from elsewhere."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from lightning_diffclf.commands.configs import CONFIGS, summary
 from scripts import griffe_docstrings, make_docs
 
 ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="zensical needs Python 3.11")
 
 
 @pytest.fixture(scope="module")
