@@ -17,6 +17,9 @@ def test_all_are_listed_with_a_line_each(capsys):
     assert {"likelihood_ratio.yaml"} <= set(listed[listed.index("compile.yaml") :])
 
 
+WITH_RUN_DIR = ("clip.yaml", "dit_256.yaml", "dit_512.yaml", "timm.yaml")  # layers that are networks
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_line_says_what_it_is(name):
     text = summary(CONFIGS / name)
@@ -24,9 +27,7 @@ def test_the_first_line_says_what_it_is(name):
     assert 20 < len(text) <= 130
     assert "python" not in text
     # what cannot stand alone says so
-    assert text.startswith(LAYER) == (
-        "run_dir:" not in (CONFIGS / name).read_text() or name in ("dit_256.yaml", "dit_512.yaml")
-    )
+    assert text.startswith(LAYER) == ("run_dir:" not in (CONFIGS / name).read_text() or name in WITH_RUN_DIR)
 
 
 def test_a_copy_is_the_file_and_comes_before_it(tmp_path, monkeypatch, capsys):
@@ -44,7 +45,7 @@ def test_a_copy_is_the_file_and_comes_before_it(tmp_path, monkeypatch, capsys):
     [
         (
             ["--copy=dit_digit.yaml"],
-            "no configuration 'dit_digit.yaml', expected one of compile.yaml, .*dit_digits.yaml",
+            "no configuration 'dit_digit.yaml', expected one of clip.yaml, .*dit_digits.yaml",
         ),
         (["--copy=../pyproject.toml"], "no configuration"),
         (["--copy=dit_digits.yaml", "--out=there.yaml"], "out: 'there.yaml' is there already"),
