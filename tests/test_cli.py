@@ -469,7 +469,7 @@ def test_proposals_by_name(run_dir, tmp_path, capsys):
     evaluate([*flags, *probe, "--out=probe"])
     assert "probe: fitted to 700 training images" in capsys.readouterr().out
     evaluate([*flags, *probe, "--out=probe", "--trainer.limit_test_batches=2"])
-    assert "fitted" not in capsys.readouterr().out
+    assert "probe: fitted" not in capsys.readouterr().out
     rows = pq.read_table("probe/predictions.parquet").to_pydict()
     assert (len(rows["id"]), set(map(len, rows["candidates_K"])), set(rows["search_nfe"])) == (120, {3}, {1})
     data = DigitsDataModule()
