@@ -26,6 +26,9 @@ class DropTheFirst(Elimination):
 
     needs = "scores"
 
+    def __repr__(self):
+        return "DropTheFirst()"
+
     def start(self, num_candidates):
         return None
 

@@ -53,6 +53,9 @@ class DropOneEachDraw(Elimination):
         self.needs = needs
         self.rounds_of_images: list[list[Round]] = []
 
+    def __repr__(self) -> str:
+        return "DropOneEachDraw()"
+
     def start(self, num_candidates: int) -> list[Round]:
         self.rounds_of_images.append([])
         return self.rounds_of_images[-1]
