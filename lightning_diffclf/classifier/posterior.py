@@ -45,7 +45,7 @@ class Posterior:
         ValueError: if the reduction is unknown or the temperature not positive.
 
     Example:
-        >>> scores_BK = torch.tensor([[0.101, 0.103, 0.105]])
+        >>> scores_BK = np.array([[0.101, 0.103, 0.105]])
         >>> [round(p, 3) for p in Posterior("mean")(scores_BK, dims=4096)[0].tolist()]
         [0.334, 0.333, 0.333]
         >>> [round(p, 3) for p in Posterior("sum", temperature=4.0)(scores_BK, dims=4096)[0].tolist()]

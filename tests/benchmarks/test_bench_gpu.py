@@ -65,7 +65,9 @@ def test_all_of_it_at_toy_size(tmp_path):
 
 
 def test_make_takes_the_python_that_is_there():
-    done = subprocess.run(["make", "-n", "gpu", "PYTHON=mine"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", "gpu", "PYTHON=mine"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout == "mine benchmarks/bench_gpu.py\n", done.stderr
 
 

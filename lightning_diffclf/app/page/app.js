@@ -38,9 +38,11 @@ for (const kind of ["dragover", "dragleave", "drop"])
     if (kind === "drop" && event.dataTransfer.files.length) choosePicture(event.dataTransfer.files[0]);
   });
 
-async function chooseExample(number) {
-  const answer = await fetch(`/examples/${number}.png`);
-  choosePicture(await answer.blob(), String(number));
+let coming = null; // an example that was chosen and is not there yet
+
+function chooseExample(number) {
+  coming = fetch(`/examples/${number}.png`).then(answer => answer.blob()).then(blob => choosePicture(blob, String(number)));
+  return coming;
 }
 
 function showExamples(total) {
@@ -269,6 +271,7 @@ async function* eventsOf(response) {
 
 $("ask").addEventListener("submit", async event => {
   event.preventDefault();
+  await coming;
   halt();
   const form = new FormData($("ask"));
   if (picture) form.set("picture", picture, "picture");
