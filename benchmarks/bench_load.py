@@ -44,6 +44,7 @@ from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import claim
 from lightning_diffclf.results.stored import PARTS, SETTINGS_KEY
 from lightning_diffclf.results.summary import Outline
+from lightning_diffclf.results.trails import CLASSES, KIND, STOPS
 
 DRAWS, RANKS = 100, 8
 
@@ -98,12 +99,34 @@ def decisions(
         "error_map": pa.nulls(images),
         "search_nfe": np.zeros(images, dtype=int),
         "dropped_draws": np.zeros(images, dtype=int),
+        "trail": trails(rng, candidates_BK[:, :CLASSES]),
     }
+    assert list(columns) == SCHEMA.names, "what is stored has changed"
     arrays = [
         array.cast(field.type) if isinstance(array, pa.Array) else pa.array(array, field.type)
         for field, array in zip(SCHEMA, columns.values(), strict=True)
     ]
     return pa.table(arrays, schema=SCHEMA)
+
+
+def trails(rng: np.random.Generator, classes_BC: np.ndarray) -> pa.Array:
+    """Lines of some classes over the draws: that of the first to the last stop, the others half as far on average."""
+    images, lines = classes_BC.shape
+    draws_P = np.unique(np.geomspace(1, DRAWS, STOPS).round().astype(int))
+    length_BC = rng.integers(1, len(draws_P) + 1, classes_BC.shape)
+    length_BC[:, 0] = len(draws_P)
+    behind = rng.exponential(0.02, length_BC.sum()).astype(np.float32)
+    ends = np.concatenate([[0], length_BC.ravel().cumsum()])
+    every = np.arange(images + 1)
+    behind_BC = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(behind))
+    columns = {
+        "draws": listed(np.tile(draws_P, (images, 1))),
+        "classes": listed(classes_BC),
+        "behind": pa.ListArray.from_arrays(pa.array(every * lines, pa.int32()), behind_BC),
+    }
+    fields = [KIND.field(name) for name in columns]
+    arrays = [array.cast(field.type) for field, array in zip(fields, columns.values(), strict=True)]
+    return pa.StructArray.from_arrays(arrays, fields=fields)
 
 
 def listed(values_BK: np.ndarray) -> pa.Array:

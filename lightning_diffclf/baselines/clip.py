@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import lightning as L
@@ -193,6 +194,11 @@ def load(pretrained: str, revision: str | None, dtype: torch.dtype) -> tuple[Any
         tokenizer, processor = CLIPTokenizer.from_pretrained(**place), CLIPImageProcessor.from_pretrained(**place)
     except UserError:
         raise
+    except UnpicklingError as error:
+        raise UserError(
+            f"pretrained: {pretrained!r} cannot be read ({first_line(error)}): it has a pickle that is not a file of "
+            "tensors alone, expected model.safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         known = "it is no folder, and the Hub did not give it" if not folder.exists() else "it cannot be loaded"
         raise UserError(

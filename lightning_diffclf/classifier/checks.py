@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,14 @@ def check_images(images: Tensor, ids: Sequence[int | str]) -> None:
         raise UserError(
             f"images: NaN or infinity in image {bad[0]!r} and {len(bad) - 1} others, expected finite values"
         )
+
+
+def resolve_ids(images: Tensor, ids: Iterable[int | str] | None, added: int) -> list[int | str]:
+    """Ids of images that were checked with them; running numbers, from ``added`` on, where none are given."""
+    numbers = range(added, added + len(images))
+    found: list[int | str] = ids.tolist() if isinstance(ids, Tensor) else list(numbers if ids is None else ids)
+    check_images(images, found)
+    return found
 
 
 def resolve_candidates(

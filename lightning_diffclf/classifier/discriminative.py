@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.candidates import Candidates
-from lightning_diffclf.classifier.checks import check_images, resolve_candidates
+from lightning_diffclf.classifier.checks import resolve_candidates, resolve_ids
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.contest import Contest, Terms, judge
 from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
@@ -119,9 +119,7 @@ class LogitsRun:
     ) -> None:
         """Check images and let them wait."""
         c = self._classifier
-        numbers = range(self._added, self._added + len(images))
-        names: list[int | str] = ids.tolist() if isinstance(ids, Tensor) else list(numbers if ids is None else ids)
-        check_images(images, names)
+        names = resolve_ids(images, ids, self._added)
         given = c.recipe.candidates if candidates is None else candidates
         lists = resolve_candidates(given, len(images), len(c.candidates))
         self._waiting += (

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_diffclf.classifier.checks import check_images, check_output, resolve_candidates
+from lightning_diffclf.classifier.checks import check_output, resolve_candidates, resolve_ids
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.contest import Contest, judge
 from lightning_diffclf.classifier.device import download, upload
@@ -79,14 +79,13 @@ class Packer:
     ) -> None:
         """Check images and let them wait; arguments and errors as in :meth:`DiffusionClassifier.__call__`."""
         c = self._classifier
-        numbers = range(self._added, self._added + len(images))
-        id_list: list[int | str] = ids.tolist() if isinstance(ids, Tensor) else list(numbers if ids is None else ids)
-        check_images(images, id_list)
+        id_list = resolve_ids(images, ids, self._added)
         found = self._candidates_of(images, id_list, candidates)
         for image_id, one, spent in zip(id_list, found.candidates, found.nfe, strict=True):
             c.terms.check_budget(image_id, len(one), spent)
         classes, pools = np.array(c.denoiser.candidates.classes), c.recipe.ensemble == "mean"
-        for number, image, image_id, one, spent, dropped in zip(numbers, images, id_list, *found, strict=True):
+        added = zip(images, id_list, *found, strict=True)
+        for number, (image, image_id, one, spent, dropped) in enumerate(added, self._added):
             contest = Contest(c.terms, len(one), classes[one] if pools else None, spent)
             self._waiting.append(Flight(number, image, image_id, one, self._noise.key(image_id), contest, dropped))
         self._added += len(images)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.settings import SETTINGS
+from lightning_diffclf.results.shown import SHARES
 from lightning_diffclf.results.statistics import Interval
 
 RECALL = (
@@ -201,15 +202,15 @@ def details(run: Evaluation) -> list[Line]:
         lines.append(Line("accuracy", percent(numbers["accuracy"], 2), interval))
         occurring = int((summary.sums["confusion_CA"].sum(1) > 0).sum())
         note = f"over the {occurring} classes that occur"
-        lines.append(Line("mean per class", percent(numbers["mean_per_class"], 2), note))
-        for name, title, note in (
-            ("top5", "top 5", "the right class is among the best five"),
-            ("proposal_recall", "proposal recall", RECALL),
-            ("coverage", "coverage", "images with an answer of the margin asked for"),
-            ("answered_accuracy", "accuracy of these", "among the images with such an answer"),
+        lines.append(Line(SHARES["mean_per_class"], percent(numbers["mean_per_class"], 2), note))
+        for name, note in (
+            ("top5", "the right class is among the best five"),
+            ("proposal_recall", RECALL),
+            ("coverage", "images with an answer of the margin asked for"),
+            ("answered_accuracy", "among the images with such an answer"),
         ):
             if name in numbers:
-                lines.append(Line(title, percent(numbers[name], 2), note))
+                lines.append(Line(SHARES[name], percent(numbers[name], 2), note))
         if summary.unanswered:
             lines.append(Line("no answer", f"{summary.unanswered:,}", "images; they count as wrong"))
         for name, scores in reversed(run.probabilities.items()):
@@ -234,8 +235,14 @@ def _trust(run: Evaluation) -> list[Line]:
     selective, sets = run.sureness.selective(), run.sets
     lines = [
         Line("AURC", f"{selective['aurc']:.4f}", f"by margin; AUGRC {selective['augrc']:.4f}"),
-        Line("coverage at 5 % risk", percent(selective["coverage_at_5_risk"], 2), "surest answers, 5 % of them wrong"),
-        Line("risk at 80 % coverage", percent(selective["risk_at_80_coverage"], 2), "wrong among the surest 80 %"),
+        Line(
+            SHARES["coverage_at_5_risk"],
+            percent(selective["coverage_at_5_risk"], 2),
+            "surest answers, 5 % of them wrong",
+        ),
+        Line(
+            SHARES["risk_at_80_coverage"], percent(selective["risk_at_80_coverage"], 2), "wrong among the surest 80 %"
+        ),
     ]
     if sets:
         interval = between(Interval(*(sets[f"set_coverage{end}"] for end in ("", "_low", "_high"))), 2)

@@ -2,15 +2,13 @@
 
 import json
 import re
-import shutil
 import time
 
 import pytest
 
 from tests.app.conftest import served
 from tests.app.test_server import Slow
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+from tests.chromium import chromium
 
 # Text against what is behind it: the least contrast, by WCAG 2, and where.
 CONTRAST = """
@@ -30,22 +28,8 @@ return [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() 
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("no chromium and chromedriver (Debian: chromium, chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1300",
-        "--force-prefers-reduced-motion",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with chromium("--window-size=1400,1300", "--force-prefers-reduced-motion") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +194,25 @@ def test_it_fits_and_can_be_read(browser, address, scheme, width):
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_an_example_that_does_not_come_is_told(page):
+    page.execute_script(
+        "const ask = window.fetch; window.fetch = async (url, ...rest) => {"
+        "if (String(url).startsWith('/examples/5')) throw new TypeError('gone'); return ask(url, ...rest); };"
+        "document.querySelector('#examples button[data-number=\"5\"]').click()"
+    )
+    until(page, "document.getElementById('message').textContent === 'the example did not come (gone)'")
+    decide(page)  # about the one that was chosen before
+    until(page, "!document.getElementById('map-card').hidden")
+    assert text(page, "headline").startswith("three: ")
+    # of two choices, the later one counts, even if it comes first
+    page.execute_script(
+        "const ask = window.fetch; window.fetch = async (url, ...rest) => {"
+        "if (String(url).startsWith('/examples/7')) await new Promise(done => setTimeout(done, 300));"
+        "return ask(url, ...rest); };"
+        'for (const n of [7, 1]) document.querySelector(`#examples button[data-number="${n}"]`).click()'
+    )
+    time.sleep(0.5)
+    chosen = "[...document.getElementById('examples').children].filter(b => b.ariaPressed === 'true')"
+    assert page.execute_script(f"return {chosen}.map(b => b.dataset.number)") == ["1"]

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import re
-import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,8 @@ from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.report import make_figures, write_report
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import claim
+from tests.chromium import chromium
 from tests.results.made_up import made_up_outline, made_up_rows, made_up_run
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
@@ -158,23 +156,9 @@ def test_no_images_no_pixels_no_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("no chromium and chromedriver (Debian: chromium, chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    # Root cannot use Chromium's sandbox. The proxy leads nowhere: a report that asks the network fails.
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1600"):
-        options.add_argument(flag)
-    options.add_argument("--proxy-server=http://127.0.0.1:9")
-    quiet = ("gpu", "background-networking", "component-update", "sync")
-    for flag in ("--no-first-run", *(f"--disable-{name}" for name in quiet)):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    # The proxy leads nowhere: a report that asks the network fails.
+    with chromium("--window-size=1200,1600", "--proxy-server=http://127.0.0.1:9") as found:
+        yield found
 
 
 def opened(browser, report: Path, state: str = ""):

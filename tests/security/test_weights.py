@@ -16,6 +16,8 @@ import torch
 from lightning import Trainer
 
 from lightning_diffclf import ClassConditionalDiT
+from lightning_diffclf.baselines.clip import ZeroShotCLIP
+from lightning_diffclf.baselines.timm_classifier import TimmClassifier
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.cli import CONFIG_KEY, evaluate, main, read_checkpoint
 from lightning_diffclf.data.latents import Latents
@@ -26,6 +28,7 @@ from lightning_diffclf.models.published import is_published, load_published, rea
 from lightning_diffclf.models.weight_files import read_file
 from lightning_diffclf.modules.checkpoints import trained_module
 from lightning_diffclf.results.sample_quality import load_reference
+from lightning_diffclf.shipped import shipped
 
 SIZES = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 10}
 ARGUMENTS = SIZES | {"latents": False, "learn_sigma": False}
@@ -351,3 +354,26 @@ def test_a_published_folder_brings_no_code():
     Path("published.pt").write_bytes(buffer.getvalue())
     with pytest.raises(SystemExit, match="has no weights of a DiT"):
         evaluate(["--ckpt=published.pt"])
+
+
+def pickled_timm(folder: Path, pickled) -> None:
+    told = {"architecture": "resnet18", "num_classes": 10, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(told))
+    pickled(folder / "pytorch_model.bin")
+    _ = TimmClassifier(f"local-dir:{folder}").net
+
+
+def pickled_clip(folder: Path, pickled) -> None:
+    shutil.copytree(shipped("assets/clip_digits"), folder)
+    (folder / "model.safetensors").unlink()
+    pickled(folder / "pytorch_model.bin")
+    _ = ZeroShotCLIP(str(folder), class_names=["a", "b"]).model
+
+
+@pytest.mark.parametrize("name", PICKLES)
+@pytest.mark.parametrize("load_one", [pickled_timm, pickled_clip])
+def test_pickles_of_other_classifiers_run_nothing(load_one, name):
+    with pytest.raises(UserError, match="evil"):
+        load_one(Path("evil"), PICKLES[name])
+    assert not Path("PWNED").exists()

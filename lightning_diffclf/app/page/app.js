@@ -14,7 +14,12 @@ let networks = [], rules = {}, picture = null, run = null, asking = null, timer 
 
 // --- what is asked ---------------------------------------------------------------------------------------------------
 
-function choosePicture(blob, example = null) {
+function choosePicture(blob) {
+  choosing++;
+  show(blob);
+}
+
+function show(blob, example = null) {
   picture = blob;
   $("message").textContent = "";
   URL.revokeObjectURL($("picture").src);
@@ -38,11 +43,24 @@ for (const kind of ["dragover", "dragleave", "drop"])
     if (kind === "drop" && event.dataTransfer.files.length) choosePicture(event.dataTransfer.files[0]);
   });
 
+let choosing = 0; // how many choices of a picture there have been: the last one counts
 let coming = null; // an example that was chosen and is not there yet
 
 function chooseExample(number) {
-  coming = fetch(`/examples/${number}.png`).then(answer => answer.blob()).then(blob => choosePicture(blob, String(number)));
+  const choice = ++choosing;
+  coming = bring(number, choice);
   return coming;
+}
+
+async function bring(number, choice) {
+  try {
+    const answer = await fetch(`/examples/${number}.png`);
+    if (!answer.ok) throw new Error(answer.statusText);
+    const blob = await answer.blob();
+    if (choice === choosing) show(blob, String(number));
+  } catch (error) {
+    if (choice === choosing) $("message").textContent = `the example did not come (${error.message})`;
+  }
 }
 
 function showExamples(total) {
@@ -271,6 +289,7 @@ async function* eventsOf(response) {
 
 $("ask").addEventListener("submit", async event => {
   event.preventDefault();
+  $("decide").disabled = true;
   await coming;
   halt();
   const form = new FormData($("ask"));
