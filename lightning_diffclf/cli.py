@@ -36,11 +36,11 @@ from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.callbacks.training_plan import plan_training
 from lightning_diffclf.commands import evaluate, main, telling
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
-from lightning_diffclf.commands.mistakes import check_variables
+from lightning_diffclf.commands.mistakes import check_variables, of_option
 from lightning_diffclf.commands.open_settings import complete
 from lightning_diffclf.commands.parser import Plain
 from lightning_diffclf.commands.trainer_settings import check_trainer, integers_first, refusals
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, user_error
 from lightning_diffclf.inert import CLASSES, check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
 from lightning_diffclf.modules.checkpoints import check_checkpoint, check_classes, read_checkpoint
@@ -170,6 +170,16 @@ class DiffClfCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the base class would let a checkpoint's hyperparameters override flags and YAML in silence."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            told = user_error(error)
+            if told is None:
+                raise
+            config = self.config[self.subcommand] if self.subcommand else self.config
+            raise type(told)(of_option(str(told), vars(config.as_flat()))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")

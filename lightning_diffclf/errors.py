@@ -22,6 +22,13 @@ class FailedWrite(UserError, OSError):
     """A file that cannot be read or written: a full disk, no permission."""
 
 
+def user_error(error: BaseException | None) -> UserError | None:
+    """The error meant for the user: this one, or what others say was its cause; None if it is a defect."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
 def check_at_least(least: int, **numbers: int | None) -> None:
     """Raise UserError unless each of ``numbers`` that is not None is ``least`` or more; names the first that is not.
 

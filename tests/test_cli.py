@@ -525,6 +525,12 @@ def test_the_public_option_list_is_that_of_the_signatures(capsys):
     assert "Rule that drops candidates early" in shown  # help texts come from the docstrings
 
 
+def test_arguments_that_a_class_refuses_are_named_as_options():
+    for option in ("model.depth", "data.batch_size", "classifier.draws"):
+        with pytest.raises(SystemExit, match=rf"^error: {re.escape(option)}: 0, expected at least 1$"):
+            train(["--config", "dit_digits.yaml", f"--{option}=0"])
+
+
 def test_only_errors_meant_for_the_user_become_one_line():
     def wrapped():
         try:

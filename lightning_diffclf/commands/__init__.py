@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lightning_diffclf import __version__
 from lightning_diffclf.commands.mistakes import unknown
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import user_error
 from lightning_diffclf.interruption import leaves_at_once
 
 
@@ -148,14 +148,7 @@ def telling(command: Callable[[], object], program: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         raise SystemExit(1) from None
     except Exception as error:
-        told = _user_error(error)
+        told = user_error(error)
         if told is None:
             raise
         raise SystemExit(f"error: {told}") from error
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The error meant for the user: this one, or what others say was its cause; None if it is a defect."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__
-    return error

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from textwrap import dedent
+from typing import Any
 
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.inert import CLASSES
@@ -91,10 +92,7 @@ def _of_option(name: str, message: str) -> str:
         return f"{name}: {found[2]!r}, expected {found[1]}"
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{name}: {unknown('class', found[1], _classes(name))}"
-    # A class with arguments of its own: what is said about these is indented
-    if found := re.search(
-        r"^( *)(?:- )?Problem with given class_path '(.+?)':\n((?:\1 +\S.*(?:\n|$))+)", message, re.M
-    ):
+    if found := OF_CLASS.search(message):
         class_path, inner = found[2], dedent(found[3]).strip()
         if re.search("has no attribute|No module named", inner):
             short = class_path.rpartition(".")[2]
@@ -134,6 +132,28 @@ def _parameters(class_path: str) -> list[str]:
     """Names of the arguments of a class that the parser has imported."""
     module, _, name = class_path.rpartition(".")
     return list(inspect.signature(getattr(import_module(module), name)).parameters)
+
+
+def of_option(message: str, values: Mapping[str, Any]) -> str:
+    """What a class says about an argument, with the whole name of the option that gave it, where that is certain.
+
+    Args:
+        message: Begins with the name of the argument, and what was found.
+        values: By whole name, such as ``model.init_args.depth``.
+
+    Example:
+        >>> of_option("depth: 0, expected at least 1", {"model.init_args.depth": 0, "data.init_args.batch_size": 8})
+        'model.depth: 0, expected at least 1'
+        >>> of_option("size: 0, expected at least 1", {"model.init_args.size": 4, "data.init_args.size": 0})
+        'data.size: 0, expected at least 1'
+        >>> of_option("checkpoint: none given", {"model.init_args.depth": 0})
+        'checkpoint: none given'
+    """
+    name, _, rest = message.partition(": ")
+    of_name = [key for key in values if key.rpartition(".")[2] == name and "." in key]
+    as_told = [key for key in of_name if re.match(rf"{re.escape(repr(values[key]))}(?!\w)", rest)]
+    found = of_name if len(of_name) == 1 else as_told
+    return f"{found[0].replace('init_args.', '')}: {rest}" if len(found) == 1 else message
 
 
 def check_variables(environment: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_diffclf.commands.mistakes import explained, similar
+from lightning_diffclf.commands.mistakes import explained, of_option, similar
 
 OPTIONS = ["--trainer.max_steps", "--model", "--classifier.draws"]
 
@@ -41,3 +41,18 @@ def test_messages(message, told):
 def test_what_resembles_nothing_is_not_guessed():
     assert similar("--zebra", OPTIONS) == []
     assert similar("-", OPTIONS) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("size: 0, expected 1", "data.size: 0, expected 1"),  # two have it, one has this value
+        ("size: 1, expected 2", "size: 1, expected 2"),  # none has: made of others
+        ("size: 'x', expected 2", "samples.size: 'x', expected 2"),
+        ("alpha: 10, expected 1", "alpha: 10, expected 1"),  # 1 is not 10
+        ("size", "size"),
+    ],
+)
+def test_names_are_whole_where_that_is_certain(message, told):
+    values = {"model.init_args.size": 4, "data.init_args.size": 0, "samples.size": "x", "a.alpha": 1, "b.alpha": 2}
+    assert of_option(message, values) == told
