@@ -50,6 +50,11 @@ class ClassifierProgressBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training" if self._whole_run(self.trainer) else super()._get_train_description(current_epoch)
 
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # a logger's number of the run: its folder has a name
+        return metrics
+
     # --- classification --------------------------------------------------------------------------------------------
 
     def start_images(self, total: int | None) -> None:

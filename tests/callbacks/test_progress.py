@@ -1,6 +1,9 @@
 """What is shown from the first second of a zero-shot evaluation on."""
 
+import lightning as L
 import pytest
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.cli import main
@@ -34,3 +37,10 @@ def test_every_stage_is_told(shown, tmp_path, capsys):
     assert calls
     assert calls == sorted(calls)
     assert calls[-1] <= 2 * 3 * 10
+
+
+def test_a_logger_s_number_of_the_run_is_not_shown(tmp_path):
+    bar = ClassifierProgressBar()
+    trainer = L.Trainer(accelerator="cpu", logger=CSVLogger(tmp_path), callbacks=[bar])
+    assert "v_num" in RichProgressBar().get_metrics(trainer, L.LightningModule())
+    assert "v_num" not in bar.get_metrics(trainer, L.LightningModule())
