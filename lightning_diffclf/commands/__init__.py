@@ -137,7 +137,7 @@ def telling(command: Callable[[], object], program: bool = False) -> None:
         ".*does not have many workers",
     ):
         warnings.filterwarnings("ignore", message=f".*{harmless}")
-    chatter = "Tip:", "already configured with model summary"
+    chatter = "Tip:", "already configured with model summary", "TPU available", "Restoring states from the checkpoint"
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(text in record.getMessage() for text in chatter)
     )
