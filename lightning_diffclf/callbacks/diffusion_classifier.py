@@ -79,7 +79,8 @@ class DiffusionClassifierCallback(L.Callback):
             sets (``coverage``) are calibrated on, outside ``fit``. If omitted, those of an image are calibrated on
             other images of this evaluation.
         plan: Only measure what an evaluation will cost, outside ``fit``: on the first batch, for some twenty seconds.
-            Prints a table and writes nothing.
+            Prints a table and writes nothing else.
+        plan_file: JSON file for the numbers of the plan.
         name: Prefix of what is logged; give each a name of its own to use two of these callbacks.
         **recipe: What decides results: the arguments of :class:`~lightning_diffclf.classifier.Recipe`.
 
@@ -115,6 +116,7 @@ class DiffusionClassifierCallback(L.Callback):
         keep_distances: bool = False,
         calibration: str | None = None,
         plan: bool = False,
+        plan_file: str | None = None,
         name: str = "diffclf",
         **recipe: Any,
     ) -> None:
@@ -125,7 +127,9 @@ class DiffusionClassifierCallback(L.Callback):
         self.recipe = Recipe(**recipe)
         if calibration is not None and self.recipe.coverage is None:
             raise UserError("calibration: given without a coverage, expected one, such as 0.9")
-        self.calibration = calibration
+        if plan_file is not None and not plan:
+            raise UserError(f"plan_file: {plan_file!r}, but nothing is planned; expected plan as well")
+        self.calibration, self.plan_file = calibration, plan_file
         self.microbatch, self.compile, self.plan, self.name = microbatch, compile, plan, name
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.part, self._part = part, None if part is None else parse_part(part)
@@ -174,7 +178,7 @@ class DiffusionClassifierCallback(L.Callback):
         # On the module, so that Lightning moves them to its device. They have no parameters and save nothing.
         pl_module.add_module(f"{self.name}_metrics", self._metrics)
         self._planner = None
-        if self.plan and stage != "fit" and isinstance(self.classifier, DiffusionClassifier):
+        if self.plan and stage != "fit":
             calls = 0 if self.fitting is None else self.fitting.calls
             self._planner = Planner(self.classifier, recipe.candidates, calls)
             self._planner.limit_batches(trainer)
@@ -183,7 +187,7 @@ class DiffusionClassifierCallback(L.Callback):
         """What classifies with ``pl_module``, and fills in ``fitting``."""
         if isinstance(pl_module, Discriminative):
             self.fitting = None
-            for name in ("plan", "compile", "keep_errors"):
+            for name in ("compile", "keep_errors"):
                 if getattr(self, name):
                     raise UserError(
                         f"{name}: true, but {type(pl_module).__name__} adds no noise: it is called once for each "
@@ -293,7 +297,7 @@ class DiffusionClassifierCallback(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         ended = trainer.is_global_zero and self._evaluation is None
         if ended and self._planner is not None and self.planned is not None:
-            self._planner.print(self.planned)
+            self._planner.show(self.planned, self.plan_file)
         elif ended and self._writer is not None:
             self._writer.print()  # not earlier: the progress bar still owned the terminal
         self._writer = None

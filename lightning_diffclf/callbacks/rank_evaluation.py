@@ -31,6 +31,7 @@ class _Waiting(NamedTuple):
     id: int | str
     label: int | None
     picture: Picture | None  # where results are written
+    group: int | str | None
 
 
 class RankEvaluation:
@@ -95,7 +96,7 @@ class RankEvaluation:
         Raises:
             UserError: if there are no labels but in ``predict``, or one belongs to no candidate.
         """
-        images, labels, ids, lists, keys = unpack(batch)
+        images, labels, ids, lists, keys, groups = unpack(batch)
         count = len(images) if self._remaining is None else min(len(images), self._remaining)
         ids = list(content_ids(images[:count]) if ids is None else ids)[:count]
         if self._corruption is not None and count:
@@ -121,7 +122,7 @@ class RankEvaluation:
             candidates: Any = self._classifier.recipe.candidates if lists is None else [lists[i] for i in due]
             for i in due:
                 picture = None if self._writer is None else self._writer.picture(images[i], known[i])
-                self._waiting.append(_Waiting(ids[i], known[i], picture))
+                self._waiting.append(_Waiting(ids[i], known[i], picture, None if groups is None else groups[i]))
             start = time.perf_counter()
             with forward():  # a proposal may call the network
                 self._run.add(images[due], [keys[i] for i in due], candidates)
@@ -153,12 +154,11 @@ class RankEvaluation:
         start = time.perf_counter() - self._worked
         with self._trainer.precision_plugin.forward_context():
             for keyed in decisions:
-                seconds, (image_id, label, picture) = time.perf_counter() - start, self._waiting.popleft()
+                seconds, (image_id, label, picture, group) = time.perf_counter() - start, self._waiting.popleft()
                 result = replace(keyed, image_id=image_id)
                 classes = c.candidates.classes
-                record = Record.of(
-                    result, classes, c.terms.weights_S, label, c.recipe.ensemble, seconds=seconds, rank=rank
-                )
+                others = {"seconds": seconds, "rank": rank, "group": None if group is None else str(group)}
+                record = Record.of(result, classes, c.terms.weights_S, label, c.recipe.ensemble, **others)
                 records.append(record)
                 if self._writer is not None and picture is not None:
                     self._writer.add(record, result, keyed.image_id, picture)

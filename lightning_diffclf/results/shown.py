@@ -26,7 +26,7 @@ WITH_OTHERS = {
 DETAILS = {  # of metrics.json and the report
     *("nll", "brier", "ece", "calibrated_nll", "calibrated_brier", "aurc", "augrc"),
     *("set_coverage_low", "set_coverage_high", "set_coverage_worst_class", "sets_of_one", "empty_sets"),
-    *("set_thresholds", "set_images"),
+    *("set_thresholds", "set_images", "design_effect"),
 }
 
 
