@@ -23,6 +23,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import Record
+from lightning_diffclf.results.reuse import Reused
 
 
 class _Waiting(NamedTuple):
@@ -47,6 +48,7 @@ class RankEvaluation:
         writer: Writes decisions; what was decided before is counted and left out.
         calibrated: What sets are calibrated on; its images are refused.
         corruption: Makes images worse before they are classified.
+        reused: Errors of an earlier run.
 
     Attributes:
         labelled: Whether images have labels.
@@ -64,11 +66,12 @@ class RankEvaluation:
         writer: RunWriter | None,
         calibrated: CalibrationRun | None = None,
         corruption: Corruption | None = None,
+        reused: Reused | None = None,
     ) -> None:
         self._trainer, self._classifier, self._metrics = trainer, classifier, metrics
         self._calibrated = calibrated
         self._remaining, self._part, self._planner, self._writer = images, part, planner, writer
-        self._corruption = corruption
+        self._corruption, self._reused = corruption, reused
         self.labelled = trainer.state.fn != "predict"
         self.results: list[Classification] = []
         self._run, self._waiting = classifier.run(), deque[_Waiting]()
@@ -125,7 +128,8 @@ class RankEvaluation:
                 self._waiting.append(_Waiting(ids[i], known[i], picture, None if groups is None else groups[i]))
             start = time.perf_counter()
             with forward():  # a proposal may call the network
-                self._run.add(images[due], [keys[i] for i in due], candidates)
+                known = {} if self._reused is None else {"known": self._reused([ids[i] for i in due])}
+                self._run.add(images[due], [keys[i] for i in due], candidates, **known)
             self._worked += time.perf_counter() - start
             self._decide(self._run.work())
         # What does not fill a micro-batch waits for the next batch, but not for the end of the epoch: hooks of other

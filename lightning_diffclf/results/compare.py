@@ -204,9 +204,9 @@ def to_table(found: Comparison, first: str, second: str) -> Table:
 
 def _saved(run: dict[str, float], other: dict[str, float]) -> str:
     """What a run cost less than another; nothing where it made no fewer calls."""
-    calls = 1 - run["nfe_per_image"] / other["nfe_per_image"]
-    if calls <= 0:
+    if run["nfe_per_image"] >= other["nfe_per_image"]:
         return ""
+    calls = 1 - run["nfe_per_image"] / other["nfe_per_image"]
     time = f", {1 - run['seconds'] / other['seconds']:.1%} of the time" if other["seconds"] else ""
     return f"{calls:.1%} of the calls{time}"
 

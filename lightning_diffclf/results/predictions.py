@@ -47,6 +47,7 @@ class Record:
         dropped_draws: Draws of the search without a finite gradient; likewise.
         trail: How the best classes fell behind over the draws; None without a decision, and in files of earlier
             versions.
+        reused: Errors that an earlier run had computed, beside ``nfe``; None in files of earlier versions.
         group: What the image belongs to with others that are like it, such as a patient; None if the data do not say.
     """
 
@@ -72,6 +73,7 @@ class Record:
     dropped_draws: int | None = 0
     trail: Trail | None = None
     group: str | None = None
+    reused: int | None = 0
 
     @classmethod
     def of(
@@ -125,6 +127,7 @@ class Record:
             trail=trail(sums_KS, contestants, ranked),
             search_nfe=result.search_nfe,
             dropped_draws=result.dropped_draws,
+            reused=result.reused,
             **others,
         )
 
@@ -193,6 +196,7 @@ SCHEMA = pa.schema(
         ("dropped_draws", pa.int32()),
         ("trail", KIND),
         ("group", pa.string()),
+        ("reused", pa.int64()),
     ]
 )
 

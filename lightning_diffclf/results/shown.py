@@ -58,6 +58,8 @@ def shown(numbers: Mapping[str, float]) -> dict[str, str]:
         elif name == "nfe_per_image":
             saved = 1 - 1 / (numbers.get("speedup") or 1)
             lines["network calls"] = f"{value:,.1f} an image" + (f", {saved:.1%} less than all" if saved > 0 else "")
+        elif name == "reused_per_image":
+            lines["reused errors"] = f"{value:,.1f} an image, of an earlier run"
         elif name == "seconds":
             lines["time"] = f"{value:,.1f} s, {numbers['images_per_second']:,.2f} images/s"
         elif name not in WITH_OTHERS | DETAILS:
