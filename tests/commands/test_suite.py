@@ -73,7 +73,7 @@ def test_it_is_models_by_data_by_rules_without_what_is_excluded(tmp_path):
         ({"models": {"A": {"out": "x"}}}, "out is no flag of a cell"),
         ({"models": {"A b": {}, "a-B": {}}, "exclude": None}, "'A b, all, plain' and 'a-B, all, plain' would have"),
         ({"exclude": [{"model": "b"}]}, "exclude: no model 'b'; did you mean 'B'"),
-        ({"exclude": [{"modle": "B"}]}, "exclude: no axis 'modle'; did you mean 'model'"),
+        ({"exclude": [{"rules": "LR"}]}, "exclude: no axis 'rules'; did you mean 'rule'"),
         ({"exclude": {"model": "B"}}, "expected a list such as"),
         ({"exclude": [{"model": ["A", "B"]}]}, "all combinations are excluded"),
         ({"out": 3}, "out: 3, expected the name of a folder"),
@@ -231,6 +231,15 @@ def test_folders_and_commands():
     assert folder_of(Path("out"), RUNS, cell) == Path("out/runs/diffusion-classifier-256/imagenet-a")
     assert commands_of(cell, Path("f"), ["--x=1"]) == [["evaluate", "--ckpt=x", "--out=f/evaluation", "--x=1"]]
     assert slug("--") == ""
+
+
+def test_the_suite_that_comes_along():
+    suite = Suite.read(Path(__file__).parents[2] / "configs" / "suites" / "digits.yaml")
+    assert [name_of(cell) for cell in suite.cells] == [
+        *(f"tiny Stable Diffusion, {rule}, scenes" for rule in ("all draws", "likelihood ratio")),
+        *(f"tiny Stable Diffusion, {rule}, noisy scenes" for rule in ("all draws", "likelihood ratio")),
+        *(f"tiny CLIP, one call, {data}" for data in ("scenes", "noisy scenes")),
+    ]
 
 
 @pytest.mark.slow
