@@ -319,28 +319,57 @@ def train(args: Sequence[str] | None = None) -> None:
 
 def evaluate_command(given: Namespace) -> None:
     """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
+    DiffClfCLI(_of_test(given))
+
+
+def _of_test(given: Namespace) -> list[str]:
+    """The arguments of ``diffclf evaluate`` as those of ``test``."""
     configs = [evaluation_config(given.ckpt, given.trust_checkpoint)] if not given.config else given.config
     part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
     run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(given.ckpt, configs)
     out = given.out or f"{run_dir / 'evaluation'}{part}"
     kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
     from_checkpoint = [f"--ckpt_path={given.ckpt}"] if given.ckpt else []
-    DiffClfCLI(
-        [
-            "test",
-            *[f"--config={config}" for config in configs],
-            f"--classifier.output_dir={out}",
-            *([] if given.out else ["--classifier.next_free=true"]),
-            "--verbose=false",
-            f"--run_dir={given.run_dir or Path(out).parent}",
-            *[f"--classifier.keep_{what}=true" for what in kept],
-            *(["--classifier.plan=true"] if given.plan else []),
-            *(["--untrained"] if given.untrained else []),
-            *([f"--classifier.part={given.part}"] if given.part else []),
-            *from_checkpoint,
-            *given.flags,
-        ]
-    )
+    return [
+        "test",
+        *[f"--config={config}" for config in configs],
+        f"--classifier.output_dir={out}",
+        *([] if given.out else ["--classifier.next_free=true"]),
+        "--verbose=false",
+        f"--run_dir={given.run_dir or Path(out).parent}",
+        *[f"--classifier.keep_{what}=true" for what in kept],
+        *(["--classifier.plan=true"] if given.plan else []),
+        *(["--untrained"] if given.untrained else []),
+        *([f"--classifier.part={given.part}"] if given.part else []),
+        *from_checkpoint,
+        *given.flags,
+    ]
+
+
+class _Parses(DiffClfCLI):
+    """Goes as far as the settings, of which it makes nothing."""
+
+    def _set_seed(self) -> None:
+        """Nothing: no randomness is needed."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: open settings are completed from data, which are read then."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def check_evaluation(given: Namespace) -> None:
+    """Whether ``diffclf evaluate`` would understand its arguments; makes and runs nothing.
+
+    Raises:
+        SystemExit: after a message, if an argument or a configuration is not understood.
+        UserError: if a checkpoint, or what it says, cannot be read.
+    """
+    _Parses(_of_test(given))
 
 
 def default_run_dir(ckpt: str | None, configs: Sequence[str] = ()) -> Path:

@@ -25,6 +25,8 @@ PARSED = {
     "elimination.md": "test_readme.py runs such commands; a search or a probe is run by tests/callbacks",
     "faq.md": "a plan; test_readme.py runs one",
     "imagenet.md": "neither ImageNet nor published weights are here",
+    "reproduce.md": "published weights and data; tests/commands run the digits",
+    "results.md": "hours of small evaluations; tests/results and tests/commands run smaller ones",
     "sampling.md": "published weights, Inception's among them; the first is run in start.md",
     "slurm.md": "needs a cluster; test_slurm.py makes one where SLURM is installed",
     "trust.md": "two trainings; tests/results, tests/test_classify.py run such commands on small networks",
@@ -178,11 +180,16 @@ def check_evaluation(flags: list[str], parser: Any) -> None:
 
 def check_job(words: list[str], parser: Any) -> None:
     """A script of configs/slurm/, and what follows it, which is for the program that it starts."""
+    if "--wrap" in words:
+        check_command(shlex.split(words[words.index("--wrap") + 1])[1:], parser)
+        return
     place = next(place for place, word in enumerate(words) if word.endswith(".sbatch"))
     script, rest = words[place], words[place + 1 :]
     assert (ROOT / script).is_file(), script
     if Path(script).name.startswith("train"):
         parser.parse_args(["fit", *rest])
+    elif "suite" in script:
+        check_command(["suite", *rest], parser)
     elif "array" in script:
         check_evaluation([*rest[1:], "--out", rest[0]], parser)
     else:

@@ -30,8 +30,11 @@ from lightning_diffclf.discriminative import Discriminative
 from lightning_diffclf.errors import FailedWrite, UserError, WrongType, check_at_least
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.conformal import CalibrationRun
+from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.plan import Plan
+from lightning_diffclf.results.reuse import Reused
+from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.summary import Outline
 
 
@@ -75,11 +78,15 @@ class DiffusionClassifierCallback(L.Callback):
             4 bytes each before compression. ``diffclf replay`` tries elimination rules and weights on them.
         keep_distances: Write the distances between the candidates' predictions to ``errors.parquet`` as well, which
             :class:`~.elimination.LikelihoodRatio` needs to be replayed: K - 1 bytes for each error.
+        reuse: Folder of an evaluation by the same network of the same data whose errors were kept: they are taken in
+            place of network calls, outside ``fit``. Its draws must begin as these do (``grid``). Elimination, weights,
+            candidates and the rest of the recipe may differ. ``nfe`` counts new calls only.
         calibration: Folder of an evaluation of other labelled images by the same network and recipe, which conformal
             sets (``coverage``) are calibrated on, outside ``fit``. If omitted, those of an image are calibrated on
             other images of this evaluation.
         plan: Only measure what an evaluation will cost, outside ``fit``: on the first batch, for some twenty seconds.
-            Prints a table and writes nothing.
+            Prints a table and writes nothing else.
+        plan_file: JSON file for the numbers of the plan.
         name: Prefix of what is logged; give each a name of its own to use two of these callbacks.
         **recipe: What decides results: the arguments of :class:`~lightning_diffclf.classifier.Recipe`.
 
@@ -113,8 +120,10 @@ class DiffusionClassifierCallback(L.Callback):
         error_maps: int = 24,
         keep_errors: bool = False,
         keep_distances: bool = False,
+        reuse: str | None = None,
         calibration: str | None = None,
         plan: bool = False,
+        plan_file: str | None = None,
         name: str = "diffclf",
         **recipe: Any,
     ) -> None:
@@ -125,7 +134,9 @@ class DiffusionClassifierCallback(L.Callback):
         self.recipe = Recipe(**recipe)
         if calibration is not None and self.recipe.coverage is None:
             raise UserError("calibration: given without a coverage, expected one, such as 0.9")
-        self.calibration = calibration
+        if plan_file is not None and not plan:
+            raise UserError(f"plan_file: {plan_file!r}, but nothing is planned; expected plan as well")
+        self.reuse, self.calibration, self.plan_file = reuse, calibration, plan_file
         self.microbatch, self.compile, self.plan, self.name = microbatch, compile, plan, name
         self.fit_images, self.every_n_validations = fit_images, every_n_validations
         self.part, self._part = part, None if part is None else parse_part(part)
@@ -174,7 +185,7 @@ class DiffusionClassifierCallback(L.Callback):
         # On the module, so that Lightning moves them to its device. They have no parameters and save nothing.
         pl_module.add_module(f"{self.name}_metrics", self._metrics)
         self._planner = None
-        if self.plan and stage != "fit" and isinstance(self.classifier, DiffusionClassifier):
+        if self.plan and stage != "fit":
             calls = 0 if self.fitting is None else self.fitting.calls
             self._planner = Planner(self.classifier, recipe.candidates, calls)
             self._planner.limit_batches(trainer)
@@ -183,11 +194,11 @@ class DiffusionClassifierCallback(L.Callback):
         """What classifies with ``pl_module``, and fills in ``fitting``."""
         if isinstance(pl_module, Discriminative):
             self.fitting = None
-            for name in ("plan", "compile", "keep_errors"):
+            for name in ("compile", "keep_errors", "reuse"):
                 if getattr(self, name):
                     raise UserError(
-                        f"{name}: true, but {type(pl_module).__name__} adds no noise: it is called once for each "
-                        "image, and what it says is in predictions.parquet; expected false"
+                        f"{name}: given, but {type(pl_module).__name__} adds no noise: it is called once for each "
+                        "image, and what it says is in predictions.parquet"
                     )
             return DiscriminativeClassifier(pl_module, self.recipe, microbatch=self.microbatch)
         if not isinstance(pl_module, ConditionalDenoiser):
@@ -216,10 +227,16 @@ class DiffusionClassifierCallback(L.Callback):
         loader, part = the_loader(trainer, self.name), None if fits else self._part
         images = images_on_this_rank(loader, trainer.global_rank, trainer.world_size, self.fit_images if fits else None)
         self.metrics, self.planned, self._writer = {}, None, None
+        reused: Reused | None = None
         if self._planner is not None:
             self._planner.begin(trainer, loader, images, 1 if part is None else part[1])
         elif not fits:
-            self._writer = self._open_writer(trainer, pl_module, loader)
+            if self.output_dir is not None or self.reuse is not None:
+                settings = run_settings(self, trainer, pl_module, loader)
+                reused = self._open_reused(settings)
+                self._writer = self._open_writer(trainer, settings)
+            elif self.keep_errors:
+                raise UserError("keep_errors: no folder to write to, expected output_dir as well")
         if self.fitting is not None and isinstance(self.classifier, DiffusionClassifier):
             self.fitting.prepare(trainer, self.classifier.denoiser, self._writer, briefly=self._planner is not None)
         self._evaluation = RankEvaluation(
@@ -232,15 +249,21 @@ class DiffusionClassifierCallback(L.Callback):
             self._writer,
             self._calibrated,
             None if fits else self.corruption,
+            reused,
         )
         self.results = self._evaluation.results
 
-    def _open_writer(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any) -> RunWriter | None:
-        if self.output_dir is None:
-            if self.keep_errors:
-                raise UserError("keep_errors: no folder to write to, expected output_dir as well")
+    def _open_reused(self, settings: Settings) -> Reused | None:
+        """Errors of an earlier run, if there are any to take."""
+        c = self.classifier
+        if self.reuse is None or not isinstance(c, DiffusionClassifier):
             return None
-        settings = run_settings(self, trainer, pl_module, loader)
+        measures = c.rule.needs == "distances" or c.keep_distances
+        return Reused(self.reuse, settings, ErrorsInfo.of(c), measures)
+
+    def _open_writer(self, trainer: L.Trainer, settings: Settings) -> RunWriter | None:
+        if self.output_dir is None:
+            return None
         if self._calibrated is not None:
             self._calibrated.check(settings.identity)
         return RunWriter(
@@ -293,7 +316,7 @@ class DiffusionClassifierCallback(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         ended = trainer.is_global_zero and self._evaluation is None
         if ended and self._planner is not None and self.planned is not None:
-            self._planner.print(self.planned)
+            self._planner.show(self.planned, self.plan_file)
         elif ended and self._writer is not None:
             self._writer.print()  # not earlier: the progress bar still owned the terminal
         self._writer = None

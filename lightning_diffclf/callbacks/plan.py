@@ -13,8 +13,10 @@ from torch import Tensor
 
 from lightning_diffclf.callbacks.sharding import BATCH_LIMITS, batches_within_limit
 from lightning_diffclf.classifier import DiffusionClassifier
+from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results.plan import Measurement, Plan, measure, spends_the_same
+from lightning_diffclf.files import write_json
+from lightning_diffclf.results.plan import Measurement, Plan, measure, measure_logits, spends_the_same
 
 
 class Planner:
@@ -26,7 +28,7 @@ class Planner:
         fitting: Network calls that fitting a probe takes beforehand.
     """
 
-    def __init__(self, classifier: DiffusionClassifier, candidates: Sequence[int] | None, fitting: int = 0) -> None:
+    def __init__(self, classifier: Classifier, candidates: Sequence[int] | None, fitting: int = 0) -> None:
         self.classifier, self.candidates, self.fitting = classifier, candidates, fitting
         self._limits: dict[str, int | float] = {}  # of the Trainer, where they were set to one batch
 
@@ -65,7 +67,10 @@ class Planner:
             self._images = most if self._images is None else min(most, self._images)
         if self._images is not None:
             self._images = round(self._images / self._parts)
-        self._measured = measure(self.classifier, images, ids, self.candidates)
+        if isinstance(self.classifier, DiffusionClassifier):
+            self._measured = measure(self.classifier, images, ids, self.candidates)
+        else:
+            self._measured = measure_logits(self.classifier, images)
 
     def finish(self, trainer: L.Trainer) -> Plan:
         """What all ranks measured, together; call it on all ranks.
@@ -85,9 +90,12 @@ class Planner:
         used = [values for values in gathered if values[1] > 0]  # a rank may have no image
         if not used:
             raise UserError("plan: no image to measure on")
-        shared = len(self.candidates or c.denoiser.candidates), len(c.timesteps_S), c.microbatch
+        shared = len(self.candidates or c.candidates), len(c.timesteps_S), c.microbatch
         return Plan(
-            ranks=[Measurement(*shared, rate, flops, *map(int, sums)) for _, rate, flops, *sums in used],
+            ranks=[
+                Measurement(*shared, rate, flops, *map(int, sums), one_call=c.terms.logits)
+                for _, rate, flops, *sums in used
+            ],
             images=[None if math.isnan(images) else int(images) for images, *_ in used],
             rule=repr(c.rule),
             exact=spends_the_same(c),
@@ -96,6 +104,8 @@ class Planner:
         )
 
     @staticmethod
-    def print(plan: Plan) -> None:
-        """Show a plan as a table."""
+    def show(plan: Plan, file: str | None = None) -> None:
+        """Print a plan as a table, and write its numbers to a JSON file."""
         Console(soft_wrap=True).print(plan.to_table())
+        if file is not None:
+            write_json(plan.numbers(), file, 2, "plan")

@@ -23,6 +23,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.results.metrics import ClassifierMetrics
 from lightning_diffclf.results.predictions import Record
+from lightning_diffclf.results.reuse import Reused
 
 
 class _Waiting(NamedTuple):
@@ -31,6 +32,7 @@ class _Waiting(NamedTuple):
     id: int | str
     label: int | None
     picture: Picture | None  # where results are written
+    group: int | str | None
 
 
 class RankEvaluation:
@@ -46,6 +48,7 @@ class RankEvaluation:
         writer: Writes decisions; what was decided before is counted and left out.
         calibrated: What sets are calibrated on; its images are refused.
         corruption: Makes images worse before they are classified.
+        reused: Errors of an earlier run.
 
     Attributes:
         labelled: Whether images have labels.
@@ -63,11 +66,12 @@ class RankEvaluation:
         writer: RunWriter | None,
         calibrated: CalibrationRun | None = None,
         corruption: Corruption | None = None,
+        reused: Reused | None = None,
     ) -> None:
         self._trainer, self._classifier, self._metrics = trainer, classifier, metrics
         self._calibrated = calibrated
         self._remaining, self._part, self._planner, self._writer = images, part, planner, writer
-        self._corruption = corruption
+        self._corruption, self._reused = corruption, reused
         self.labelled = trainer.state.fn != "predict"
         self.results: list[Classification] = []
         self._run, self._waiting = classifier.run(), deque[_Waiting]()
@@ -95,7 +99,7 @@ class RankEvaluation:
         Raises:
             UserError: if there are no labels but in ``predict``, or one belongs to no candidate.
         """
-        images, labels, ids, lists, keys = unpack(batch)
+        images, labels, ids, lists, keys, groups = unpack(batch)
         count = len(images) if self._remaining is None else min(len(images), self._remaining)
         ids = list(content_ids(images[:count]) if ids is None else ids)[:count]
         if self._corruption is not None and count:
@@ -121,10 +125,11 @@ class RankEvaluation:
             candidates: Any = self._classifier.recipe.candidates if lists is None else [lists[i] for i in due]
             for i in due:
                 picture = None if self._writer is None else self._writer.picture(images[i], known[i])
-                self._waiting.append(_Waiting(ids[i], known[i], picture))
+                self._waiting.append(_Waiting(ids[i], known[i], picture, None if groups is None else groups[i]))
             start = time.perf_counter()
             with forward():  # a proposal may call the network
-                self._run.add(images[due], [keys[i] for i in due], candidates)
+                known = {} if self._reused is None else {"known": self._reused([ids[i] for i in due])}
+                self._run.add(images[due], [keys[i] for i in due], candidates, **known)
             self._worked += time.perf_counter() - start
             self._decide(self._run.work())
         # What does not fill a micro-batch waits for the next batch, but not for the end of the epoch: hooks of other
@@ -153,12 +158,11 @@ class RankEvaluation:
         start = time.perf_counter() - self._worked
         with self._trainer.precision_plugin.forward_context():
             for keyed in decisions:
-                seconds, (image_id, label, picture) = time.perf_counter() - start, self._waiting.popleft()
+                seconds, (image_id, label, picture, group) = time.perf_counter() - start, self._waiting.popleft()
                 result = replace(keyed, image_id=image_id)
                 classes = c.candidates.classes
-                record = Record.of(
-                    result, classes, c.terms.weights_S, label, c.recipe.ensemble, seconds=seconds, rank=rank
-                )
+                others = {"seconds": seconds, "rank": rank, "group": None if group is None else str(group)}
+                record = Record.of(result, classes, c.terms.weights_S, label, c.recipe.ensemble, **others)
                 records.append(record)
                 if self._writer is not None and picture is not None:
                     self._writer.add(record, result, keyed.image_id, picture)

@@ -55,6 +55,7 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
         "part": callback.part,
         "calibration": callback.calibration,
+        "reuse": callback.reuse,
         "microbatch": callback.microbatch,
         "compile": callback.compile,
         "ranks": trainer.world_size,

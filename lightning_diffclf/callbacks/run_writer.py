@@ -24,6 +24,7 @@ from lightning_diffclf.results.conformal import RightScores, sets_of
 from lightning_diffclf.results.curves import Sureness
 from lightning_diffclf.results.error_maps import error_map
 from lightning_diffclf.results.errors import ErrorsInfo
+from lightning_diffclf.results.groups import Grouped
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import Record, from_table
 from lightning_diffclf.results.settings import Settings
@@ -185,10 +186,15 @@ class RunWriter:
         else:
             calibrated = calibrate(Stored(self.folder, settings, Sample.COLUMNS), outline)
             written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
-            sureness = Sureness()
-            for chunk in Stored(self.folder, settings, Sureness.COLUMNS):
+            sureness, grouped = Sureness(), Grouped()
+            for chunk in Stored(self.folder, settings, tuple({*Sureness.COLUMNS, *Grouped.COLUMNS})):
                 sureness.update(chunk)
-            written |= sureness.selective() | sets_of(outline, Stored(self.folder, settings, RightScores.COLUMNS))
+                grouped.update(chunk)
+            written |= (
+                grouped.numbers()
+                | sureness.selective()
+                | sets_of(outline, Stored(self.folder, settings, RightScores.COLUMNS))
+            )
             charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
         own = {} if score is None else score(self._records())
         described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info

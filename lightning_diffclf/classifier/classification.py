@@ -44,6 +44,7 @@ class Classification:
             all candidates if there is no winner.
         draws_K: Number of draws that each saw (K,), int64.
         nfe: Network calls spent on the image, ``search_nfe`` of them to find its candidates.
+        reused: Errors that were known and took no call; a run without them would have made ``nfe + reused`` calls.
         dims: Number of values of x0, D; what a posterior needs besides the scores.
         timesteps_S: Timestep of each draw, in the order spent (S,).
         posterior: Turns differences into probabilities; ``dataclasses.replace(result, posterior=fitted)`` reads them by
@@ -73,6 +74,7 @@ class Classification:
     dropped_draws: int = 0
     errors_KS: Tensor | None = None
     distances_SKK: Tensor | None = None
+    reused: int = 0
 
     @classmethod
     def of(
@@ -88,6 +90,7 @@ class Classification:
         dropped_draws: int = 0,
         errors_KS: np.ndarray | None = None,
         distances_SKK: np.ndarray | None = None,
+        reused: int = 0,
     ) -> Classification:
         """What a decided contest amounts to; ``candidates`` are all those of the denoiser."""
         decision = contest.decide(dims)
@@ -103,7 +106,7 @@ class Classification:
             scores_K=torch.from_numpy(contest.scores_K),
             differences_K=torch.from_numpy(decision.differences_K),
             draws_K=torch.from_numpy(contest.draws_K),
-            nfe=contest.nfe,
+            nfe=contest.nfe - reused,
             dims=dims,
             timesteps_S=timesteps_S,
             posterior=posterior,
@@ -111,6 +114,7 @@ class Classification:
             dropped_draws=dropped_draws,
             errors_KS=None if errors_KS is None else torch.from_numpy(errors_KS),
             distances_SKK=None if distances_SKK is None else torch.from_numpy(distances_SKK),
+            reused=reused,
         )
 
     @property

@@ -44,23 +44,30 @@ class Draws:
 
     Args:
         count: Number of draws that an image may spend, at most the number of distinct timesteps.
+        grid: Timesteps of the even grid that draws are taken from, ``count`` if omitted. Of a finer one, the first
+            ``count`` in nested order are spent, so that runs on one grid have their first draws in common, whatever
+            their number.
         seed: Seed of the keyed noise.
         timesteps: Fixed timesteps (count,) to use instead of the even grid, in the order to visit them.
         noise: Fixed noise (count, C, h, w) to use for every image instead of keyed noise: ``noise[j]`` belongs to
             the j-th draw, as in the paper's DiT and Winoground runs.
 
     Raises:
-        ValueError: if ``count`` is below 1, or does not match ``timesteps`` or ``noise``.
+        ValueError: if ``count`` is below 1, above ``grid``, or does not match ``timesteps`` or ``noise``; or if a grid
+            is given beside fixed timesteps.
 
     Example:
         >>> Draws(4).visit(NoiseSchedule.linear(num_timesteps=1000)).tolist()
         [625, 125, 875, 375]
+        >>> [Draws(n, grid=1000).visit(NoiseSchedule.linear(num_timesteps=1000)).tolist() for n in (2, 3)]
+        [[500, 118], [500, 118, 736]]
     """
 
     count: int = 250
     seed: int = 0
     timesteps: Tensor | None = None
     noise: Tensor | None = None
+    grid: int | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -70,6 +77,11 @@ class Draws:
                 raise WrongType(f"draws: {name} are a {type(given).__name__}, expected a tensor of {self.count}")
             if given is not None and len(given) != self.count:
                 raise UserError(f"draws: count is {self.count} but {len(given)} {name} are given")
+
+        if self.grid is not None and self.timesteps is not None:
+            raise UserError(f"draws: a grid of {self.grid} beside fixed timesteps, expected one of them")
+        if self.grid is not None and self.grid < self.count:
+            raise UserError(f"grid: {self.grid} timesteps for {self.count} draws, expected at least as many")
 
     def visit(self, schedule: NoiseSchedule, order: Sequence[int] | None = None) -> Tensor:
         """Timesteps in the order in which they are spent.
@@ -88,7 +100,10 @@ class Draws:
             _check(self.timesteps, schedule)
             return self.timesteps if order is None else self.timesteps[torch.as_tensor(order)]
         if order is None:
-            return schedule.timesteps(self.count)[nested_order(self.count)]
+            grid = self.count if self.grid is None else self.grid
+            return schedule.timesteps(grid)[nested_order(grid)[: self.count]]
+        if self.grid is not None:
+            raise UserError(f"grid: {self.grid}, but the elimination rule has grids of its own; expected null")
         return schedule.timesteps(len(order))[torch.as_tensor(order)]
 
 

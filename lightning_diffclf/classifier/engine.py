@@ -25,6 +25,7 @@ from lightning_diffclf.classifier.contest import Contest, judge
 from lightning_diffclf.classifier.device import download, upload
 from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.classifier.flight import Flight, Landed, Piece, Slots, cut, measure_distances
+from lightning_diffclf.classifier.known import KnownErrors
 from lightning_diffclf.classifier.score import Predictions
 from lightning_diffclf.classifier.search import Found, Search
 from lightning_diffclf.denoiser import evaluating
@@ -76,10 +77,15 @@ class Packer:
         images: Tensor,
         ids: Iterable[int | str] | None = None,
         candidates: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        known: Sequence[KnownErrors | None] | None = None,
     ) -> None:
-        """Check images and let them wait; arguments and errors as in :meth:`DiffusionClassifier.__call__`."""
+        """Check images and let them wait; arguments and errors as in :meth:`DiffusionClassifier.__call__`.
+
+        ``known`` has errors of each image that need no network call; decisions do not depend on them.
+        """
         c = self._classifier
         id_list = resolve_ids(images, ids, self._added)
+        measures = c.rule.needs == "distances" or c.keep_distances
         found = self._candidates_of(images, id_list, candidates)
         for image_id, one, spent in zip(id_list, found.candidates, found.nfe, strict=True):
             c.terms.check_budget(image_id, len(one), spent)
@@ -87,7 +93,9 @@ class Packer:
         added = zip(images, id_list, *found, strict=True)
         for number, (image, image_id, one, spent, dropped) in enumerate(added, self._added):
             contest = Contest(c.terms, len(one), classes[one] if pools else None, spent)
-            self._waiting.append(Flight(number, image, image_id, one, self._noise.key(image_id), contest, dropped))
+            errors = None if known is None else known[number - self._added]
+            key = self._noise.key(image_id)
+            self._waiting.append(Flight(number, image, image_id, one, key, contest, dropped, errors, measures))
         self._added += len(images)
 
     def _candidates_of(self, images: Tensor, ids: list[int | str], candidates: Any) -> Found:
@@ -125,19 +133,32 @@ class Packer:
                 launches = rows > 0 and (rows >= c.microbatch or bool(self._waiting) or to_the_end)
                 if launches:
                     self._launch()
-                if self._launched and not (launches and len(self._launched) <= self._ahead):
+                lands = bool(self._launched) and not (launches and len(self._launched) <= self._ahead)
+                if lands:
                     self._land()
-                elif not launches:
-                    break
                 while self._yielded in self._decided:
                     yield self._decided.pop(self._yielded)
                     self._yielded += 1
+                if not (launches or lands):
+                    break
 
     def _board(self) -> int:
         """Encode waiting images until a micro-batch is full. Returns the rows at hand."""
-        c = self._classifier
-        rows = sum(f.contest.rows - f.taken for f in self._flights)
-        arrivals: list[Flight] = []
+        while True:
+            rows = sum(flight.left for flight in self._flights)
+            arrivals = self._arrivals(rows)
+            if not arrivals:
+                return rows
+            images = torch.stack([f.image for f in arrivals if f.image is not None])
+            self._slots.put(self._encode(images), [f.slot for f in arrivals])
+            for flight in arrivals:
+                flight.image = None
+            self._flights += arrivals
+            self._end_rounds([flight for flight in arrivals if flight.complete])  # those that are known
+
+    def _arrivals(self, rows: int) -> list[Flight]:
+        """Waiting images that begin, until ``rows`` at hand have become a micro-batch or there is no room."""
+        c, arrivals = self._classifier, list[Flight]()
         while self._waiting and rows < c.microbatch and self._slots.available:
             flight = self._waiting.popleft()
             flight.slot = self._slots.take()
@@ -148,14 +169,8 @@ class Packer:
                 flight.distances_SKK = np.full((shape[1], shape[0], shape[0]), np.nan, dtype=np.float32)
             flight.begin_round()
             arrivals.append(flight)
-            rows += flight.contest.rows
-        if arrivals:
-            images = torch.stack([f.image for f in arrivals if f.image is not None])
-            self._slots.put(self._encode(images), [f.slot for f in arrivals])
-            for flight in arrivals:
-                flight.image = None
-            self._flights += arrivals
-        return rows
+            rows += flight.left
+        return arrivals
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
@@ -179,8 +194,7 @@ class Packer:
                 out_D[:] = flight.last_noise[1]
             else:
                 self._noise.fill(out_D, flight.key, draw)
-        unfinished = piece.last % len(flight.contest.playing) != 0  # the last draw continues in the next micro-batch
-        flight.last_noise = (draw, out_D.copy()) if unfinished else None
+        flight.last_noise = (draw, out_D.copy()) if piece.unfinished else None
 
     @torch.no_grad()
     def _launch(self) -> None:
@@ -211,7 +225,7 @@ class Packer:
         with torch.autocast(device.type, enabled=False):
             predictions = Predictions(schedule, output, x0_M[pair], x_t, t, noise)
             errors_N = download(c.loss(predictions))
-            if c.rule.needs == "distances" or c.keep_distances:
+            if pieces[0].flight.measures:
                 measure_distances(pieces, predictions.epsilon.flatten(1))
         arrived = None
         if device.type == "cuda":
@@ -231,19 +245,26 @@ class Packer:
             start += piece.size
             if self._watch is not None:
                 self._watch(flight.completed_by(piece))
-            if flight.landed == flight.contest.rows:
+            if flight.complete:
+                finished.append(flight)
+        self._end_rounds(finished)
+
+    def _end_rounds(self, finished: list[Flight]) -> None:
+        """Judge images whose errors of a round are all there, also those of a next round that is known."""
+        while finished:
+            for flight in finished:
                 in_play, broken = len(flight.contest.playing), flight.end_round()
                 if len(broken):
                     self._warn(flight, broken, in_play)
-                finished.append(flight)
-        judge([flight.contest for flight in finished], self._slots.dims)
-        for flight in finished:
-            if flight.contest.decided:
-                self._decided[flight.number] = self._classification(flight)
-                self._slots.give_back(flight.slot)
-                self._flights.remove(flight)
-            else:
-                flight.begin_round()
+            judge([flight.contest for flight in finished], self._slots.dims)
+            for flight in finished:
+                if flight.contest.decided:
+                    self._decided[flight.number] = self._classification(flight)
+                    self._slots.give_back(flight.slot)
+                    self._flights.remove(flight)
+                else:
+                    flight.begin_round()
+            finished = [flight for flight in finished if not flight.contest.decided and flight.complete]
 
     def _warn(self, flight: Flight, broken: np.ndarray, in_play: int) -> None:
         names = [self._classifier.denoiser.candidates.names[i] for i in flight.candidates_K[broken][:3]]
@@ -268,4 +289,5 @@ class Packer:
             flight.dropped,
             flight.errors_KS,
             flight.distances_SKK,
+            flight.reused,
         )

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lightning_diffclf.classifier.contest import Contest
 from lightning_diffclf.classifier.device import download
+from lightning_diffclf.classifier.known import KnownErrors, KnownRound
 
 
 @dataclass(frozen=True)
 class Landed:
-    """Errors of an image that have come back from a micro-batch.
+    """Errors of an image that have come back from a micro-batch, and known ones between them.
 
     Attributes:
         image_id: Id of the image.
@@ -48,9 +49,13 @@ class Flight:
         key: Key of its noise.
         contest: The decision about it.
         dropped: Draws of its search that did not count.
+        known: Errors of an earlier run.
+        measures: Whether distances between predictions are needed.
         slot: Where its x0 lies.
-        taken: Rows of this round that were given to micro-batches.
-        landed: Rows of this round whose errors are back.
+        todo_N: Rows of this round that need network calls, ascending; all that are not known.
+        taken: How many of these were given to micro-batches.
+        landed: How many of these have come back.
+        reused: Errors of all rounds so far that were known.
         errors_N: Errors of this round's rows.
         distances: Roots of distances of this round's draws, on their way to the CPU.
         unfinished: Predictions of a draw that continues in the next micro-batch.
@@ -66,36 +71,60 @@ class Flight:
     key: np.ndarray
     contest: Contest
     dropped: int = 0
+    known: KnownErrors | None = None
+    measures: bool = False
     slot: int = -1
+    todo_N: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     taken: int = 0
     landed: int = 0
+    reused: int = 0
     errors_N: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    _known_round: KnownRound | None = None
     distances: list[Tensor] = field(default_factory=list)
     unfinished: Tensor | None = None
     last_noise: tuple[int, np.ndarray] | None = None
     errors_KS: np.ndarray | None = None
     distances_SKK: np.ndarray | None = None
 
+    @property
+    def left(self) -> int:
+        """Rows of this round that no micro-batch has yet."""
+        return len(self.todo_N) - self.taken
+
+    @property
+    def complete(self) -> bool:
+        """Whether all errors of this round are there."""
+        return self.landed == len(self.todo_N)
+
     def begin_round(self) -> None:
-        """Make room for the errors of the contest's next round."""
+        """Make room for the errors of the contest's next round, and take those that are known."""
+        contest = self.contest
         self.taken = self.landed = 0
-        self.errors_N = np.empty(self.contest.rows, dtype=np.float32)
+        self.errors_N = np.empty(contest.rows, dtype=np.float32)
+        self.todo_N = np.arange(contest.rows)
+        if self.known is not None:
+            playing_P = self.candidates_K[contest.playing]
+            self._known_round = found = self.known.of_round(playing_P, contest.done, contest.stop, self.measures)
+            self.errors_N[:] = found.errors_RP.ravel()
+            self.todo_N = np.flatnonzero(~found.known_RP)
+            self.reused += contest.rows - len(self.todo_N)
 
     def land(self, piece: Piece, errors_N: np.ndarray) -> None:
         """Take the errors of one of its pieces (N,)."""
-        self.errors_N[piece.first : piece.last] = errors_N
+        self.errors_N[piece.row] = errors_N
         self.landed += piece.size
 
     def completed_by(self, piece: Piece) -> Landed:
         """What came back with the piece that landed last, before the round ends."""
         contest, in_play = self.contest, len(self.contest.playing)
-        first, last = piece.first // in_play, piece.last // in_play
+        ends = np.append(self.todo_N, contest.rows)
+        first, last = (0 if piece.first == 0 else ends[piece.first] // in_play), ends[piece.last] // in_play
         return Landed(
             self.image_id,
             self.candidates_K[contest.playing],
             contest.done + first,
             self.errors_N[first * in_play : last * in_play].reshape(-1, in_play).copy(),
-            contest.nfe + self.landed,
+            contest.nfe + contest.rows - len(self.todo_N) + self.landed - self.reused,
         )
 
     def end_round(self) -> np.ndarray:
@@ -104,12 +133,22 @@ class Flight:
         errors_RP, distances_RPP = self.errors_N.reshape(-1, len(playing)), None
         if self.errors_KS is not None:
             self.errors_KS[playing, contest.done : contest.stop] = errors_RP.T
-        if self.distances:
-            roots_RPP = np.concatenate([part.numpy() for part in self.distances])
-            distances_RPP, self.distances = np.square(roots_RPP.astype(np.float32)), []
+        if self.measures:
+            distances_RPP, self.distances = self._distances(), []
             if self.distances_SKK is not None:
                 self.distances_SKK[np.ix_(np.arange(contest.done, contest.stop), playing, playing)] = distances_RPP
         return contest.land(errors_RP, distances_RPP)
+
+    def _distances(self) -> np.ndarray:
+        """Distances of all draws of this round (R, P, P), float32."""
+        in_play = len(self.contest.playing)
+        roots = [np.empty((0, in_play, in_play), dtype=np.float16), *(part.numpy() for part in self.distances)]
+        measured_RPP = np.square(np.concatenate(roots).astype(np.float32))
+        if self._known_round is None or self._known_round.distances_RPP is None:
+            return measured_RPP
+        distances_RPP = self._known_round.distances_RPP
+        distances_RPP[~self._known_round.known_RP.all(1)] = measured_RPP
+        return distances_RPP
 
     def whole_draws(self, epsilon_ND: Tensor) -> Tensor:
         """What the candidates predict in the next rows of this round, from one whole draw to another.
@@ -127,7 +166,7 @@ class Flight:
 
 @dataclass
 class Piece:
-    """Rows ``first`` … ``last`` - 1 of a flight's round: its part of a micro-batch."""
+    """Rows ``first`` … ``last`` - 1 of those that a flight's round has to do: its part of a micro-batch."""
 
     flight: Flight
     first: int
@@ -135,9 +174,9 @@ class Piece:
 
     def __post_init__(self) -> None:
         playing = self.flight.contest.playing
-        row = np.arange(self.first, self.last)
-        self.candidate = self.flight.candidates_K[playing[row % len(playing)]]
-        self.draw = self.flight.contest.done + row // len(playing)
+        self.row = self.flight.todo_N[self.first : self.last]
+        self.candidate = self.flight.candidates_K[playing[self.row % len(playing)]]
+        self.draw = self.flight.contest.done + self.row // len(playing)
 
     @property
     def size(self) -> int:
@@ -146,15 +185,21 @@ class Piece:
 
     @property
     def num_draws(self) -> int:
-        """Number of draws that its rows belong to."""
+        """Number of draws from that of its first row to that of its last."""
         return int(self.draw[-1] - self.draw[0]) + 1
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether its last draw continues in the next micro-batch."""
+        todo_N, in_play = self.flight.todo_N, len(self.flight.contest.playing)
+        return self.last < len(todo_N) and bool(todo_N[self.last] // in_play == self.row[-1] // in_play)
 
 
 def cut(flights: list[Flight], size: int) -> list[Piece]:
     """The next micro-batch: what is left of the flights' rounds, oldest first, ``size`` rows at most."""
     pieces = []
     for flight in flights:
-        last = min(flight.contest.rows, flight.taken + size)
+        last = min(len(flight.todo_N), flight.taken + size)
         if last > flight.taken:
             pieces.append(Piece(flight, flight.taken, last))
             size -= last - flight.taken

@@ -32,6 +32,8 @@ class Recipe:
         draws: (t, noise) pairs for each image at most; 250, or what the elimination rule spends, if omitted. In Python
             also :class:`~.draws.Draws`, with a seed of its own.
         seed: Key of the noise.
+        grid: Timesteps of the even grid that draws are the first of, in nested order; as many as draws if omitted. Runs
+            on one grid (1000, say) can be extended: more draws begin with those of fewer.
         loss: Error terms: ``l2``, ``l1``, ``huber``, ``kl``, ``nll``, or several joined by ``+``.
         elimination: Rule that drops candidates early; none if omitted.
         weights: What the draws weigh in the score: ``uniform``, ``sample``, ``velocity``, ``clark_jaini``, or a number
@@ -68,6 +70,7 @@ class Recipe:
     temperature: float = 1.0
     coverage: float | None = None
     coverage_by_class: bool = False
+    grid: int | None = None
 
     CANNOT_CHANGE_DECISIONS: ClassVar[dict[str, str]] = {
         "reduction": "probabilities are made of stored differences whenever they are read",
@@ -81,6 +84,10 @@ class Recipe:
             Draws(self.draws)
         elif self.draws is not None and self.seed not in (0, self.draws.seed):
             raise UserError(f"seed: {self.seed}, but draws have the seed {self.draws.seed}; expected one of them")
+        elif self.draws is not None and self.grid not in (None, self.draws.grid):
+            raise UserError(f"grid: {self.grid}, but draws have the grid {self.draws.grid}; expected one of them")
+        if self.grid is not None and self.grid < 1:
+            raise UserError(f"grid: {self.grid}, expected at least 1")
         Loss(self.loss)
         if self.budget is not None and self.budget < 1:
             raise UserError(f"budget: {self.budget}, expected at least 1")
@@ -104,9 +111,12 @@ class Recipe:
     def resolved(self, draws: Draws, rule: Elimination) -> Recipe:
         """With what a classifier uses where it leaves things open: so that a default is what it stands for."""
         fixed = draws.timesteps is not None or draws.noise is not None
-        return replace(self, draws=draws if fixed else draws.count, seed=draws.seed, elimination=rule)
+        given = draws if fixed else draws.count
+        return replace(self, draws=given, seed=draws.seed, elimination=rule, grid=draws.grid)
 
     def identity(self) -> dict[str, Any]:
         """What decisions depend on."""
         names = [field.name for field in fields(self) if field.name not in self.CANNOT_CHANGE_DECISIONS]
+        if self.grid is None:  # as in runs of earlier versions, which can go on
+            names.remove("grid")
         return {name: identity_of(getattr(self, name)) for name in names}

@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "report": Command("one HTML file that shows an evaluation, and its figures", "commands.results"),
         "compare": Command("two evaluations image by image: agreement, McNemar's test, cost", "commands.results"),
         "ood": Command("how well a run's numbers tell foreign images: AUROC, FPR95, AUPR", "commands.ood"),
+        "leaderboard": Command("several evaluations of the same images, the best first", "commands.results"),
         "merge": Command("join evaluations of parts of a data set", "commands.results"),
         "robustness": Command(
             "runs on shifted data against a line through ordinary classifiers", "commands.robustness"
@@ -56,7 +57,8 @@ GROUPS: dict[str, dict[str, Command]] = {
             "what other rules, weights and budgets would have decided, without the network", "commands.replay"
         ),
     },
-    "Tables of the paper": {
+    "Many evaluations": {
+        "suite": Command("models × data sets × rules of a YAML file, and their leaderboard", "commands.suite"),
         "reproduce": Command("a table of the paper, its values beside ours: reproduce digits", "commands.reproduce"),
     },
     "Photos and samples": {

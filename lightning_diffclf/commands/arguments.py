@@ -15,12 +15,14 @@ from lightning_diffclf.classifier.elimination import Elimination
 from lightning_diffclf.classifier.sequential import SequentialTest  # noqa: F401  (rules are named without a path)
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.results_arguments import compare as compare
+from lightning_diffclf.commands.results_arguments import leaderboard as leaderboard
 from lightning_diffclf.commands.results_arguments import merge as merge
 from lightning_diffclf.commands.results_arguments import ood as ood
 from lightning_diffclf.commands.results_arguments import replay as replay
 from lightning_diffclf.commands.results_arguments import report as report
 from lightning_diffclf.commands.results_arguments import reproduce as reproduce
 from lightning_diffclf.commands.results_arguments import robustness as robustness
+from lightning_diffclf.commands.results_arguments import suite as suite
 from lightning_diffclf.hub import AUTOENCODER, TEXT_TO_IMAGE
 
 

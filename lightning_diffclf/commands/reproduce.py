@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,28 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_diffclf.commands.cells import EVALUATION, folder_of, is_done, run_cell
 from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import read_json, write_json
 from lightning_diffclf.results.paper import TABLES, Cell, Needs
-
-EVALUATION = "evaluation"
-
-
-def folder_of(out: Path, table: str, cell: Cell) -> Path:
-    """Where a cell's run is: ``OUT/TABLE/ROW/COLUMN``, in letters, digits and dashes."""
-    return out.joinpath(
-        *(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (table, cell.row, cell.column))
-    )
-
-
-def commands_of(cell: Cell, folder: Path, flags: list[str]) -> list[list[str]]:
-    """What computes a cell, as arguments of ``diffclf``; ``flags`` are for the evaluation."""
-    result = f"--out={folder / EVALUATION}"
-    if not cell.training:
-        return [["evaluate", *cell.flags, result, *flags]]
-    checkpoint = f"--ckpt={folder / 'checkpoints' / 'last.ckpt'}"
-    return [["fit", *cell.training, f"--run_dir={folder}"], ["evaluate", checkpoint, *cell.flags, result, *flags]]
 
 
 def missing(needs: tuple[Needs, ...]) -> list[Needs]:
@@ -65,19 +44,6 @@ def outcome(cell: Cell, folder: Path) -> dict[str, Any]:
     return found
 
 
-def run_cell(cell: Cell, folder: Path, flags: list[str]) -> None:
-    """Compute a cell, each command in a process of its own; what was begun goes on.
-
-    Raises:
-        UserError: if a command fails.
-    """
-    for command in commands_of(cell, folder, flags):
-        print(f"diffclf {shlex.join(command)}", flush=True)
-        status = subprocess.run([sys.executable, "-m", "lightning_diffclf", *command]).returncode
-        if status:
-            raise UserError(f"reproduce: {cell.row}, {cell.column}: `diffclf {command[0]}` ended with status {status}")
-
-
 def reproduce_command(given: Namespace) -> None:
     """``diffclf reproduce``: runs what can be run, prints a table and writes it."""
     if given.table not in TABLES:
@@ -87,7 +53,7 @@ def reproduce_command(given: Namespace) -> None:
         folder = folder_of(out, given.table, cell)
         lacks = missing(cell.needs)
         lacking |= dict.fromkeys(lacks)
-        done = (folder / EVALUATION / "metrics.json").is_file()
+        done = is_done(cell, folder)
         if not given.dry_run and not lacks and not done:
             run_cell(cell, folder, given.flags)
         rows.append(outcome(cell, folder) | ({"missing": [one.what for one in lacks]} if lacks and not done else {}))

@@ -1,7 +1,8 @@
-"""``diffclf merge|compare|report``: what works on stored results, without torch: it takes seconds to import."""
+"""``diffclf merge|compare|leaderboard|report``: what works on stored results, without torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -15,6 +16,7 @@ from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.headline import details
+from lightning_diffclf.results.leaderboard import COLUMNS, Board, board, cells, names_of, write_leaderboard
 from lightning_diffclf.results.report import write_report
 from lightning_diffclf.results.store import merge
 
@@ -38,6 +40,24 @@ def compare_command(given: Namespace) -> None:
         save_plots(first, second, found, Path(given.out))
         runs = {"runs": [given.first, given.second]}
         write_json(runs | found.summary(), Path(given.out) / "comparison.json", indent=2, what="compare")
+
+
+def leaderboard_command(given: Namespace) -> None:
+    """``diffclf leaderboard``: prints a table and writes the page."""
+    folders = list(dict.fromkeys(given.runs))
+    runs = {name: Evaluation.read(folder) for name, folder in zip(names_of(folders), folders, strict=True)}
+    show_boards([board(runs, given.title)], Path(given.out))
+
+
+def show_boards(boards: Sequence[Board], out: Path) -> None:
+    """Print leaderboards, and write their page to a folder."""
+    console = Console(soft_wrap=True)
+    for one in boards:
+        table = Table(*COLUMNS, title=escape(one.title))
+        for standing in one.standings:
+            table.add_row(*map(escape, cells(standing)))
+        console.print(table)
+    console.print(escape(f"leaderboard: {', '.join(map(str, write_leaderboard(boards, out)))}"))
 
 
 def report_command(given: Namespace) -> None:

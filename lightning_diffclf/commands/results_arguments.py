@@ -115,6 +115,44 @@ def reproduce(args: Sequence[str]) -> Namespace:
     return Namespace(**vars(known), flags=flags)
 
 
+def suite(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf suite``: its own, and ``flags``, which are those of ``evaluate``."""
+    own = argparse.ArgumentParser(
+        prog="diffclf suite",
+        description="Evaluate models × data sets × rules of a YAML file, each in a process of its own, and make a "
+        "leaderboard. What is done is skipped, what was begun goes on. See docs/results.md for the file.",
+        epilog="All other flags are those of `diffclf evaluate` and should be about this machine only, such as "
+        "--trainer.accelerator cpu: they do not tell cells apart.",
+        allow_abbrev=False,
+    )
+    own.add_argument("file", help="YAML with models, data and rules")
+    own.add_argument("--out", help="folder for the runs and the leaderboard (default: that of the file, or runs/NAME)")
+    what = own.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="run nothing: show the cells and what is done")
+    what.add_argument("--plan", action="store_true", help="measure what each cell will cost, once, and show that")
+    what.add_argument(
+        "--part",
+        metavar="I/N",
+        help="run only the I-th of N parts of the cells, about equal by planned network calls, as the jobs of an array "
+        "do; needs --plan before",
+    )
+    known, flags = own.parse_known_args(list(args))
+    return Namespace(**vars(known), flags=flags)
+
+
+def leaderboard(args: Sequence[str]) -> Namespace:
+    """Of ``diffclf leaderboard``."""
+    parser = Parser(
+        prog="diffclf leaderboard",
+        description="Evaluations of the same images, the best first: accuracy with intervals, network calls, a paired "
+        "test against the best. As HTML, Markdown and CSV. Runs of other data are refused.",
+    )
+    parser.add_argument("runs", type=str, nargs="+", help="folders of evaluations")
+    parser.add_argument("--title", type=str, default="", help="what the data are called")
+    parser.add_argument("--out", type=str, default=".", help="folder for leaderboard.html, .md and .csv")
+    return parser.read(args)
+
+
 def report(args: Sequence[str]) -> Namespace:
     """Of ``diffclf report``."""
     parser = Parser(

@@ -15,7 +15,8 @@ class Batch(NamedTuple):
     """Images (B, C, H, W), class labels (B,) int64 or None, ids (B) or None; what else a batch may bring.
 
     ``candidates``: a list of candidates for each image, where they differ. ``noise_keys``: ids to take the noise from,
-    where images are to see the same draws.
+    where images are to see the same draws. ``groups``: what each image belongs to with others that are like it (a
+    patient, a Winoground group), so that intervals take them for less than as many independent images.
     """
 
     images: Tensor
@@ -23,6 +24,7 @@ class Batch(NamedTuple):
     ids: Sequence[int | str] | None
     candidates: Sequence[Sequence[int]] | None = None
     noise_keys: Sequence[int | str] | None = None
+    groups: Sequence[int | str] | None = None
 
 
 def unpack(batch: Any) -> Batch:
@@ -41,7 +43,7 @@ def unpack(batch: Any) -> Batch:
     if isinstance(batch, Tensor):
         return Batch(batch, None, None)
     if isinstance(batch, Mapping) and "image" in batch:
-        others = batch.get("candidates"), _listed(batch.get("noise_key"))
+        others = batch.get("candidates"), _listed(batch.get("noise_key")), _listed(batch.get("group"))
         return Batch(batch["image"], batch.get("label"), _listed(batch.get("id")), *others)
     if isinstance(batch, Sequence) and 1 <= len(batch) <= 3 and isinstance(batch[0], Tensor):
         images, labels, ids = [*batch, None, None][:3]

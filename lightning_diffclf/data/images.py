@@ -184,7 +184,7 @@ def stacked(samples: list[Any]) -> dict[str, Any]:
     batch: dict[str, Any] = {"image": torch.stack([one["image"] for one in samples])}
     if all(one.get("label") is not None for one in samples):
         batch["label"] = torch.tensor([one["label"] for one in samples])
-    for name in ("id", "candidates", "noise_key"):
+    for name in ("id", "candidates", "noise_key", "group"):
         if name in samples[0]:
             batch[name] = [one[name] for one in samples]
     return batch

@@ -149,6 +149,7 @@ class _Images(Dataset[dict[str, Any]]):
             "label": index,  # the caption that fits
             "id": f"{group.id}/{which}",
             "noise_key": group.id,  # all four pairs of a group see the same draws
+            "group": group.id,
             "candidates": [2 * number, 2 * number + 1, 2 * len(self.groups)],
         }
 

@@ -111,6 +111,12 @@ def specs(charts: dict[str, Chart]) -> dict[str, dict[str, Any]]:
         return {name: chart.to_dict() | {"config": {}} for name, chart in charts.items()}
 
 
+def svg(spec: dict[str, Any], colors: dict[str, str] = LIGHT) -> str:
+    """One of :func:`specs` as SVG, on a background in the color of the page."""
+    look = theme(colors) | {"background": colors["page"]}
+    return str(vl_convert.vegalite_to_svg(json.dumps(spec | {"config": look})))
+
+
 def save(specs: dict[str, dict[str, Any]], folder: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
     """Write each of :func:`specs` as PNG (for slides) and SVG (for papers) to ``folder``; returns the files."""
     paths = []
@@ -121,7 +127,7 @@ def save(specs: dict[str, dict[str, Any]], folder: Path, kinds: Iterable[str] = 
             if kind == "png":
                 write_bytes(vl_convert.vegalite_to_png(text, scale=2), path, "figure")
             else:
-                write_text(vl_convert.vegalite_to_svg(text), path, "figure")
+                write_text(svg(spec), path, "figure")
             paths.append(path)
     return paths
 
@@ -328,6 +334,19 @@ def disagreement(counts: pd.DataFrame) -> Chart:
         .encode(x=alt.X("images:Q"), y=alt.Y("what:N", title=None, sort=None), tooltip=["what:N", "images:Q"])
     )
     return chart.properties(width=WIDTH, height=120, title="Images decided rightly")
+
+
+def leaderboard(frame: pd.DataFrame) -> Chart:
+    """Accuracy with its interval against network calls, of several runs: ``run``, ``nfe``, ``accuracy``, ends."""
+    base = alt.Chart(frame).encode(
+        x=alt.X("nfe:Q", title="network calls per image", scale=alt.Scale(type="log", nice=False, padding=20))
+    )
+    bars = base.mark_rule().encode(y=alt.Y("low:Q", title="accuracy", axis=PERCENT), y2="high:Q")
+    points = base.mark_circle(size=60, opacity=1).encode(
+        y=alt.Y("accuracy:Q", axis=PERCENT, scale=alt.Scale(zero=False))
+    )
+    names = base.mark_text(align="left", dx=7, dy=-7, limit=NAME_PIXELS).encode(y="accuracy:Q", text="run:N")
+    return _finished(alt.layer(bars, points, names), "Accuracy by cost", "with 95 % intervals")
 
 
 def robustness(models: pd.DataFrame, line: pd.DataFrame, runs: pd.DataFrame) -> Chart:

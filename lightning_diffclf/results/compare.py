@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from rich.markup import escape
 from rich.table import Table
@@ -14,8 +15,9 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.results import charts, tables
 from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.evaluation import Evaluation
+from lightning_diffclf.results.groups import Grouped
 from lightning_diffclf.results.shown import shown
-from lightning_diffclf.results.statistics import Interval, mcnemar, wilson
+from lightning_diffclf.results.statistics import Clusters, Interval, mcnemar, wilson
 from lightning_diffclf.results.summary import Outline, Summary
 
 
@@ -33,8 +35,11 @@ class Comparison:
         only_second: Images that only the second gets right.
         both: Images that both get right.
         neither: Images that neither gets right.
-        p_value: Of McNemar's exact test: of such a difference, or a larger one, between equally accurate classifiers.
+        difference: Accuracy of the first less that of the second, with a 95 % interval (Student's t, paired).
+        p_value: Of such a difference, or a larger one, between equally accurate classifiers: by McNemar's exact test;
+            where images come in groups, by a t-test with a cluster-robust standard error.
         missing: Images that only one of them decided.
+        groups: Groups that the labelled images are of; None where the data do not say.
         first_kept: Share of the images whose class in the second run is among the candidates that the proposal of the
             first kept: its recall of decisions, if the second decides without one. None if the first has no proposal.
         second_kept: The same of the second.
@@ -49,8 +54,10 @@ class Comparison:
     only_second: int
     both: int
     neither: int
+    difference: Interval | None
     p_value: float
     missing: int
+    groups: int | None = None
     first_kept: Interval | None = None
     second_kept: Interval | None = None
 
@@ -68,7 +75,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
     """
     if first.outline.class_names != second.outline.class_names:
         raise UserError(f"compare: {str(first.path)!r} and {str(second.path)!r} have different classes")
-    ours, theirs = _answers(first), _answers(second)
+    ours, theirs = answers(first), answers(second)
     common = ours.join(theirs, how="inner", lsuffix="_first", rsuffix="_second")
     if common.empty:
         raise UserError(f"compare: {str(first.path)!r} and {str(second.path)!r} have no image in common")
@@ -77,13 +84,13 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
         labels = f"{row['label_first']} in one run and {row['label_second']} in the other"
         raise UserError(f"compare: image {image_id!r} has label {labels}")
     a, b = (known[f"answer_{which}"] == known[f"label_{which}"] for which in ("first", "second"))
-    only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
+    paired = Paired.of(a.to_numpy(), b.to_numpy(), known["group_first"])
     ids = list(common.index)
     summaries, kept = [], []
     for run, other in ((first, "answer_second"), (second, "answer_first")):
-        summary, recall = Summary(run.outline), Kept(run.outline, common[other])
-        run.show(summary, *([recall] if run.outline.proposes else []), ids=ids)
-        summaries.append(summary.numbers())
+        summary, grouped, recall = Summary(run.outline), Grouped(), Kept(run.outline, common[other])
+        run.show(summary, grouped, *([recall] if run.outline.proposes else []), ids=ids)
+        summaries.append(summary.numbers() | grouped.numbers())
         kept.append(recall.share)
     return Comparison(
         images=len(common),
@@ -91,15 +98,45 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
         labelled=len(known),
         first=summaries[0],
         second=summaries[1],
-        only_first=only_first,
-        only_second=only_second,
+        only_first=int((a & ~b).sum()),
+        only_second=int((b & ~a).sum()),
         both=int((a & b).sum()),
         neither=int((~a & ~b).sum()),
-        p_value=mcnemar(only_first, only_second),
+        difference=paired.difference if len(known) else None,
+        p_value=paired.p_value,
         missing=len(ours) + len(theirs) - 2 * len(common),
+        groups=paired.groups,
         first_kept=kept[0],
         second_kept=kept[1],
     )
+
+
+class Paired(NamedTuple):
+    """Two classifiers on the same labelled images.
+
+    Attributes:
+        difference: Accuracy of the first less that of the second, with its interval.
+        p_value: That they are equally accurate: McNemar's, or by groups.
+        groups: Number of groups; None where the data do not say.
+    """
+
+    difference: Interval
+    p_value: float
+    groups: int | None
+
+    @classmethod
+    def of(cls, first_B: np.ndarray, second_B: np.ndarray, group_B: pd.Series) -> Paired:
+        """Of what each got right (B,), bool, and the group of each image; None or NaN where it has none."""
+        if not len(first_B):
+            return cls(Interval(np.nan, -np.inf, np.inf), 1.0, None)
+        gain_B = first_B.astype(np.float64) - second_B
+        if group_B.isna().all():
+            only = int((first_B & ~second_B).sum()), int((second_B & ~first_B).sum())
+            return cls(Clusters.of(gain_B).interval(), mcnemar(*only), None)
+        alone = group_B.isna().to_numpy()
+        named = [(i,) if single else group for i, (single, group) in enumerate(zip(alone, group_B, strict=True))]
+        clusters = Clusters.of(gain_B, named)
+        return cls(clusters.interval(), clusters.p_value, len(clusters.sums_G))
 
 
 class Kept:
@@ -130,12 +167,13 @@ class Kept:
         return wilson(self._hits, self._images) if self._images else None
 
 
-def _answers(run: Evaluation) -> pd.DataFrame:
-    """Label and answer by id; -1 where there is none."""
-    frames = []
-    for chunk in run.chunks(("id", "label", "prediction")):
-        columns = Columns(chunk, ("id", "label", "prediction"))
+def answers(run: Evaluation) -> pd.DataFrame:
+    """Label and answer by id, -1 where there is none; and the group, None where there is none."""
+    frames, names = [], ("id", "label", "prediction", "group")
+    for chunk in run.chunks(names):
+        columns = Columns(chunk, names)
         values = {"label": columns.numbers("label"), "answer": columns.numbers("prediction")}
+        values["group"] = np.array(columns.strings("group"), dtype=object)
         frames.append(pd.DataFrame(values, index=columns.strings("id")))
     return pd.concat(frames)
 
@@ -156,15 +194,19 @@ def to_table(found: Comparison, first: str, second: str) -> Table:
     if found.labelled:
         table.add_row("right in this one only", str(found.only_first), str(found.only_second))
         table.add_row("right in both / neither", f"{found.both} / {found.neither}", "")
-        table.add_row("McNemar, exact p", f"{found.p_value:.3g}", "")
+        if found.difference is not None:
+            gap = found.difference
+            table.add_row("difference", f"{gap.value:+.2%} ({gap.low:+.2%} – {gap.high:+.2%})", "")
+        test = "McNemar, exact p" if found.groups is None else f"p, by {found.groups:,} groups"
+        table.add_row(test, f"{found.p_value:.3g}", "")
     return table
 
 
 def _saved(run: dict[str, float], other: dict[str, float]) -> str:
     """What a run cost less than another; nothing where it made no fewer calls."""
-    calls = 1 - run["nfe_per_image"] / other["nfe_per_image"]
-    if calls <= 0:
+    if run["nfe_per_image"] >= other["nfe_per_image"]:
         return ""
+    calls = 1 - run["nfe_per_image"] / other["nfe_per_image"]
     time = f", {1 - run['seconds'] / other['seconds']:.1%} of the time" if other["seconds"] else ""
     return f"{calls:.1%} of the calls{time}"
 

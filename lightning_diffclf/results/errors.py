@@ -44,7 +44,7 @@ COLUMNS = {
     "label": pa.int64(),  # null where unknown
     "candidates_K": pa.list_(pa.int32()),
     "draws_K": pa.list_(pa.int32()),  # how many draws each candidate saw: below S where it was dropped
-    "nfe": pa.int64(),  # network calls spent on the image: those of errors, and others such as a proposal's
+    "nfe": pa.int64(),  # network calls for the image: those of errors (also reused ones), and a proposal's
     "errors": pa.list_(pa.float32()),  # (S, K), flattened; NaN where not evaluated
     "distances": pa.list_(pa.float16()),  # roots, (S, K (K-1) / 2), flattened: pairs as np.triu_indices(K, 1) has them
 }
@@ -180,7 +180,7 @@ class ErrorsWriter:
             "label": label,
             "candidates_K": result.candidates_K.numpy(),
             "draws_K": result.draws_K.numpy(),
-            "nfe": result.nfe,
+            "nfe": result.nfe + result.reused,
             "errors": result.errors_KS.numpy().T.ravel(),
         }
         if "distances" in self._rows and result.distances_SKK is not None:
@@ -293,12 +293,21 @@ class StoredErrors:
 
     def images(self, distances: bool = True) -> Iterator[StoredImage]:
         """The images, in the order of the file; without their distances if they are not needed."""
+        for number in range(self._groups):
+            yield from self.group(number, distances)
+
+    def ids_by_group(self) -> list[list[str]]:
+        """Ids of the images of each row group, in their order."""
+        with self._open() as file:
+            groups = [file.read_row_group(number, columns=["id"]) for number in range(self._groups)]
+        return [group["id"].to_pylist() for group in groups]
+
+    def group(self, number: int, distances: bool = True) -> list[StoredImage]:
+        """The images of one row group, some megabytes; without their distances if they are not needed."""
         columns = [name for name in COLUMNS if name != "distances" or (distances and self.has_distances)]
-        for group in range(self._groups):
-            with self._open() as file:
-                batches = file.read_row_group(group, columns=columns).to_batches()
-            for batch in batches:
-                yield from self._unpack(batch)
+        with self._open() as file:
+            batches = file.read_row_group(number, columns=columns).to_batches()
+        return [image for batch in batches for image in self._unpack(batch)]
 
     def _unpack(self, batch: pa.RecordBatch) -> Iterator[StoredImage]:
         def values(name: str, row: int) -> np.ndarray:

@@ -19,10 +19,11 @@ from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sa
 from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.conformal import RightScores, sets_of
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
+from lightning_diffclf.results.groups import Grouped
 from lightning_diffclf.results.parts import together
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
-from lightning_diffclf.results.statistics import Scores
+from lightning_diffclf.results.statistics import Interval, Scores
 from lightning_diffclf.results.stored import Stored
 from lightning_diffclf.results.summary import Outline, Summary
 
@@ -102,9 +103,9 @@ class Evaluation:
     # --- one pass over all decisions -------------------------------------------------------------------------------
 
     @cached_property
-    def _first_pass(self) -> tuple[Summary, Sample, Sureness, Costs, Survivors]:
+    def _first_pass(self) -> tuple[Summary, Sample, Sureness, Costs, Survivors, Grouped]:
         outline = self.outline
-        parts = Summary(outline), Sample(outline), Sureness(), Costs(outline), Survivors(outline)
+        parts = Summary(outline), Sample(outline), Sureness(), Costs(outline), Survivors(outline), Grouped()
         self.show(*parts)
         return parts
 
@@ -127,6 +128,20 @@ class Evaluation:
     def survivors(self) -> Survivors:
         """How many candidates are in play after each draw."""
         return self._first_pass[4]
+
+    @property
+    def accuracy(self) -> Interval | None:
+        """Share of the labelled images decided rightly, None without any, with a 95 % interval.
+
+        It is Wilson's, or where images come in groups, that of :class:`~lightning_diffclf.results.statistics.Clusters`.
+        """
+        summary, grouped = self.summary, self._first_pass[5]
+        return grouped.accuracy(summary.right, summary.labelled) if summary.labelled else None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The headline numbers; see :meth:`~lightning_diffclf.results.summary.Summary.numbers`."""
+        return self.summary.numbers() | self._first_pass[5].numbers()
 
     # --- a second one, with fitted temperatures --------------------------------------------------------------------
 

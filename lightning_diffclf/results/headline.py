@@ -74,7 +74,7 @@ def times(factor: float) -> str:
 
 def sentence(run: Evaluation) -> str:
     """Which model decided what by which rule, how well, at what cost, and when."""
-    summary, numbers, fewer = run.summary, run.summary.numbers(), _saves(run)
+    summary, numbers, fewer = run.summary, run.numbers, _saves(run)
     model, data, rule = names(run.settings.identity)
     what = _count(summary.images, "image") + (f" of {data}" if data else "")
     by = (f"{rule} and " if fewer and rule else "") + ("at most " if fewer else "all of ")
@@ -85,8 +85,8 @@ def sentence(run: Evaluation) -> str:
         cost += f", {times(numbers['speedup'])} fewer than the {all_calls:,.0f} of all draws of all candidates"
     day = date_of(run)
     found = f"{cost}, on {day.day} {day:%B %Y}."
-    if summary.accuracy is not None:
-        found = f"{percent(summary.accuracy.value)} right (95 % interval {between(summary.accuracy)}), with {found}"
+    if run.accuracy is not None:
+        found = f"{percent(run.accuracy.value)} right (95 % interval {between(run.accuracy)}), with {found}"
     return f"{model or 'A model'} classified {what} by {by} per candidate: {found}"
 
 
@@ -150,7 +150,7 @@ def _saves(run: Evaluation) -> bool:
 
 def cards(run: Evaluation) -> list[Line]:
     """The six numbers that matter most of this run."""
-    summary, numbers = run.summary, run.summary.numbers()
+    summary, numbers = run.summary, run.numbers
     draws, per_image = len(run.outline.timesteps_S), summary.exhaustive_nfe / summary.images
     calls = Line("calls per image", _calls(numbers), f"network calls, of {per_image:,.0f} at most")
     images = Line("images", f"{summary.images:,}", f"{summary.labelled:,} of them with a label")
@@ -160,12 +160,12 @@ def cards(run: Evaluation) -> list[Line]:
         saved = numbers["seconds"] * (numbers["speedup"] - 1)
         note = f"than all draws of all candidates; some {duration(saved)} saved"
         saving = [Line("fewer calls", times(numbers["speedup"]), note)]
-    if summary.accuracy is None:
+    if run.accuracy is None:
         total = Line("network calls", f"{int(summary.sums['nfe']):,}", "of all images")
         most = Line("draws per candidate", f"{draws:,}", "at most")
         known = Line("classes", f"{run.outline.num_classes:,}", "to decide between")
         return [images, calls, *(saving or [known]), total, most, speed]
-    accuracy = Line("accuracy", percent(summary.accuracy.value), f"{between(summary.accuracy)} (95 % interval)")
+    accuracy = Line("accuracy", percent(run.accuracy.value), f"{between(run.accuracy)} (95 % interval)")
     return [accuracy, _beside_accuracy(run), calls, *(saving or [images]), _certainty(run), speed]
 
 
@@ -195,10 +195,11 @@ def _certainty(run: Evaluation) -> Line:
 
 def details(run: Evaluation) -> list[Line]:
     """All numbers of the run."""
-    summary, numbers = run.summary, run.summary.numbers()
+    summary, numbers = run.summary, run.numbers
     lines = []
-    if summary.accuracy is not None:
-        interval = f"95 % interval {between(summary.accuracy, 2)} (Wilson)"
+    if run.accuracy is not None:
+        source = f"of {numbers['groups']:,} groups of images" if "groups" in numbers else "Wilson"
+        interval = f"95 % interval {between(run.accuracy, 2)} ({source})"
         lines.append(Line("accuracy", percent(numbers["accuracy"], 2), interval))
         occurring = int((summary.sums["confusion_CA"].sum(1) > 0).sum())
         note = f"over the {occurring} classes that occur"

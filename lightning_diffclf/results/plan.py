@@ -14,7 +14,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_diffclf.classifier import Classification, DiffusionClassifier, Elimination, Exhaustive
+from lightning_diffclf.classifier import (
+    Classification,
+    DiffusionClassifier,
+    DiscriminativeClassifier,
+    Elimination,
+    Exhaustive,
+)
+from lightning_diffclf.classifier.discriminative import Classifier
 
 WARM_UP = 3  # micro-batches: a compiled network is compiled in the first and recorded in the others
 
@@ -36,6 +43,7 @@ class Measurement:
         nfe_images: Number of these images; 0 if there was no time to decide one.
         search_nfe_sum: Of the network calls on them, those that a search or another proposal took.
         kept_sum: Candidates that it kept of them.
+        one_call: Whether one call of a network without noise decides about an image, whatever the candidates.
     """
 
     num_candidates: int
@@ -47,11 +55,12 @@ class Measurement:
     nfe_images: int
     search_nfe_sum: int = 0
     kept_sum: int = 0
+    one_call: bool = False
 
     @property
     def exhaustive_nfe(self) -> int:
         """Network calls for an image that sees every draw under every candidate."""
-        return self.num_candidates * self.draws
+        return 1 if self.one_call else self.num_candidates * self.draws
 
 
 class _Enough(Exception):
@@ -170,7 +179,30 @@ def measure(
     )
 
 
-def spends_the_same(classifier: DiffusionClassifier) -> bool:
+def measure_logits(classifier: DiscriminativeClassifier, images: Tensor, seconds: float = 2.0) -> Measurement:
+    """As :func:`measure`, of a network that gives all logits at once."""
+    rows = images[torch.arange(classifier.microbatch, device=images.device) % len(images)]
+    with FlopCounterMode(display=False) as counter:
+        classifier(rows)
+    for _ in range(WARM_UP):
+        classifier(rows)
+    start, calls = time.perf_counter(), 0
+    while calls < 2 or time.perf_counter() - start < seconds:
+        classifier(rows)
+        calls += 1
+    return Measurement(
+        num_candidates=len(classifier.recipe.candidates or classifier.candidates),
+        draws=1,
+        microbatch=classifier.microbatch,
+        rows_per_second=calls * len(rows) / (time.perf_counter() - start),
+        flops_per_row=counter.get_total_flops() / len(rows),
+        nfe_sum=1,
+        nfe_images=1,
+        one_call=True,
+    )
+
+
+def spends_the_same(classifier: Classifier) -> bool:
     """Whether every image costs the same, every draw of every candidate, so that nothing needs to be tried."""
     recipe = classifier.recipe
     return type(classifier.rule) is Exhaustive and recipe.budget is None and recipe.proposal is None
@@ -237,6 +269,27 @@ class Plan:
             return None
         loads = zip(self.images, self.ranks, strict=True)
         return max((images or 0) * nfe / m.rows_per_second for images, m in loads) / 3600
+
+    def numbers(self) -> dict[str, Any]:
+        """What it comes to, as plain values: of all images, ``nfe`` and ``hours``; None where their number is unknown.
+
+        Without an estimate, because no image could be decided in time, ``nfe_per_image`` is that of all draws of all
+        candidates.
+        """
+        first, total = self.ranks[0], self.total_images
+        per_image = float(first.exhaustive_nfe) if self.nfe is None else self.nfe
+        return {
+            "images": total,
+            "candidates": first.num_candidates,
+            "draws": first.draws,
+            "nfe_per_image": per_image,
+            "nfe": None if total is None else total * per_image,
+            "hours": self.hours(per_image),
+            "rows_per_second": sum(m.rows_per_second for m in self.ranks),
+            "flops_per_row": max(m.flops_per_row for m in self.ranks),
+            "exact": self.exact,
+            "tried": self.tried,
+        }
 
     def to_table(self) -> Table:
         """For the terminal."""

@@ -47,6 +47,8 @@ class Record:
         dropped_draws: Draws of the search without a finite gradient; likewise.
         trail: How the best classes fell behind over the draws; None without a decision, and in files of earlier
             versions.
+        reused: Errors that an earlier run had computed, beside ``nfe``; None in files of earlier versions.
+        group: What the image belongs to with others that are like it, such as a patient; None if the data do not say.
     """
 
     id: str
@@ -70,6 +72,8 @@ class Record:
     search_nfe: int | None = 0
     dropped_draws: int | None = 0
     trail: Trail | None = None
+    group: str | None = None
+    reused: int | None = 0
 
     @classmethod
     def of(
@@ -89,7 +93,7 @@ class Record:
             weights_S: What each draw weighs in the score.
             label: Class of the image; None if unknown.
             ensemble: Whether a class with several candidates stands where its best one does, or at their mean.
-            **others: ``seconds``, ``rank`` and, if there are any, ``thumbnail`` and ``error_map``.
+            **others: ``seconds``, ``rank`` and, if there are any, ``thumbnail``, ``error_map`` and ``group``.
         """
         assert result.errors_KS is not None
         candidates_K, draws_K = result.candidates_K.numpy(), result.draws_K.numpy()
@@ -123,6 +127,7 @@ class Record:
             trail=trail(sums_KS, contestants, ranked),
             search_nfe=result.search_nfe,
             dropped_draws=result.dropped_draws,
+            reused=result.reused,
             **others,
         )
 
@@ -190,6 +195,8 @@ SCHEMA = pa.schema(
         ("search_nfe", pa.int64()),
         ("dropped_draws", pa.int32()),
         ("trail", KIND),
+        ("group", pa.string()),
+        ("reused", pa.int64()),
     ]
 )
 

@@ -21,6 +21,7 @@ from lightning_diffclf.classifier import (
 )
 from lightning_diffclf.classifier.contest import Contest, Terms, judge
 from lightning_diffclf.classifier.draws import nested_order
+from lightning_diffclf.classifier.known import distances_between, pair_of
 from lightning_diffclf.classifier.score import timestep_weights
 from lightning_diffclf.classifier.sequential import inflation_of
 from lightning_diffclf.errors import UserError
@@ -172,7 +173,7 @@ def measure_inflation(errors: StoredErrors) -> float:
         assert info.dims is not None
         assert image.distances_SP is not None
         every = np.arange(len(image.candidates_K))
-        distances_SKK = _distances(image.distances_SP, _pair_of(len(every)), every)
+        distances_SKK = distances_between(image.distances_SP, pair_of(len(every)), every)
         found.append(inflation_of(info.loss, info.dims, image.errors_SK, distances_SKK))
     return float(np.mean(found))
 
@@ -223,35 +224,17 @@ def decide(image: StoredImage, terms: Terms, ensemble: str, info: ErrorsInfo) ->
     terms.check_budget(image.image_id, num_candidates, spent)
     class_K = np.array(info.classes)[image.candidates_K] if ensemble == "mean" else None
     contest = Contest(terms, num_candidates, class_K, spent)
-    pair_KK = _pair_of(num_candidates) if terms.rule.needs == "distances" else None
+    pair_KK = pair_of(num_candidates) if terms.rule.needs == "distances" else None
     while not contest.decided:
         draws, distances_RPP = slice(contest.done, contest.stop), None
         if pair_KK is not None and image.distances_SP is not None:
-            distances_RPP = _distances(image.distances_SP[draws], pair_KK, contest.playing)
+            distances_RPP = distances_between(image.distances_SP[draws], pair_KK, contest.playing)
         contest.land(image.errors_SK[draws, contest.playing], distances_RPP)
         judge([contest], info.dims)
     timesteps_S = torch.tensor(info.timesteps_S)
     return Classification.of(
         contest, image.image_id, image.candidates_K, info.candidates, 0.0, info.dims, timesteps_S, Posterior()
     )
-
-
-def _pair_of(num_candidates: int) -> np.ndarray:
-    """Where the pair (i, j) is stored (K, K), int64; 0 on the diagonal, which is not."""
-    pair_KK = np.zeros((num_candidates, num_candidates), dtype=np.int64)
-    upper = np.triu_indices(num_candidates, 1)
-    pair_KK[upper] = np.arange(len(upper[0]))
-    return pair_KK + pair_KK.T
-
-
-def _distances(stored_RP: np.ndarray, pair_KK: np.ndarray, playing: np.ndarray) -> np.ndarray:
-    """Distances between the candidates in play (R, P, P), float32."""
-    if stored_RP.shape[1] == 0:
-        return np.zeros((len(stored_RP), 1, 1), dtype=np.float32)
-    distances_RPP = stored_RP[:, pair_KK[np.ix_(playing, playing)]]
-    diagonal = np.arange(len(playing))
-    distances_RPP[:, diagonal, diagonal] = 0
-    return distances_RPP
 
 
 def usual_rules(errors: StoredErrors) -> Iterator[Elimination]:

@@ -70,33 +70,42 @@ def make_figures(run: Evaluation) -> dict[str, charts.Chart]:
     return figures
 
 
-def render(run: Evaluation, specs: dict[str, dict[str, Any]], library: str, gallery: int) -> str:
-    """The report as HTML that needs nothing else, with the ``library`` that draws charts from their ``specs``."""
+def templates() -> Environment:
+    """The templates of this folder; what is put into them is escaped."""
     environment = Environment(loader=PackageLoader("lightning_diffclf.results", "."), undefined=StrictUndefined)
     environment.autoescape = True
     environment.filters["percent"] = headline.percent
+    return environment
+
+
+def render(run: Evaluation, specs: dict[str, dict[str, Any]], library: str, gallery: int) -> str:
+    """The report as HTML that needs nothing else, with the ``library`` that draws charts from their ``specs``."""
     images = [one_image.page(run, row) for row in run.gallery(gallery)]
     images.sort(key=lambda image: -image["sure"] if image["kind"] == "wrong" else 1)  # wrong and sure first
-    return environment.get_template("report.html.j2").render(
-        title=f"{run.path.resolve().parent.name}/{run.path.resolve().name}",
-        sentence=headline.sentence(run),
-        cards=headline.cards(run),
-        numbers=headline.details(run),
-        figures={name: spec["title"] for name, spec in specs.items()},
-        specs=_safe(specs),
-        light=charts.LIGHT,
-        dark=charts.DARK,
-        themes=_safe({"light": charts.theme(charts.LIGHT), "dark": charts.theme(charts.DARK)}),
-        library=library.replace("</script", "<\\/script"),
-        classes=tables.classes(run.summary).to_dict("records") if run.summary.labelled else [],
-        images=images,
-        stories=_safe([image["story"] for image in images]),
-        total=run.summary.images,
-        wrong=run.summary.labelled - run.summary.right,
-        without_pixels=sum(image["picture"] is None for image in images),
-        settings=_flat(run.settings.identity) | _flat(_for_readers(run.settings.info)),
-        command=run.settings.info.get("command", "unknown"),
-        version=version("lightning-diffclf"),
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            title=f"{run.path.resolve().parent.name}/{run.path.resolve().name}",
+            sentence=headline.sentence(run),
+            cards=headline.cards(run),
+            numbers=headline.details(run),
+            figures={name: spec["title"] for name, spec in specs.items()},
+            specs=_safe(specs),
+            light=charts.LIGHT,
+            dark=charts.DARK,
+            themes=_safe({"light": charts.theme(charts.LIGHT), "dark": charts.theme(charts.DARK)}),
+            library=library.replace("</script", "<\\/script"),
+            classes=tables.classes(run.summary).to_dict("records") if run.summary.labelled else [],
+            images=images,
+            stories=_safe([image["story"] for image in images]),
+            total=run.summary.images,
+            wrong=run.summary.labelled - run.summary.right,
+            without_pixels=sum(image["picture"] is None for image in images),
+            settings=_flat(run.settings.identity) | _flat(_for_readers(run.settings.info)),
+            command=run.settings.info.get("command", "unknown"),
+            version=version("lightning-diffclf"),
+        )
     )
 
 

@@ -26,7 +26,7 @@ WITH_OTHERS = {
 DETAILS = {  # of metrics.json and the report
     *("nll", "brier", "ece", "calibrated_nll", "calibrated_brier", "aurc", "augrc"),
     *("set_coverage_low", "set_coverage_high", "set_coverage_worst_class", "sets_of_one", "empty_sets"),
-    *("set_thresholds", "set_images"),
+    *("set_thresholds", "set_images", "design_effect"),
 }
 
 
@@ -58,6 +58,8 @@ def shown(numbers: Mapping[str, float]) -> dict[str, str]:
         elif name == "nfe_per_image":
             saved = 1 - 1 / (numbers.get("speedup") or 1)
             lines["network calls"] = f"{value:,.1f} an image" + (f", {saved:.1%} less than all" if saved > 0 else "")
+        elif name == "reused_per_image":
+            lines["reused errors"] = f"{value:,.1f} an image, of an earlier run"
         elif name == "seconds":
             lines["time"] = f"{value:,.1f} s, {numbers['images_per_second']:,.2f} images/s"
         elif name not in WITH_OTHERS | DETAILS:

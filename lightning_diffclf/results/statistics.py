@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import bdtr, ndtri
+from scipy.special import bdtr, ndtri, stdtr, stdtrit
 
 from lightning_diffclf.errors import UserError
 
@@ -35,10 +36,15 @@ def wilson(right: int, total: int, confidence: float = 0.95) -> Interval:
     """
     if not 0 <= right <= total or total < 1:
         raise UserError(f"interval: {right} of {total}, expected a count of at least one trial")
-    share, z2 = right / total, float(ndtri(0.5 + confidence / 2)) ** 2
-    middle, half = share + z2 / (2 * total), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * total)) / total)
-    low, high = ((middle + side * half) / (1 + z2 / total) for side in (-1, 1))
-    return Interval(share, low if right > 0 else 0.0, high if right < total else 1.0)  # exact, but for rounding
+    return _wilson(right / total, total, float(ndtri(0.5 + confidence / 2)))
+
+
+def _wilson(share: float, trials: float, z: float) -> Interval:
+    """Wilson's interval of a share of so many trials, ``z`` standard errors wide to each side."""
+    z2 = z**2
+    middle, half = share + z2 / (2 * trials), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * trials)) / trials)
+    low, high = ((middle + side * half) / (1 + z2 / trials) for side in (-1, 1))
+    return Interval(share, low if share > 0 else 0.0, high if share < 1 else 1.0)  # exact, but for rounding
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -50,6 +56,97 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """
     disputed = only_first + only_second
     return min(1.0, 2 * float(bdtr(min(only_first, only_second), disputed, 0.5)))  # both tails are alike
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several tests, adjusted so that one below 0.05 is wrong in 5 % of all such families (Holm 1979).
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    order, adjusted, largest = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order.tolist()):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+# --- images that come in groups --------------------------------------------------------------------------------------
+
+
+class Clusters(NamedTuple):
+    """Sums of a value over the images of each of G groups, from which its mean has a cluster-robust standard error.
+
+    Images of a group (of a patient, of a Winoground group) are alike, so that they say less than as many others.
+
+    Attributes:
+        sums_G: Sum of the value over each group (G,), float64.
+        sizes_G: Images of each group (G,), float64.
+    """
+
+    sums_G: np.ndarray
+    sizes_G: np.ndarray
+
+    @classmethod
+    def of(cls, values_B: np.ndarray, groups_B: Sequence[object] | None = None) -> Clusters:
+        """Of the values of images (B,) and the group of each; without groups, each is one by itself."""
+        values_B = np.asarray(values_B, dtype=np.float64)
+        if groups_B is None:
+            return cls(values_B, np.ones(len(values_B)))
+        position = {group: place for place, group in enumerate(dict.fromkeys(groups_B))}
+        group_B = np.array([position[group] for group in groups_B], dtype=np.int64)
+        return cls(np.bincount(group_B, weights=values_B), np.bincount(group_B).astype(np.float64))
+
+    @property
+    def mean(self) -> float:
+        """Mean over images."""
+        return float(self.sums_G.sum() / self.sizes_G.sum())
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean (Miller 2024, "Adding error bars to evals", with G / (G - 1)); NaN of one group.
+
+        With s̄ the mean over all n images: √(G / (G - 1) · Σ over groups of (Σ over its images of (s - s̄))²) / n.
+        """
+        groups = len(self.sums_G)
+        if groups < 2:
+            return math.nan
+        residual_G = self.sums_G - self.mean * self.sizes_G
+        return math.sqrt(groups / (groups - 1) * float(residual_G @ residual_G)) / float(self.sizes_G.sum())
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """Of the mean, by Student's t with G - 1 degrees of freedom; of one group, from -∞ to ∞."""
+        if len(self.sums_G) < 2:
+            return Interval(self.mean, -math.inf, math.inf)
+        half = float(stdtrit(len(self.sums_G) - 1, 0.5 + confidence / 2)) * self.error
+        return Interval(self.mean, self.mean - half, self.mean + half)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of the t-test that the mean is 0; 1 of one group, which says nothing."""
+        if len(self.sums_G) < 2 or self.mean == 0:
+            return 1.0
+        return 2 * float(stdtr(len(self.sums_G) - 1, -abs(self.mean) / self.error)) if self.error else 0.0
+
+    def share(self, confidence: float = 0.95) -> Interval:
+        """Of a value that is 0 or 1: Wilson's interval for the effective number of images, with Student's t.
+
+        The effective number is what as many independent images would need for this standard error (Franco et al. 2019);
+        at most the number of images, and where all values are the same, which says nothing of a group's likeness, the
+        number of groups. Of one group, from 0 to 1.
+        """
+        groups, images, share = len(self.sums_G), float(self.sizes_G.sum()), self.mean
+        if groups < 2:
+            return Interval(share, 0.0, 1.0)
+        if share in (0.0, 1.0):
+            effective = float(groups)
+        else:
+            effective = min(images, share * (1 - share) / max(self.error**2, 1e-300))
+        return _wilson(share, effective, float(stdtrit(groups - 1, 0.5 + confidence / 2)))
+
+
+# --- probabilities ---------------------------------------------------------------------------------------------------
 
 
 class Judged(NamedTuple):

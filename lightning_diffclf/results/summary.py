@@ -137,9 +137,9 @@ class Summary:
         sums: Sums to go on with, changed in place; of no image if omitted.
 
     Attributes:
-        sums: By name, each of which adds up over parts: ``images`` and ``nfe`` (), ``answered``, ``answered_right``,
-            ``top5``, ``proposed`` and ``kept`` (candidates), ``search_nfe`` and ``dropped_draws`` of the ``split``
-            images that say so, all int64 (); ``chance`` (), float64; ``seconds_R`` by rank, float64;
+        sums: By name, each of which adds up over parts: ``images`` and ``nfe`` (), ``reused`` (errors), ``answered``,
+            ``answered_right``, ``top5``, ``proposed`` and ``kept`` (candidates), ``search_nfe`` and ``dropped_draws``
+            of the ``split`` images that say so, all int64 (); ``chance`` (), float64; ``seconds_R`` by rank, float64;
             ``confusion_CA`` (C, C + 1), int64, rows are true classes; ``nfe_C`` by true class, int64; ``right_S`` of
             ``judged_S`` images were right by draw s alone, int64; and those of
             :class:`~lightning_diffclf.results.statistics.Scores`.
@@ -147,7 +147,7 @@ class Summary:
 
     COLUMNS = (
         *("label", "prediction", "top5", "abstained", "candidates_K", "differences_K", "draws_K", "nfe", "dims"),
-        *("choice_S", "seconds", "rank", "search_nfe", "dropped_draws"),
+        *("choice_S", "seconds", "rank", "search_nfe", "dropped_draws", "reused"),
     )
 
     def __init__(self, outline: Outline, sums: dict[str, np.ndarray] | None = None) -> None:
@@ -165,7 +165,8 @@ class Summary:
     def update(self, chunk: Chunk) -> None:
         """Count some more images."""
         for columns in Columns.of(chunk, self.COLUMNS).pieces():
-            self._add(images=len(columns), nfe=columns.numbers("nfe").sum())
+            reused = columns.numbers("reused").clip(min=0).sum()  # unknown in files of earlier versions
+            self._add(images=len(columns), nfe=columns.numbers("nfe").sum(), reused=reused)
             self._add_search(columns)
             np.add.at(self.sums["seconds_R"], columns.numbers("rank"), columns.numbers("seconds"))
             labelled = columns.labelled
@@ -271,8 +272,10 @@ class Summary:
             numbers |= {"accuracy": self.accuracy.value, "accuracy_low": low, "accuracy_high": high}
             numbers["mean_per_class"] = float(np.nanmean(self.per_class))
             numbers |= self.scores.numbers()
-        nfe = int(self.sums["nfe"])
-        numbers |= {"images": images, "nfe_per_image": nfe / images, "speedup": self.exhaustive_nfe / nfe}
+        nfe, reused = int(self.sums["nfe"]), int(self.sums["reused"])
+        numbers |= {"images": images, "nfe_per_image": nfe / images, "speedup": self.exhaustive_nfe / (nfe + reused)}
+        if reused:
+            numbers["reused_per_image"] = reused / images
         numbers |= {"images_per_second": images / seconds if seconds else float("nan"), "seconds": seconds}
         if self.outline.proposes:
             numbers |= self._search_numbers()
@@ -302,7 +305,7 @@ def zeros(outline: Outline) -> dict[str, np.ndarray]:
     """The sums of a :class:`Summary` over no image."""
     classes, draws = outline.num_classes, len(outline.timesteps_S)
     counts = (
-        *("images", "nfe", "answered", "answered_right", "top5", "proposed"),
+        *("images", "nfe", "reused", "answered", "answered_right", "top5", "proposed"),
         *("kept", "split", "search_nfe", "dropped_draws"),
     )
     return (

@@ -120,7 +120,6 @@ def test_it_resumes_and_does_not_mix(clip, root, tmp_path, capsys):
         ({"loss": "l1"}, "loss: l1, .* expected l2"),
         ({"elimination": LikelihoodRatio()}, "elimination: LikelihoodRatio"),
         ({"keep_errors": True}, "keep_errors: true, but ZeroShotCLIP adds no noise"),
-        ({"plan": True}, "plan: true"),
         ({"candidates": [7]}, r"candidates: \[7\], expected indices in 0 … 2"),
     ],
 )

@@ -168,6 +168,7 @@ def table(files: Path) -> dict[type, Changes]:
     recipe = {
         "draws": 3,
         "seed": 1,
+        "grid": 500,
         "loss": "l1",
         "elimination": PairedTest(),
         "weights": "sample",

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from lightning_diffclf.commands import main, run
+from lightning_diffclf.commands.cells import commands_of, folder_of
 from lightning_diffclf.commands.configs import CONFIGS
-from lightning_diffclf.commands.reproduce import commands_of, folder_of, outcome
+from lightning_diffclf.commands.reproduce import outcome
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.results.paper import TABLES
 from tests.baselines.evaluation import evaluate

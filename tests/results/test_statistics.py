@@ -5,14 +5,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import binom, norm
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.classification import MulticlassCalibrationError
 
 from lightning_diffclf.results.statistics import (
+    Clusters,
     Judged,
     Scores,
     ece,
+    holm,
     mcnemar,
     selective_accuracy,
     selective_scores,
@@ -121,3 +124,83 @@ def test_selective_scores_of_few_and_of_hopeless_images():
         "coverage_at_5_risk": 1,
         "risk_at_80_coverage": 0,
     }
+
+
+# --- images that come in groups --------------------------------------------------------------------------------------
+
+
+def test_groups_of_one_are_independent_images():
+    values = np.random.default_rng(0).random(50)
+    alone = Clusters.of(values)
+    assert alone.error == pytest.approx(values.std(ddof=1) / 50**0.5)
+    low, high = stats.t.interval(0.95, 49, loc=values.mean(), scale=alone.error)
+    assert alone.interval() == pytest.approx((values.mean(), low, high))
+    assert alone.p_value == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    again = Clusters.of(values, list(range(50)))
+    assert again.error == pytest.approx(alone.error)
+
+
+def test_the_cluster_robust_error_is_that_of_a_hand_computation():
+    """Miller 2024, equation 4: the usual variance and the covariances within groups; times G / (G - 1)."""
+    values = np.array([1, 1, 0, 1, 0, 0, 0, 1, 1])
+    groups = list("aabbbcddd")
+    mean, total = values.mean(), 0.0
+    for i in range(9):
+        for j in range(9):
+            if groups[i] == groups[j]:
+                total += (values[i] - mean) * (values[j] - mean)
+    assert Clusters.of(values, groups).error == pytest.approx((4 / 3 * total) ** 0.5 / 9)
+    # Repeated images say nothing new: the error is that of the images once.
+    once = Clusters.of(values)
+    five_times = Clusters.of(np.repeat(values, 5), np.repeat(np.arange(9), 5).tolist())
+    assert five_times.error == pytest.approx(once.error)
+    assert five_times.share() == pytest.approx(once.share())
+
+
+def test_intervals_of_groups_at_their_ends():
+    right = Clusters.of(np.ones(40), np.repeat(np.arange(4), 10).tolist())
+    assert right.share().high == 1
+    assert right.share().low == pytest.approx(4 / (4 + stats.t.ppf(0.975, 3) ** 2))  # as four right ones of four
+    single = Clusters.of(np.array([1.0, 0.0]), ["a", "a"])
+    assert single.share() == (0.5, 0, 1)
+    assert single.interval() == (0.5, -np.inf, np.inf)
+    assert single.p_value == 1
+    balanced = Clusters.of(
+        np.array([1.0, 0.0] * 20), np.repeat(np.arange(20), 2).tolist()
+    )  # no variance between groups
+    assert balanced.error == 0
+    assert balanced.share().low == pytest.approx(wilson_by_t(0.5, 40, 19)[0])  # never as if there were more images
+    assert Clusters.of(np.ones(6), list("aabbcc")).p_value == 0
+
+
+def wilson_by_t(share, images, freedom):
+    z2 = stats.t.ppf(0.975, freedom) ** 2
+    half = (z2 * (share * (1 - share) / images + z2 / (4 * images**2))) ** 0.5
+    return [(share + z2 / (2 * images) + side * half) / (1 + z2 / images) for side in (-1, 1)]
+
+
+def test_intervals_cover_the_truth_where_images_of_a_group_are_alike():
+    """Beta-binomial groups of unequal size, accuracy 0.8, correlation 0.5: Wilson's interval is far too narrow."""
+    rng = np.random.default_rng(0)
+    hits = {"groups": 0, "wilson": 0, "difference": 0, "alone": 0}
+    for _ in range(400):
+        sizes = rng.integers(2, 9, 30)
+        groups = np.repeat(np.arange(30), sizes).tolist()
+        first, second = (rng.random(sizes.sum()) < np.repeat(rng.beta(0.8, 0.2, 30), sizes) for _ in range(2))
+        low, high = Clusters.of(first, groups).share()[1:]
+        hits["groups"] += low <= 0.8 <= high
+        low, high = wilson(int(first.sum()), len(first))[1:]
+        hits["wilson"] += low <= 0.8 <= high
+        gain = first.astype(float) - second
+        hits["difference"] += Clusters.of(gain, groups).p_value > 0.05
+        hits["alone"] += Clusters.of(gain).p_value > 0.05
+    assert 0.92 <= hits["groups"] / 400 <= 0.98
+    assert hits["wilson"] / 400 < 0.85
+    assert 0.92 <= hits["difference"] / 400 <= 0.98
+    assert hits["alone"] / 400 < 0.85
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -1,0 +1,103 @@
+"""Cells of a table or a suite: evaluations in folders of their own, each computed in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import read_json, write_json
+from lightning_diffclf.interruption import Left
+from lightning_diffclf.results.paper import Cell
+
+EVALUATION = "evaluation"
+CELL = "cell.json"  # beside it: what it was computed by
+
+PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what evaluations save themselves at
+
+
+def folder_of(out: Path, table: str, cell: Cell) -> Path:
+    """Where a cell's run is: ``OUT/TABLE/ROW/COLUMN``, in letters, digits and dashes."""
+    return out.joinpath(*(slug(part) for part in (table, cell.row, cell.column)))
+
+
+def slug(name: str) -> str:
+    """A name in lower-case letters, digits and dashes.
+
+    Example:
+        >>> slug("OpenCLIP ViT-H/14")
+        'openclip-vit-h-14'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commands_of(cell: Cell, folder: Path, flags: list[str]) -> list[list[str]]:
+    """What computes a cell, as arguments of ``diffclf``; ``flags`` are for the evaluation."""
+    result = f"--out={folder / EVALUATION}"
+    if not cell.training:
+        return [["evaluate", *cell.flags, result, *flags]]
+    checkpoint = f"--ckpt={folder / 'checkpoints' / 'last.ckpt'}"
+    return [["fit", *cell.training, f"--run_dir={folder}"], ["evaluate", checkpoint, *cell.flags, result, *flags]]
+
+
+def is_done(cell: Cell, folder: Path) -> bool:
+    """Whether a cell's evaluation has ended, by the flags that the cell has now, as far as the folder says by which.
+
+    By others, it is computed again: the evaluation finds that its results are the same, or refuses the folder.
+    """
+    if not (folder / EVALUATION / "metrics.json").is_file():
+        return False
+    said = folder / CELL
+    return not said.is_file() or read_json(said, "cell") == _said(cell)
+
+
+def _said(cell: Cell) -> dict[str, Any]:
+    """What computes a cell on any machine: without the flags of a command line."""
+    return {"training": list(cell.training), "flags": list(cell.flags)}
+
+
+def run_cell(cell: Cell, folder: Path, flags: list[str]) -> None:
+    """Compute a cell, each command in a process of its own; what was begun goes on.
+
+    Raises:
+        UserError: if a command fails.
+        Left: if this process was told to end: the command was told so, and has saved what it had.
+    """
+    for command in commands_of(cell, folder, flags):
+        run_command(command, f"{cell.row}, {cell.column}")
+    write_json(_said(cell), folder / CELL, 2, "cell")
+
+
+def run_command(command: list[str], name: str) -> None:
+    """``diffclf COMMAND`` in a process of its own, for the cell ``name``.
+
+    Raises:
+        UserError: if it fails.
+        Left: if this process was told to end, as :func:`run_cell`.
+    """
+    print(f"diffclf {shlex.join(command)}", flush=True)
+    told: list[int] = []
+    with subprocess.Popen([sys.executable, "-m", "lightning_diffclf", *command]) as process:
+
+        def pass_on(number: int, _: Any) -> None:
+            told.append(number)
+            process.send_signal(number)  # a cluster tells all processes; to be told twice does no harm
+
+        before = {number: signal.getsignal(number) for number in PASSED_ON}
+        try:
+            for number, handler in before.items():
+                if handler != signal.SIG_IGN:  # under nohup
+                    signal.signal(number, pass_on)
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+    if told:
+        raise Left(status if status >= 0 else 128 - status)
+    if status:
+        raise UserError(f"{name}: `diffclf {command[0]}` ended with status {status}")
