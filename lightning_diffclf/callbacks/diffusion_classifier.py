@@ -197,7 +197,7 @@ class DiffusionClassifierCallback(L.Callback):
             for name in ("compile", "keep_errors", "reuse"):
                 if getattr(self, name):
                     raise UserError(
-                        f"{name}: given, but {type(pl_module).__name__} adds no noise: it is called once for each "
+                        f"{name}: {str(getattr(self, name)).lower()}, but {type(pl_module).__name__} adds no noise: it is called once for each "
                         "image, and what it says is in predictions.parquet"
                     )
             return DiscriminativeClassifier(pl_module, self.recipe, microbatch=self.microbatch)
