@@ -95,6 +95,7 @@ from lightning_diffclf.commands import main
 main(["report", "a"])
 main(["compare", "a", "b", "--out", "both"])
 main(["merge", "a", "a", "--out", "whole"])
+main(["leaderboard", "a", "b"])
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -106,4 +107,7 @@ main(["merge", "a", "a", "--out", "whole"])
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "agreement" in done.stdout
-    assert all((tmp_path / name).is_file() for name in ("a/report.html", "both/cost.svg", "whole/predictions.parquet"))
+    assert all(
+        (tmp_path / name).is_file()
+        for name in ("a/report.html", "both/cost.svg", "whole/predictions.parquet", "leaderboard.html")
+    )

@@ -195,10 +195,11 @@ class DiffusionClassifierCallback(L.Callback):
         if isinstance(pl_module, Discriminative):
             self.fitting = None
             for name in ("compile", "keep_errors", "reuse"):
-                if getattr(self, name):
+                if value := getattr(self, name):
+                    found, expected = ("true", "false") if value is True else (value, "null")
                     raise UserError(
-                        f"{name}: given, but {type(pl_module).__name__} adds no noise: it is called once for each "
-                        "image, and what it says is in predictions.parquet"
+                        f"{name}: {found}, but {type(pl_module).__name__} adds no noise: it is called once for each "
+                        f"image, and what it says is in predictions.parquet; expected {expected}"
                     )
             return DiscriminativeClassifier(pl_module, self.recipe, microbatch=self.microbatch)
         if not isinstance(pl_module, ConditionalDenoiser):

@@ -52,7 +52,8 @@ class Flight:
         known: Errors of an earlier run.
         measures: Whether distances between predictions are needed.
         slot: Where its x0 lies.
-        todo_N: Rows of this round that need network calls, ascending; all that are not known.
+        todo_N: Rows of this round that need network calls, ascending: all that are not known. A range, which takes no
+            memory, where nothing is known.
         taken: How many of these were given to micro-batches.
         landed: How many of these have come back.
         reused: Errors of all rounds so far that were known.
@@ -74,7 +75,7 @@ class Flight:
     known: KnownErrors | None = None
     measures: bool = False
     slot: int = -1
-    todo_N: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    todo_N: np.ndarray | range = range(0)
     taken: int = 0
     landed: int = 0
     reused: int = 0
@@ -101,7 +102,7 @@ class Flight:
         contest = self.contest
         self.taken = self.landed = 0
         self.errors_N = np.empty(contest.rows, dtype=np.float32)
-        self.todo_N = np.arange(contest.rows)
+        self.todo_N = range(contest.rows)
         if self.known is not None:
             playing_P = self.candidates_K[contest.playing]
             self._known_round = found = self.known.of_round(playing_P, contest.done, contest.stop, self.measures)
@@ -117,8 +118,8 @@ class Flight:
     def completed_by(self, piece: Piece) -> Landed:
         """What came back with the piece that landed last, before the round ends."""
         contest, in_play = self.contest, len(self.contest.playing)
-        ends = np.append(self.todo_N, contest.rows)
-        first, last = (0 if piece.first == 0 else ends[piece.first] // in_play), ends[piece.last] // in_play
+        first = 0 if piece.first == 0 else self._row(piece.first) // in_play
+        last = self._row(piece.last) // in_play
         return Landed(
             self.image_id,
             self.candidates_K[contest.playing],
@@ -126,6 +127,10 @@ class Flight:
             self.errors_N[first * in_play : last * in_play].reshape(-1, in_play).copy(),
             contest.nfe + contest.rows - len(self.todo_N) + self.landed - self.reused,
         )
+
+    def _row(self, place: int) -> int:
+        """The row at a place of those to do; the end of the round after the last of them."""
+        return int(self.todo_N[place]) if place < len(self.todo_N) else self.contest.rows
 
     def end_round(self) -> np.ndarray:
         """Hand the round to the contest; returns the positions of broken candidates."""
@@ -174,7 +179,7 @@ class Piece:
 
     def __post_init__(self) -> None:
         playing = self.flight.contest.playing
-        self.row = self.flight.todo_N[self.first : self.last]
+        self.row = np.asarray(self.flight.todo_N[self.first : self.last])
         self.candidate = self.flight.candidates_K[playing[self.row % len(playing)]]
         self.draw = self.flight.contest.done + self.row // len(playing)
 

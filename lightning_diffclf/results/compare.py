@@ -17,7 +17,7 @@ from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.groups import Grouped
 from lightning_diffclf.results.shown import shown
-from lightning_diffclf.results.statistics import Clusters, Interval, mcnemar, wilson
+from lightning_diffclf.results.statistics import Clusters, Interval, mcnemar, paired_difference, wilson
 from lightning_diffclf.results.summary import Outline, Summary
 
 
@@ -35,7 +35,8 @@ class Comparison:
         only_second: Images that only the second gets right.
         both: Images that both get right.
         neither: Images that neither gets right.
-        difference: Accuracy of the first less that of the second, with a 95 % interval (Student's t, paired).
+        difference: Accuracy of the first less that of the second, with a 95 % interval: Bonett and Price's, or where
+            images come in groups, by Student's t.
         p_value: Of such a difference, or a larger one, between equally accurate classifiers: by McNemar's exact test;
             where images come in groups, by a t-test with a cluster-robust standard error.
         missing: Images that only one of them decided.
@@ -132,7 +133,7 @@ class Paired(NamedTuple):
         gain_B = first_B.astype(np.float64) - second_B
         if group_B.isna().all():
             only = int((first_B & ~second_B).sum()), int((second_B & ~first_B).sum())
-            return cls(Clusters.of(gain_B).interval(), mcnemar(*only), None)
+            return cls(paired_difference(*only, len(gain_B)), mcnemar(*only), None)
         alone = group_B.isna().to_numpy()
         named = [(i,) if single else group for i, (single, group) in enumerate(zip(alone, group_B, strict=True))]
         clusters = Clusters.of(gain_B, named)

@@ -204,10 +204,10 @@ def cells(one: Standing) -> list[str]:
 
 NOTE = (
     "Accuracy with its 95 % interval: Wilson's, or where images come in groups, for as many independent images as they "
-    "are worth. Behind the best: difference of accuracies in points, with the 95 % interval of a paired t-test; p is "
-    "that of McNemar's exact test (of a cluster-robust t-test, in groups), adjusted for all runs of the board by "
-    "Holm's method. The best is the one that looked best, which the interval does not know. Nothing is said of runs "
-    "that decided other images. NFE are network calls, those of a proposal included."
+    "are worth. Behind the best: difference of accuracies in points, with a 95 % interval (Bonett and Price's, of a "
+    "t-test in groups); p is that of McNemar's exact test (of a cluster-robust t-test in groups), adjusted for all "
+    "runs of the board by Holm's method. The best is the one that looked best, which the interval does not know. "
+    "Nothing is said of runs that decided other images. NFE are network calls, those of a proposal included."
 )
 
 

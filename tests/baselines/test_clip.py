@@ -1,5 +1,6 @@
 """CLIP as transformers itself runs it, through our data, store and report."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel, pipeline
 
-from lightning_diffclf import LikelihoodRatio
+from lightning_diffclf import DiffusionClassifierCallback, LikelihoodRatio
 from lightning_diffclf.baselines.clip import ZeroShotCLIP
 from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.results.report import write_report
-from tests.baselines.evaluation import evaluate
+from tests.baselines.evaluation import evaluate, trainer
 from tests.baselines.tiny_clip import write_clip
 
 CLASSES = ("cat", "dog", "owl")
@@ -127,6 +128,20 @@ def test_what_means_nothing_without_noise_is_refused(clip, root, tmp_path, setti
     with pytest.raises(ValueError, match=message):
         evaluate(tmp_path / "out", ZeroShotCLIP(clip), ZeroShotDataModule(root=str(root), num_workers=0), **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_one_call_for_each_image(clip, root, tmp_path):
+    data = ZeroShotDataModule(root=str(root), num_workers=0, eval_batch_size=4)
+    file = tmp_path / "plan.json"
+    callback = DiffusionClassifierCallback(plan=True, plan_file=str(file), microbatch=4)
+    trainer(callbacks=[callback]).test(ZeroShotCLIP(clip), data, verbose=False)
+    plan = json.loads(file.read_text())
+    assert (plan["images"], plan["candidates"], plan["nfe_per_image"], plan["nfe"]) == (12, 3, 1, 12)
+    assert plan["exact"]
+    assert plan["flops_per_row"] > 0
+    assert plan["hours"] == pytest.approx(12 / plan["rows_per_second"] / 3600)
+    with pytest.raises(ValueError, match=r"plan_file: 'plan.json', but nothing is planned"):
+        DiffusionClassifierCallback(plan_file="plan.json")
 
 
 def test_what_cannot_be_loaded(clip, tmp_path):

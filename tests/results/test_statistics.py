@@ -17,6 +17,7 @@ from lightning_diffclf.results.statistics import (
     ece,
     holm,
     mcnemar,
+    paired_difference,
     selective_accuracy,
     selective_scores,
     wilson,
@@ -198,6 +199,22 @@ def test_intervals_cover_the_truth_where_images_of_a_group_are_alike():
     assert hits["wilson"] / 400 < 0.85
     assert 0.92 <= hits["difference"] / 400 <= 0.98
     assert hits["alone"] / 400 < 0.85
+
+
+def test_the_interval_of_a_paired_difference_covers_it_and_has_a_width():
+    p, q = 26 / 302, 11 / 302  # Bonett and Price's formula
+    half = norm.ppf(0.975) * ((p + q - (p - q) ** 2) / 302) ** 0.5
+    assert paired_difference(25, 10, 300) == pytest.approx((15 / 300, p - q - half, p - q + half))
+    same = paired_difference(0, 0, 60)
+    assert same.value == 0
+    assert same.low == pytest.approx(-same.high)
+    assert 0.04 < same.high < 0.06
+    rng = np.random.default_rng(1)
+    hits = 0
+    for first, second, _, _ in rng.multinomial(80, [0.08, 0.03, 0.8, 0.09], 2000):
+        low, high = paired_difference(int(first), int(second), 80)[1:]
+        hits += low <= 0.05 <= high
+    assert 0.935 <= hits / 2000 <= 0.975
 
 
 def test_holm_by_hand():
