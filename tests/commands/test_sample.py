@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from lightning_diffclf import ClassConditionalDiT
 from lightning_diffclf.commands import run
 from lightning_diffclf.commands.sample import chosen_classes, network_of
-from lightning_diffclf.models.published import config_of, to_diffusers
+from lightning_diffclf.models.export import to_diffusers
+from lightning_diffclf.models.published import config_of
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder
 
