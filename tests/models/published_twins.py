@@ -191,12 +191,11 @@ def edm2(side=8, channels=4, widths=(64, 128), blocks=1, attention=(4,), classes
     return {(name if name.startswith("logvar") else prefix + name): value for name, value in w.items()}
 
 
-def edm2_denoised(w, x_t, sigma, y, prefix=""):
+def edm2_denoised(w, x_t, sigma, y):
     """D(x; sigma) of the paper: preconditioning (table 1, EDM) around the network."""
     s = sigma[:, None, None, None]
     total = (s**2 + 0.25).sqrt()
-    weights = {name.removeprefix(prefix): value for name, value in w.items()}
-    return 0.25 / total**2 * x_t + 0.5 * s / total * edm2_forward(weights, x_t / total, sigma.log() / 4, y)
+    return 0.25 / total**2 * x_t + 0.5 * s / total * edm2_forward(w, x_t / total, sigma.log() / 4, y)
 
 
 def rms_normed(x, axes):

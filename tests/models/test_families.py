@@ -137,11 +137,13 @@ def test_edm2(prefix, tmp_path):
     w, (x, _, y) = twins.edm2(prefix=prefix, **sizes), inputs()
     found = read_network(written(tmp_path, w))
     sigma = torch.tensor([0.01, 0.2, 1.0, 5.0, 70.0])
-    x_t = x * (1 + sigma[:, None, None, None])
-    denoised = twins.edm2_denoised(w, x_t, sigma, y, prefix)
-    ours = x_t - sigma[:, None, None, None] * noise_of(found, x_t, sigma, y)
-    torch.testing.assert_close(ours, denoised, **CLOSE)
+    scale = 1 + sigma[:, None, None, None]
+    x_t = x * scale
     given, time = found.schedule.network_rows(x_t, sigma)
+    own = {name.removeprefix(prefix): value for name, value in w.items()}
+    torch.testing.assert_close(found.net(given, time, y), twins.edm2_forward(own, given, time, y), **CLOSE)
+    denoised = x_t - sigma[:, None, None, None] * noise_of(found, x_t, sigma, y)
+    torch.testing.assert_close(denoised / scale, twins.edm2_denoised(own, x_t, sigma, y) / scale, **CLOSE)
     embedded = found.net(given, time, found.net.y_embedder(y))
     torch.testing.assert_close(embedded, found.net(given, time, y), **CLOSE)
     assert found.net.null_label is None
