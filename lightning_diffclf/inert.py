@@ -19,11 +19,13 @@ CLASSES: Mapping[str, frozenset[str]] = {
     "model": frozenset(
         {
             "lightning_diffclf.ClassConditionalDiT",
+            "lightning_diffclf.PublishedNetwork",
             "lightning_diffclf.ZeroShotStableDiffusion",
             "lightning_diffclf.baselines.clip.ZeroShotCLIP",
             "lightning_diffclf.baselines.timm_classifier.TimmClassifier",
             "lightning_diffclf.baselines.timm_classifier.TimmFromScratch",
             "lightning_diffclf.modules.class_conditional_dit.ClassConditionalDiT",
+            "lightning_diffclf.modules.published_network.PublishedNetwork",
             "lightning_diffclf.modules.zero_shot_sd.ZeroShotStableDiffusion",
         }
     ),

@@ -97,3 +97,19 @@ class AsksAboutClasses:
         """The network's class of each candidate (N,)."""
         rows = self.asked(candidate.device).rows
         return candidate if rows is None else rows[candidate]
+
+
+def chosen_classes(text: str, names: Sequence[str], what: str = "classes") -> list[int]:
+    """Numbers of classes that are given by name or number, with commas between them, or ``all``; each once.
+
+    Raises:
+        ValueError: if one is unknown, or there is none; ``what`` is what they were given for.
+    """
+    if text == "all":
+        return list(range(len(names)))
+    number_of = {str(c): c for c in range(len(names))} | {name: c for c, name in reversed(list(enumerate(names)))}
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in words if word not in number_of]
+    if unknown or not words:
+        raise UserError(f"{what}: {unknown or text!r}, expected names or numbers 0 … {len(names) - 1}, or all")
+    return list(dict.fromkeys(number_of[word] for word in words))

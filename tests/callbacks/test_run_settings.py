@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -33,6 +34,7 @@ from lightning_diffclf import (
     LinearProbe,
     NoiseSchedule,
     PairedTest,
+    PublishedNetwork,
     ZeroShotStableDiffusion,
 )
 from lightning_diffclf.baselines.clip import ZeroShotCLIP
@@ -52,6 +54,7 @@ from lightning_diffclf.models.pipeline import load
 from tests.baselines.tiny_clip import write_clip
 from tests.baselines.tiny_timm import write_timm
 from tests.gaussians import Gaussians, Samples
+from tests.models import published_twins as twins
 from tests.photos import autoencoder, photos
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +194,10 @@ def table(files: Path) -> dict[type, Changes]:
         ImageFolderDataModule: Changes({"root": str(files / "more"), "size": 8, "val_share": 0}, own_images),
         WinogroundDataModule: Changes({}, {"source": str(files / "groups"), "size": 8}),
         ClassConditionalDiT: Changes(TINY | {"learn_sigma": False}, dit),
+        PublishedNetwork: Changes(
+            {"weights": published_weights(files), "family": "sit", "num_heads": 4},
+            {"class_names": ["a", "b", "c"], "none_of_these": True},
+        ),
         ZeroShotStableDiffusion: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd),
         ZeroShotCLIP: Changes({"pretrained": write_clip(files / "clip"), "class_names": ["a", "b"]}, clip),
         TimmClassifier: Changes(
@@ -203,6 +210,12 @@ def table(files: Path) -> dict[type, Changes]:
         ),
         Recipe: Changes({}, recipe),
     }
+
+
+def published_weights(folder: Path) -> str:
+    """A tiny network on pixels, as others publish it."""
+    save_file(twins.transformer(classes=3, channels=3), folder / "published.safetensors")
+    return str(folder / "published.safetensors")
 
 
 def parts_of_runs() -> list[type]:
