@@ -156,7 +156,7 @@ def test_latents_are_decoded(tmp_path):
 def test_published_weights_say_their_sizes(tmp_path):
     weights = load_file(GOLDEN / "dit" / "dit_tiny.safetensors")
     torch.save(weights, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"wide, expected one of \[384, 768, 1024, 1152\]"):
+    with pytest.raises(ValueError, match=r"wide, expected one of \[384, 768, 1024, 1152, 1536, 1792\]"):
         config_of(tmp_path / "weights.pt")
     module = checkpoint(tmp_path)
     to_diffusers(module.net).save_pretrained(tmp_path / "pipeline" / "transformer")
