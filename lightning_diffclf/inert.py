@@ -31,6 +31,7 @@ CLASSES: Mapping[str, frozenset[str]] = {
     ),
     "data": frozenset(
         {
+            "lightning_diffclf.data.caption_pairs.CaptionPairsDataModule",
             "lightning_diffclf.data.clip_benchmark.ClipBenchmarkDataModule",
             "lightning_diffclf.data.digit_scenes.DigitScenesDataModule",
             "lightning_diffclf.data.digits.DigitPairsDataModule",
@@ -38,6 +39,8 @@ CLASSES: Mapping[str, frozenset[str]] = {
             "lightning_diffclf.data.digits.DigitsDataModule",
             "lightning_diffclf.data.image_folder.ImageFolderDataModule",
             "lightning_diffclf.data.imagenet.ImageNetDataModule",
+            "lightning_diffclf.data.medmnist.MedMNISTDataModule",
+            "lightning_diffclf.data.parquet.ParquetDataModule",
             "lightning_diffclf.data.winoground.WinogroundDataModule",
             "lightning_diffclf.data.zero_shot.ZeroShotDataModule",
         }
