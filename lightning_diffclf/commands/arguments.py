@@ -316,7 +316,11 @@ def evaluate(args: Sequence[str]) -> Namespace:
         "--data.eval_batch_size 16, --trainer.accelerator gpu); see `diffclf test --help`.",
         allow_abbrev=False,
     )
-    own.add_argument("--ckpt", help="checkpoint; a run of ours needs nothing else")
+    own.add_argument(
+        "--ckpt",
+        help="checkpoint; a run of ours needs nothing else. Or published weights: a file, or "
+        "hf://OWNER/REPOSITORY/FILE",
+    )
     own.add_argument("-c", "--config", action="append", default=[], help="YAML file, or the name of one in configs/")
     own.add_argument("--run_dir", help="folder of the run (default: the checkpoint's, or what --config says)")
     own.add_argument("--out", help="folder for the results (default: `evaluation` in the folder of the run)")

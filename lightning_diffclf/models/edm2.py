@@ -38,7 +38,8 @@ def silu(x: Tensor) -> Tensor:
 
 def mix(a: Tensor, b: Tensor, share: float = 0.5) -> Tensor:
     """Weighted sum that keeps magnitudes (equation 88)."""
-    return a.lerp(b, share) / math.hypot(1 - share, share)
+    total = math.hypot(1 - share, share)
+    return a * ((1 - share) / total) + b * (share / total)
 
 
 def join(a: Tensor, b: Tensor) -> Tensor:

@@ -163,6 +163,19 @@ def test_edm2_gives_its_autoencoder_pixels_from_0_to_1(tmp_path):
     torch.testing.assert_close(own.decode(latents), decoded, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["edm2", "dit", "lightningdit_1", "lightningdit_3"])
+@torch.no_grad()
+def test_in_half_precision_by_autocast(name, tmp_path):
+    w = twins.edm2() if name == "edm2" else twins.transformer(**SWITCHES[name])
+    found = read_network(written(tmp_path, w), name.partition("_")[0], num_heads=4)
+    x, t, y = inputs()
+    expected = found.net(x, t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = found.net(x, t, y)
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - expected).std() < 0.05 * expected.std()
+
+
 def test_a_network_on_pixels_has_no_autoencoder(tmp_path):
     assert read_network(written(tmp_path, twins.edm2(channels=3))).vae is None
     assert read_network(written(tmp_path, twins.transformer(channels=3)), "sit", num_heads=4).vae is None
