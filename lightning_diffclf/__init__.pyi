@@ -23,6 +23,7 @@ from lightning_diffclf.denoiser import SearchableDenoiser as SearchableDenoiser
 from lightning_diffclf.discriminative import Discriminative as Discriminative
 from lightning_diffclf.models.dit import DiT as DiT
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT as ClassConditionalDiT
+from lightning_diffclf.modules.published_network import PublishedNetwork as PublishedNetwork
 from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion as ZeroShotStableDiffusion
 from lightning_diffclf.schedule import NoiseSchedule as NoiseSchedule
 from lightning_diffclf.zero_shot import pipeline as pipeline

@@ -6,10 +6,9 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -25,7 +24,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.progress import described, listening
 from lightning_diffclf.results.conformal import CalibrationRun
-from lightning_diffclf.zero_shot import RECIPE, pipeline
+from lightning_diffclf.zero_shot import ZeroShotClassifier
 
 
 @dataclass(frozen=True)
@@ -60,34 +59,30 @@ class Answer:
 
 def classify(
     images: Sequence[str],
-    labels: Sequence[str],
-    model: str,
-    recipe: Recipe = RECIPE,
-    templates: Sequence[str] = ("a photo of a {}.",),
-    revision: str | None = None,
-    microbatch: int = 32,
-    device: str = "auto",
-    dtype: str = "auto",
-    size: int | None = None,
+    load: Callable[[], ZeroShotClassifier],
     skip_bad: bool = False,
-    calibration: str | None = None,
+    calibration: CalibrationRun | None = None,
 ) -> Iterator[Answer]:
-    """Classify image files by a text-to-image model; arguments as ``diffclf classify --help`` explains them.
+    """Classify image files.
+
+    Args:
+        images: Files, folders or patterns.
+        load: Makes the classifier, once the files have been looked at.
+        skip_bad: Go on where an image cannot be read.
+        calibration: What conformal sets are calibrated on, where the recipe asks for them.
 
     Yields:
         An answer for each image, in order.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if labels, files or the model are wrong: before any work, except for broken images.
+        ValueError: if files, or what the classifier is made of, are wrong: before any work, except for broken images.
     """
     files = find_images(images)
     if not skip_bad:
         for path in files:
             open_image(path)
-    settings: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "size": size}
-    calibrated = None if recipe.coverage is None else _calibrated(recipe, calibration)
-    zero_shot = pipeline(model, labels, templates=templates, recipe=recipe, microbatch=microbatch, **settings)
+    zero_shot, calibrated = load(), calibration
     if calibrated is not None:
         c = zero_shot.classifier
         module = calibrated.settings.identity.get("module", {}) | {"denoiser": identity_of(c.denoiser)}
@@ -110,16 +105,20 @@ def classify(
             yield found
 
     start = time.perf_counter()
+    asked = zero_shot.classifier.denoiser.candidates
+    names, known = asked.class_names, asked.classes
+    some = zero_shot.classifier.recipe.candidates or range(len(known))
+    labels = list(dict.fromkeys(names[known[c]] for c in some))
     for result in zero_shot.run(pixels()):
         best: dict[str, int] = {}  # of the candidates of each label
         for i in result.ranking:
-            best.setdefault(labels[result.candidates.classes[int(result.candidates_K[i])]], i)
+            best.setdefault(names[known[int(result.candidates_K[i])]], i)
         probabilities = dict(result.top(len(labels)))
         probabilities |= {label: 0.0 for label in labels if label not in probabilities}  # which a search left out
         now = time.perf_counter()
         yield Answer(
             image=str(waiting.popleft()),
-            prediction=None if result.prediction is None else labels[result.prediction],
+            prediction=None if result.prediction is None else names[result.prediction],
             probabilities=probabilities,
             behind={one: float(result.differences_K[best[one]]) if one in best else None for one in probabilities},
             draws={one: int(result.draws_K[best[one]]) if one in best else 0 for one in probabilities},
@@ -132,8 +131,16 @@ def classify(
         start = now
 
 
-def _calibrated(recipe: Recipe, calibration: str | None) -> CalibrationRun:
-    if calibration is None or recipe.coverage is None:
+def calibrated_by(recipe: Recipe, calibration: str | None) -> CalibrationRun | None:
+    """The run that conformal sets are calibrated on; None where the recipe asks for none.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it cannot be used, or none is given.
+    """
+    if recipe.coverage is None:
+        return None
+    if calibration is None:
         raise UserError(
             "coverage: nothing to calibrate on, expected --calibration RUN: an evaluation of labelled images by the "
             "same model, labels, prompts and recipe"

@@ -41,10 +41,12 @@ from lightning_diffclf.commands.open_settings import complete
 from lightning_diffclf.commands.parser import Plain
 from lightning_diffclf.commands.trainer_settings import check_trainer, integers_first, refusals
 from lightning_diffclf.errors import UserError, user_error
+from lightning_diffclf.hub import local_file
 from lightning_diffclf.inert import CLASSES, check_inert, for_evaluation, read_settings
 from lightning_diffclf.models.published import is_published, load_published, read_published
 from lightning_diffclf.modules.checkpoints import check_checkpoint, check_classes, read_checkpoint
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.modules.published_network import PublishedNetwork
 from lightning_diffclf.progress import listening
 
 __all__ = ["CONFIG_KEY", "DiffClfCLI", "evaluate", "evaluation_config", "main", "train"]
@@ -257,6 +259,9 @@ class DiffClfCLI(LightningCLI):
 
     def _load_weights(self, path: str) -> None:
         """Put published weights, or the averaged ones of a checkpoint, into the module."""
+        if isinstance(self.model, PublishedNetwork):
+            self.model.load(path)
+            return
         if not isinstance(self.model, ClassConditionalDiT):
             raise UserError(
                 f"checkpoint: {path!r} has weights for a ClassConditionalDiT, not {type(self.model).__name__}"
@@ -324,12 +329,13 @@ def evaluate_command(given: Namespace) -> None:
 
 def _of_test(given: Namespace) -> list[str]:
     """The arguments of ``diffclf evaluate`` as those of ``test``."""
-    configs = [evaluation_config(given.ckpt, given.trust_checkpoint)] if not given.config else given.config
+    ckpt = None if given.ckpt is None else str(local_file(given.ckpt))
+    configs = [evaluation_config(ckpt, given.trust_checkpoint)] if not given.config else given.config
     part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
-    run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(given.ckpt, configs)
+    run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(ckpt, configs)
     out = given.out or f"{run_dir / 'evaluation'}{part}"
     kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
-    from_checkpoint = [f"--ckpt_path={given.ckpt}"] if given.ckpt else []
+    from_checkpoint = [f"--ckpt_path={ckpt}"] if ckpt else []
     return [
         "test",
         *[f"--config={config}" for config in configs],

@@ -19,16 +19,19 @@ CLASSES: Mapping[str, frozenset[str]] = {
     "model": frozenset(
         {
             "lightning_diffclf.ClassConditionalDiT",
+            "lightning_diffclf.PublishedNetwork",
             "lightning_diffclf.ZeroShotStableDiffusion",
             "lightning_diffclf.baselines.clip.ZeroShotCLIP",
             "lightning_diffclf.baselines.timm_classifier.TimmClassifier",
             "lightning_diffclf.baselines.timm_classifier.TimmFromScratch",
             "lightning_diffclf.modules.class_conditional_dit.ClassConditionalDiT",
+            "lightning_diffclf.modules.published_network.PublishedNetwork",
             "lightning_diffclf.modules.zero_shot_sd.ZeroShotStableDiffusion",
         }
     ),
     "data": frozenset(
         {
+            "lightning_diffclf.data.caption_pairs.CaptionPairsDataModule",
             "lightning_diffclf.data.clip_benchmark.ClipBenchmarkDataModule",
             "lightning_diffclf.data.digit_scenes.DigitScenesDataModule",
             "lightning_diffclf.data.digits.DigitPairsDataModule",
@@ -36,6 +39,8 @@ CLASSES: Mapping[str, frozenset[str]] = {
             "lightning_diffclf.data.digits.DigitsDataModule",
             "lightning_diffclf.data.image_folder.ImageFolderDataModule",
             "lightning_diffclf.data.imagenet.ImageNetDataModule",
+            "lightning_diffclf.data.medmnist.MedMNISTDataModule",
+            "lightning_diffclf.data.parquet.ParquetDataModule",
             "lightning_diffclf.data.winoground.WinogroundDataModule",
             "lightning_diffclf.data.zero_shot.ZeroShotDataModule",
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from http.client import HTTPException
 from io import BytesIO
@@ -119,11 +119,18 @@ class ZeroShotClassifier:
         classifier: Classifies pixels (B, 3, H, W).
         device: Where it runs.
         size: Height and width that images are resized and cropped to.
+        prepare: How, where it is not the crop that covers it: takes an image in RGB to (C, H, W) in [-1, 1].
     """
 
-    def __init__(self, classifier: DiffusionClassifier, device: torch.device, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        classifier: DiffusionClassifier,
+        device: torch.device,
+        size: tuple[int, int],
+        prepare: Callable[[Image.Image], Tensor] | None = None,
+    ) -> None:
         self.classifier, self.device, self.size = classifier, device, size
-        self._prepare = transform(*size)
+        self._prepare = prepare or transform(*size)
 
     def __call__(
         self, images: Picture | Sequence[Picture], top_k: int | None = None

@@ -19,6 +19,10 @@ TOPS = {
     "fsdp.yaml",
     "clip.yaml",
     "timm.yaml",
+    "sit_256.yaml",
+    "repa_256.yaml",
+    "lightningdit_256.yaml",
+    "edm2_512.yaml",
     "on_imagenet_r.yaml",
     "on_imagenet_sketch.yaml",
 }
@@ -127,6 +131,17 @@ def test_clip_takes_the_place_of_stable_diffusion(name, capsys):
     assert values["model"]["init_args"]["prompts"] == below["model"]["init_args"]["prompts"]
     assert values["data"]["init_args"] == below["data"]["init_args"] | {"size": None}
     assert (values["classifier"]["draws"], values["classifier"]["elimination"]) == (None, None)
+
+
+@pytest.mark.parametrize("layer", ["sit_256", "repa_256", "lightningdit_256", "edm2_512"])
+def test_networks_of_others_on_imagenet(layer, capsys):
+    values, dit = parsed(capsys, f"{layer}.yaml", "on_imagenet.yaml"), parsed(capsys, "dit_256_imagenet.yaml")
+    assert values["model"]["class_path"].endswith("PublishedNetwork")
+    assert values["model"]["init_args"]["family"] == layer.partition("_")[0]
+    assert values["run_dir"] == f"runs/{layer}"
+    assert values["data"]["init_args"] == dit["data"]["init_args"] | {"size": None}
+    assert values["classifier"] == dit["classifier"]
+    assert f"--config {layer}.yaml --config on_imagenet.yaml" in (CONFIGS / f"{layer}.yaml").read_text()
 
 
 @pytest.mark.parametrize("data", ["imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet"])

@@ -18,7 +18,7 @@ pyarrow pytorch_lightning rich sklearn tensorboard torch_fidelity torchmetrics t
 NETWORKS = """accelerate diffusers lightning sklearn timm torch torchmetrics torchvision transformers"""
 PUBLIC = """DiT NoiseSchedule ConditionalDenoiser SearchableDenoiser Candidates DiffusionClassifier Classification Draws
 Recipe Elimination Exhaustive Stages PairedTest LikelihoodRatio GradientSearch Posterior DiffusionClassifierCallback EMA
-ClassConditionalDiT ZeroShotStableDiffusion"""
+ClassConditionalDiT PublishedNetwork ZeroShotStableDiffusion"""
 
 
 def python(*args: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -24,6 +23,7 @@ from lightning_diffclf.data.digit_scenes import WORDS
 from lightning_diffclf.data.images import transform
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.pipeline import PipelineDenoiser, load
+from lightning_diffclf.trained import open_network
 from lightning_diffclf.zero_shot import LATENT_INFLATION, RECIPE, asked, placed
 
 TINY = "assets/sd_digits"
@@ -129,10 +129,10 @@ class TextToImage:
 
 
 class ClassConditional:
-    """A network that was trained here, which can be asked about its classes, or some of them.
+    """A network with classes of its own, which can be asked about them, or some of them.
 
     Args:
-        name: Checkpoint that ``fit`` wrote.
+        name: Checkpoint that ``fit`` wrote, or weights that others published, where these tell their family.
         vae: Autoencoder in place of its own.
         device: As in :func:`~lightning_diffclf.pipeline`.
 
@@ -143,22 +143,13 @@ class ClassConditional:
 
     def __init__(self, name: str, vae: str | None = None, device: str = "auto") -> None:
         self.name, self.device = name, placed(device)[0]
-        trained = DiffusionClassifier.from_checkpoint(Path(name), vae=vae)
-        self._recipe = trained.recipe
-        self._module = module = trained.denoiser.to(self.device)  # type: ignore[attr-defined]
-        self.classes: Sequence[str] | None = module.candidates.names
-        self.labels: Sequence[str] = module.candidates.names
-        self._channels, height, width = module.image_shape
-        self._inflation = 1.0
-        if module.hparams["latents"]:
-            if module.hparams["vae"] is None:
-                raise UserError(f"vae: none given, but {name!r} works on latents; expected --vae, an autoencoder")
-            factor = module.autoencoder.factor
-            self._channels, height, width = 3, height * factor, width * factor
-            self._inflation = LATENT_INFLATION
-        self.size = height, width
+        self._network = network = open_network(name, self.device, vae)
+        self.classes: Sequence[str] | None = network.module.candidates.names
+        self.labels: Sequence[str] = network.module.candidates.names
+        self.size = network.size
+        height, width = self.size
         self.kind = f"trained on {len(self.labels):,} classes; sees {height} × {width} pixels" + ", grey" * (
-            self._channels == 1
+            network.channels == 1
         )
 
     def classifier(self, labels: Sequence[str], rule: str, draws: int) -> DiffusionClassifier:
@@ -169,14 +160,12 @@ class ClassConditional:
             if label in labels[:position]:
                 raise UserError(f"labels: {label!r} occurs twice")
         recipe = replace(
-            self._recipe,
+            self._network.recipe,
             draws=draws,
-            elimination=rule_of(rule, draws, len(labels), self._inflation),
+            elimination=rule_of(rule, draws, len(labels), self._network.inflation),
             candidates=[known.index(label) for label in labels],
         )
-        return DiffusionClassifier(self._module, recipe, microbatch=MICROBATCH)
+        return DiffusionClassifier(self._network.module, recipe, microbatch=MICROBATCH)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """By the crop that training uses, or where the network is not square, the one that covers it."""
-        crop = transform(*self.size, crop="published" if self.size[0] == self.size[1] else "covering")
-        return crop(image.convert("L") if self._channels == 1 else image)
+        return self._network.prepare(image)

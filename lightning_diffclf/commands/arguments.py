@@ -69,11 +69,28 @@ def classify(args: Sequence[str]) -> Namespace:
     parser = Parser(
         prog="diffclf classify",
         description="Which label fits an image best, by a text-to-image model: the one whose prompt lets it predict "
-        "noise in the image best. LikelihoodRatio drops labels early, or --elimination. Probabilities "
+        "noise in the image best; or, with --ckpt, by a network with classes of its own. LikelihoodRatio drops labels "
+        "early, or --elimination. Probabilities "
         "are those of a softmax with --temperature; see docs/results.md.",
     )
     parser.add_argument("images", type=str, nargs="+", help="files, folders or patterns")
-    parser.add_argument("--labels", type=str, required=True, help='labels with commas between them: "cat,dog,horse"')
+    parser.add_argument(
+        "--labels",
+        type=str | None,
+        default=None,
+        help='labels with commas between them: "cat,dog,horse"; of --ckpt: names or numbers of classes (default: all)',
+    )
+    parser.add_argument(
+        "--ckpt",
+        type=str | None,
+        default=None,
+        help="checkpoint of a training, or published weights of DiT, SiT, REPA-E, LightningDiT or EDM2: a file, or "
+        "hf://OWNER/REPOSITORY/FILE",
+    )
+    parser.add_argument(
+        "--family", type=str | None, default=None, help="of published weights that do not tell it: dit or sit"
+    )
+    parser.add_argument("--vae", type=str | None, default=None, help="autoencoder in place of the one of --ckpt")
     parser.add_argument(
         "--template", type=str, action="append", default=None, help="prompt; {} is the label; may be repeated"
     )
@@ -301,7 +318,11 @@ def evaluate(args: Sequence[str]) -> Namespace:
         "--data.eval_batch_size 16, --trainer.accelerator gpu); see `diffclf test --help`.",
         allow_abbrev=False,
     )
-    own.add_argument("--ckpt", help="checkpoint; a run of ours needs nothing else")
+    own.add_argument(
+        "--ckpt",
+        help="checkpoint; a run of ours needs nothing else. Or published weights: a file, or "
+        "hf://OWNER/REPOSITORY/FILE",
+    )
     own.add_argument("-c", "--config", action="append", default=[], help="YAML file, or the name of one in configs/")
     own.add_argument("--run_dir", help="folder of the run (default: the checkpoint's, or what --config says)")
     own.add_argument("--out", help="folder for the results (default: `evaluation` in the folder of the run)")

@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.hub import AUTOENCODER
-from lightning_diffclf.models.published import export_pipeline
+from lightning_diffclf.models.export import export_pipeline
 from lightning_diffclf.modules.checkpoints import trained_module
 
 

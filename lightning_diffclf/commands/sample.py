@@ -14,11 +14,12 @@ from torch import Tensor
 from lightning_diffclf.commands.running import on_first_process, progress
 from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.files import replacing, write_json
-from lightning_diffclf.hub import AUTOENCODER
+from lightning_diffclf.hub import AUTOENCODER, local_file
 from lightning_diffclf.identity import digest_of_weights, identity_of
 from lightning_diffclf.models.published import config_of, is_published, load_published
 from lightning_diffclf.modules.checkpoints import trained_module
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.modules.conditions import chosen_classes
 from lightning_diffclf.results.figures import save_image_grid
 from lightning_diffclf.results.settings import differences
 
@@ -31,7 +32,7 @@ def sample_command(given: Namespace) -> None:
     """``diffclf sample``: a grid, or a folder with one file for each image."""
     check_at_least(1, per_class=given.per_class, batch_size=given.batch_size)
     module = network_of(given.ckpt, given.vae, given.schedule).eval()
-    classes, out = chosen_classes(given.classes, module), Path(given.out)
+    classes, out = chosen_classes(given.classes, module.candidates.names), Path(given.out)
     into_grid = out.suffix.lower() in GRID_SUFFIXES
     wanted = [(c, number) for c in classes for number in range(given.per_class)]
     if into_grid and len(wanted) > GRID_IMAGES:
@@ -92,6 +93,7 @@ def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT
         FileNotFoundError: if there is nothing.
         ValueError: if it cannot be read.
     """
+    path = str(local_file(path))
     if not Path(path).exists():
         raise MissingFile(f"checkpoint: no file or folder {path!r}")
     if not is_published(path):
@@ -103,23 +105,6 @@ def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT
     module = ClassConditionalDiT(**config, schedule=schedule, vae=vae or own)  # type: ignore[arg-type]
     load_published(module.net, module.schedule, path)
     return module
-
-
-def chosen_classes(text: str, module: ClassConditionalDiT) -> list[int]:
-    """Numbers of classes that are given by name or number, or ``all``.
-
-    Raises:
-        ValueError: if one is unknown, or there is none.
-    """
-    names = module.candidates.names
-    if text == "all":
-        return list(range(len(names)))
-    number_of = {str(c): c for c in range(len(names))} | {name: c for c, name in reversed(list(enumerate(names)))}
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    unknown = [word for word in words if word not in number_of]
-    if unknown or not words:
-        raise UserError(f"classes: {unknown or text!r}, expected names or numbers 0 … {len(names) - 1}, or all")
-    return list(dict.fromkeys(number_of[word] for word in words))
 
 
 def prepare_folder(out: Path, settings: dict[str, object]) -> None:

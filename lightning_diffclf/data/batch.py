@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_diffclf.errors import WrongType
+from lightning_diffclf.errors import UserError, WrongType
 
 
 class Batch(NamedTuple):
@@ -62,3 +62,10 @@ def _listed(ids: Any) -> list[int | str] | None:
 def content_ids(images: Tensor) -> list[str]:
     """Ids for images that come without: a digest of their values, so that results still do not depend on order."""
     return [hashlib.blake2b(one.numpy().tobytes(), digest_size=12).hexdigest() for one in images.detach().float().cpu()]
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raise ValueError unless all values are pixels in [-1, 1]; waits for the device."""
+    low, high = (float(v) for v in images.detach().aminmax())
+    if not (low >= -1.001 and high <= 1.001):  # also refuses NaN
+        raise UserError(f"images: values in [{low:.4g}, {high:.4g}], expected pixels in [-1, 1]")

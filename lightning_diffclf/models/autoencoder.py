@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,25 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.hub import AUTOENCODER
+from lightning_diffclf.hub import AUTOENCODER, local_file
 from lightning_diffclf.identity import digest_of_weights
+from lightning_diffclf.models.ldm_autoencoder import ldm_autoencoder
+from lightning_diffclf.models.weight_files import read_file
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How a network was trained to see an autoencoder's latents, where the autoencoder does not say it.
+
+    Attributes:
+        mean: Of each channel (C,), float32: is taken off.
+        scaling: Of each channel (C,), float32: multiplies what is left.
+        zero_to_one: Whether the autoencoder is given pixels in [0, 1], as EDM2 has it, in place of [-1, 1].
+    """
+
+    mean: Tensor
+    scaling: Tensor
+    zero_to_one: bool = False
 
 
 class Autoencoder:
@@ -20,31 +38,48 @@ class Autoencoder:
 
     Args:
         vae: The network; see :meth:`load`.
+        scale: How its latents are seen; as its configuration says if omitted.
 
     Attributes:
         vae: The network.
+        scale: As given; it takes the place of ``scaling`` and ``shift``.
         channels: Channels of a latent.
         factor: Pixels for one value of a latent, along each side.
         scaling: Diffusion models see ``(latent - shift) * scaling``.
         shift: See ``scaling``; 0 for all but Stable Diffusion 3 and FLUX.
+
+    Raises:
+        ValueError: if ``scale`` is of another number of channels.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, scale: LatentScale | None = None) -> None:
         self.vae = vae.requires_grad_(False).eval()
         self.channels: int = vae.config.latent_channels
         self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
         self.scaling = float(vae.config.scaling_factor)
         self.shift = float(vae.config.get("shift_factor") or 0.0)
+        self.scale = scale
+        if scale is not None and not scale.mean.shape == scale.scaling.shape == (self.channels,):
+            raise UserError(f"latents: statistics of {scale.mean.numel()} channels, expected {self.channels}")
 
     @classmethod
-    def load(cls, name: str = AUTOENCODER, dtype: torch.dtype = torch.float32) -> Autoencoder:
-        """Load it from a folder, the folder of a whole pipeline, or a repository on the Hub.
+    def load(
+        cls, name: str = AUTOENCODER, dtype: torch.dtype = torch.float32, scale: LatentScale | None = None
+    ) -> Autoencoder:
+        """Load it from a folder, the folder of a whole pipeline, a repository on the Hub, or a file.
+
+        A file (of the Hub: ``hf://OWNER/REPOSITORY/FILE``) is in the layout of
+        :mod:`~lightning_diffclf.models.ldm_autoencoder`.
 
         Raises:
             ValueError: if it is not there or cannot be read; says what to do.
         """
         from diffusers import AutoencoderKL  # slow to import
 
+        if (file := local_file(name)).is_file():
+            found = read_file(file)
+            weights = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
+            return cls(ldm_autoencoder(weights, name).to(dtype), scale)
         subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
         try:
             with warnings.catch_warnings():
@@ -58,7 +93,7 @@ class Autoencoder:
                 f"vae: no folder {name!r}, and the Hub did not give it ({reason}). Check the name; or, without "
                 f"a network, give a folder with a downloaded one (that of the published DiT networks is {AUTOENCODER})"
             ) from error
-        return cls(vae)
+        return cls(vae, scale)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -67,7 +102,8 @@ class Autoencoder:
 
     def identity(self) -> dict[str, Any]:
         """What latents depend on."""
-        return {"network": self.vae, "scaling": self.scaling, "shift": self.shift}
+        own = {"network": self.vae, "scaling": self.scaling, "shift": self.shift}
+        return own if self.scale is None else own | {"scale": self.scale}
 
     def to(self, device: torch.device | str) -> Autoencoder:
         """Move the network; returns itself."""
@@ -87,16 +123,25 @@ class Autoencoder:
             raise UserError(
                 f"images: shape {tuple(images.shape)}, expected (B, 3, H, W), sides multiples of {self.factor}"
             )
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        pixels = (images + 1) / 2 if self.scale is not None and self.scale.zero_to_one else images
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
     def to_latents(self, values: Tensor) -> Tensor:
         """Means or samples of the posterior as diffusion models see them."""
-        return (values - self.shift) * self.scaling
+        shift, scaling = self._scale(values.device)
+        return (values - shift) * scaling
+
+    def _scale(self, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
+        """Shift and scaling: numbers, or one of each channel (C, 1, 1)."""
+        if self.scale is None:
+            return self.shift, self.scaling
+        return self.scale.mean.to(device)[:, None, None], self.scale.scaling.to(device)[:, None, None]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) as diffusion models see them, to images (B, 3, H, W) in [-1, 1]."""
-        values = latents / self.scaling + self.shift
-        images: Tensor = self.vae.decode(values.to(self.vae.dtype)).sample
-        return images.float().clamp(-1, 1)
+        shift, scaling = self._scale(latents.device)
+        values = latents / scaling + shift
+        images: Tensor = self.vae.decode(values.to(self.vae.dtype)).sample.float()
+        return (images * 2 - 1 if self.scale is not None and self.scale.zero_to_one else images).clamp(-1, 1)

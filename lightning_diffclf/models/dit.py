@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -86,11 +87,11 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """From tokens to the pixels of their patches."""
+    """From tokens to the pixels of their patches; ``norm`` takes the place of DiT's."""
 
-    def __init__(self, hidden_size: int, patch_values: int) -> None:
+    def __init__(self, hidden_size: int, patch_values: int, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = norm or nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
@@ -114,6 +115,9 @@ class DiT(nn.Module):
             has a row for the null label only if this is above 0.
         num_classes: Labels are 0 … num_classes - 1.
         learn_sigma: Whether to predict a variance next to the noise.
+        block: Makes a block of (hidden_size, num_heads, mlp_ratio), which takes tokens (N, L, D) and conditions (N, D);
+            see :mod:`~lightning_diffclf.models.lightning_dit` for others.
+        last: Makes what turns tokens into patches, of (hidden_size, values in a patch).
 
     Attributes:
         input_size: (height, width); patch_size, in_channels, num_classes and class_dropout_prob are as given.
@@ -144,6 +148,8 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        block: Callable[[int, int, float], nn.Module] = DiTBlock,
+        last: Callable[[int, int], nn.Module] = FinalLayer,
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -165,8 +171,8 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes + (self.null_label is not None), hidden_size)
         positions_LD = positions_2d(height // patch_size, width // patch_size, hidden_size)
         self.register_buffer("pos_embed", positions_LD[None])
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
+        self.blocks = nn.ModuleList(block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = last(hidden_size, patch_size**2 * self.out_channels)
         self.initialize()
 
     @classmethod

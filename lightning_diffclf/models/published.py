@@ -1,16 +1,15 @@
-"""Weights of class-conditional DiT networks as others publish them, read and written.
+"""Weights of class-conditional DiT networks as others publish them.
 
 Read are the files of Peebles & Xie (``DiT-XL-2-256x256.pt``), also as their training script writes them; SiT's, of the
-same network trained on a rectified flow; safetensors with the same names; and folders of diffusers. Written are folders
-of diffusers. Nothing is unpickled.
+same network trained on a rectified flow; safetensors with the same names; and folders of diffusers, which
+:mod:`~lightning_diffclf.models.export` writes. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +47,14 @@ MEASURED = {
     "pos_embed": 3,
     "x_embedder.proj.weight": 4,
     "y_embedder.embedding_table.weight": 2,
-    "blocks.0.mlp.fc1.bias": 1,
     "final_layer.linear.weight": 2,
 }  # tensors whose shapes give a network's size, and how many axes they have
 
+MLP = ("blocks.0.mlp.fc1.bias", "blocks.0.mlp.w12.bias")  # the first layer of an MLP, or of a gated one
+
 CLASSES = "rows for classes (one more with the null label)"
+
+HEADS = {width: heads for width, _, heads in SIZES.values()} | {1536: 24, 1792: 28}  # of the published widths
 
 OUTPUTS = "output channels (doubled by learn_sigma)"
 
@@ -79,13 +81,18 @@ def read_published(path: str | Path) -> Weights:
     if path.is_dir():
         found: dict[str, Any] = dict(_from_diffusers(path))
     elif path.is_file():
-        found = read_file(path)
-        for name in ("ema", "model"):  # of the published training scripts
-            found = found[name] if isinstance(found.get(name), Mapping) else found
+        found = weights_in(read_file(path))
     else:
         raise MissingFile(f"checkpoint: no file or folder {str(path)!r}")
     check_measured(found, path)
     return {name: value.float() for name, value in found.items()}
+
+
+def weights_in(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a file holds, the network's weights: the average, where a published training script wrote it."""
+    for name in ("ema", "model"):
+        found = found[name] if isinstance(found.get(name), Mapping) else found
+    return dict(found)
 
 
 def check_measured(weights: Mapping[str, Any], path: str | Path) -> None:
@@ -93,7 +100,10 @@ def check_measured(weights: Mapping[str, Any], path: str | Path) -> None:
     strange = [name for name, value in weights.items() if not isinstance(value, Tensor)]
     if strange or not weights.keys() >= MEASURED.keys():
         raise UserError(f"checkpoint: {str(path)!r} has no weights of a DiT (it has {sorted(map(str, weights))[:4]})")
-    for name, axes in MEASURED.items():
+    inner = next((name for name in MLP if name in weights), None)
+    if inner is None:
+        raise UserError(f"checkpoint: {str(path)!r} has no weights of a DiT (it has none of {', '.join(MLP)})")
+    for name, axes in {**MEASURED, inner: 1}.items():
         shape = tuple(weights[name].shape)
         if len(shape) != axes or 0 in shape:
             raise UserError(f"checkpoint: {str(path)!r} has a {name} of shape {shape}, expected {axes} axes")
@@ -117,11 +127,24 @@ def load_published(net: DiT, schedule: NoiseSchedule, path: str | Path) -> None:
     weights = read_published(path)
     if Path(path).is_dir():
         _check_folder(net, schedule, Path(path))
-    c, p = net.in_channels, net.patch_size
-    if net.out_channels == c and schedule.prediction == "velocity":
-        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            if len(weights[name]) == 2 * c * p * p:
-                weights[name] = weights[name].unflatten(0, (p * p, 2 * c))[:, :c].flatten(0, 1)
+    if net.out_channels == net.in_channels and schedule.prediction == "velocity":
+        weights = without_variance(weights, net.in_channels, net.patch_size)
+    fit_weights(net, weights, path)
+
+
+def without_variance(weights: Weights, channels: int, patch_size: int) -> Weights:
+    """Weights of a network that predicts no variance, of one that does or has outputs for it (SiT)."""
+    size = channels * patch_size**2
+    cut = {
+        name: weights[name].unflatten(0, (patch_size**2, 2 * channels))[:, :channels].flatten(0, 1)
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias")
+        if len(weights[name]) == 2 * size
+    }
+    return weights | cut
+
+
+def fit_weights(net: DiT, weights: Weights, path: str | Path) -> None:
+    """Put weights into a network; raise ValueError, naming the file ``path``, unless they fit."""
     ours = net.state_dict()
     there, here = sizes_of(weights), sizes_of(ours)
     wrong = [f"{name}: {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
@@ -150,13 +173,16 @@ def config_of(path: str | Path) -> dict[str, Any]:
         ValueError: if it cannot be read, or its number of attention heads is not known: shapes do not show it, folders
             of diffusers and the published widths do.
     """
-    weights, heads_of = read_published(path), {width: heads for width, _, heads in SIZES.values()}
+    heads = _read_config(Path(path))["num_attention_heads"] if Path(path).is_dir() else None
+    return config_of_weights(read_published(path), path, heads)
+
+
+def config_of_weights(weights: Weights, path: str | Path, num_heads: int | None = None) -> dict[str, Any]:
+    """As :func:`config_of`, of weights that were read from ``path``; ``num_heads`` are theirs, if known."""
     sizes = sizes_of(weights)
-    heads = heads_of.get(sizes["hidden_size"])
-    if Path(path).is_dir():
-        heads = _read_config(Path(path))["num_attention_heads"]
+    heads = num_heads or HEADS.get(sizes["hidden_size"])
     if heads is None:
-        raise UserError(f"checkpoint: {str(path)!r} is {sizes['hidden_size']} wide, expected one of {sorted(heads_of)}")
+        raise UserError(f"checkpoint: {str(path)!r} is {sizes['hidden_size']} wide, expected one of {sorted(HEADS)}")
     plain = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "mlp_ratio")
     return {name: sizes[name] for name in plain} | {
         "num_heads": heads,
@@ -176,10 +202,16 @@ def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "in_channels": in_channels,
         "hidden_size": hidden_size,
         "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-        "mlp_ratio": len(weights["blocks.0.mlp.fc1.bias"]) / hidden_size,
+        "mlp_ratio": _mlp_width(weights) / hidden_size,
         CLASSES: len(weights["y_embedder.embedding_table.weight"]),
         OUTPUTS: len(weights["final_layer.linear.weight"]) // patch_size**2,
     }
+
+
+def _mlp_width(weights: Mapping[str, Tensor]) -> int:
+    """Width of the first block's MLP; a gated one has two layers of two thirds of it."""
+    plain, gated = (weights.get(name) for name in MLP)
+    return len(plain) if plain is not None else -(-3 * len(gated) // 4) if gated is not None else 0
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -212,7 +244,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_folder(net: DiT, schedule: NoiseSchedule, path: Path) -> None:
     """What a folder says beside its weights, and shapes do not show."""
-    there, here = _read_config(path)["num_attention_heads"], _attention(net).num_heads
+    there, here = _read_config(path)["num_attention_heads"], attention_of(net).num_heads
     if there != here:
         raise UserError(f"checkpoint: {str(path)!r} has {there} heads, expected {here}")
     if not (path / "scheduler" / "scheduler_config.json").is_file():
@@ -232,7 +264,8 @@ def _check_folder(net: DiT, schedule: NoiseSchedule, path: Path) -> None:
             raise UserError(f"checkpoint: {str(path)!r} has other noise levels than the schedule as configured")
 
 
-def _attention(net: DiT) -> Any:
+def attention_of(net: DiT) -> Any:
+    """Attention of the first block."""
     block: Any = net.blocks[0]
     return block.attn
 
@@ -273,99 +306,3 @@ def _from_diffusers(path: Path) -> Weights:
     side = config["sample_size"] // patch_size
     ours["pos_embed"] = positions_2d(side, side, hidden_size)[None]  # fixed; diffusers does not store it
     return ours
-
-
-def to_diffusers(net: DiT) -> Any:
-    """The same network as a ``DiTTransformer2DModel`` of diffusers, with the same weights.
-
-    The frequencies of its timestep embedding are spaced by 1/127 where those of the published networks and ours are
-    spaced by 1/128; so its outputs differ a little from those that the weights were trained for, as they do for the
-    published DiT folders. (With ``time_proj.downscale_freq_shift = 0`` they agree.)
-
-    Raises:
-        ValueError: if the input is not square, ``mlp_ratio`` is not 4, or there is no null
-            label: diffusers' network cannot be made otherwise.
-    """
-    from diffusers import DiTTransformer2DModel  # slow to import
-
-    if net.input_size[0] != net.input_size[1]:
-        raise UserError(f"export: input of {net.input_size[0]} x {net.input_size[1]}, diffusers takes squares only")
-    if net.null_label is None:
-        raise UserError("export: class_dropout_prob is 0, but diffusers' network has a null label")
-    attention, hidden_size = _attention(net), net.pos_embed.shape[2]
-    mlp_size = len(net.state_dict()["blocks.0.mlp.fc1.bias"])
-    if mlp_size != 4 * hidden_size:
-        raise UserError(f"export: mlp_ratio is {mlp_size / hidden_size:g}, but diffusers' network has 4")
-    model = DiTTransformer2DModel(
-        num_attention_heads=attention.num_heads,
-        attention_head_dim=hidden_size // attention.num_heads,
-        in_channels=net.in_channels,
-        out_channels=net.out_channels,
-        num_layers=len(net.blocks),
-        sample_size=net.input_size[0],
-        patch_size=net.patch_size,
-        num_embeds_ada_norm=net.num_classes,
-        norm_eps=1e-6,
-    )
-    ours, theirs = net.state_dict(), {}
-    for part in ("weight", "bias"):
-        for our, their in PLAIN.items():
-            theirs[f"{their}.{part}"] = ours[f"{our}.{part}"]
-        for i in range(len(net.blocks)):
-            block = f"transformer_blocks.{i}."
-            for our, their in IN_BLOCKS.items():
-                theirs[f"{block}{their}.{part}"] = ours[f"blocks.{i}.{our}.{part}"]
-            for one, value in zip("qkv", ours[f"blocks.{i}.attn.qkv.{part}"].chunk(3), strict=True):
-                theirs[f"{block}attn1.to_{one}.{part}"] = value
-            for our, their in SHARED.items():
-                if f"{our}.{part}" in ours:
-                    theirs[f"{block}norm1.emb.{their}.{part}"] = ours[f"{our}.{part}"]
-    model.load_state_dict(theirs)
-    return model
-
-
-def export_pipeline(net: DiT, schedule: NoiseSchedule, folder: Path, vae: str, class_names: Sequence[str]) -> None:
-    """Write a network as a ``DiTPipeline`` of diffusers, which its users load as any other.
-
-    That pipeline takes class 1000 for the null label, so it can guide networks of 1,000 classes only.
-
-    Args:
-        net: The network, on latents.
-        schedule: What it was trained with.
-        folder: Where to; new or empty.
-        vae: Folder or Hub repository of the autoencoder, which is copied.
-        class_names: By which the pipeline's users may ask for classes; a comma separates synonyms.
-
-    Raises:
-        ValueError: if diffusers' pipeline cannot express the network or its schedule, the autoencoder cannot be loaded,
-            or the folder holds something.
-    """
-    from diffusers import DDIMScheduler, DiTPipeline
-
-    from lightning_diffclf.models.autoencoder import Autoencoder
-
-    if not isinstance(schedule, DiscreteSchedule):
-        raise UserError(f"export: a {type(schedule).__name__}, but diffusers' DiTPipeline has discrete timesteps only")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"export: {str(folder)!r} is not empty, expected a new folder")
-    transformer, autoencoder = to_diffusers(net), Autoencoder.load(vae)
-    if autoencoder.channels != net.in_channels:
-        raise UserError(f"vae: {vae!r} has latents of {autoencoder.channels} channels, expected {net.in_channels}")
-    if autoencoder.shift:
-        raise UserError(f"vae: {vae!r} has a shift_factor of {autoencoder.shift}, which DiTPipeline leaves out")
-    scheduler = DDIMScheduler(prediction_type=schedule.prediction, clip_sample=False, **_betas(schedule))
-    DiTPipeline(transformer, autoencoder.vae, scheduler).save_pretrained(folder)
-    index = folder / "model_index.json"  # diffusers reads names from there, and does not write them
-    names = {"id2label": {str(i): name for i, name in enumerate(class_names)}}
-    index.write_text(json.dumps(json.loads(index.read_text()) | names, indent=2) + "\n")
-
-
-def _betas(schedule: DiscreteSchedule) -> dict[str, Any]:
-    """Noise levels as a scheduler of diffusers takes them: by name where there is one, as others would write them."""
-    alphas, betas = schedule.alphas_cumprod, schedule.betas
-    ends = {"beta_start": round(float(betas[0]), 8), "beta_end": round(float(betas[-1]), 8)}
-    for name in ("linear", "scaled_linear"):
-        maker: Any = getattr(NoiseSchedule, name)
-        if torch.allclose(maker(len(alphas), **ends).alphas_cumprod, alphas, rtol=1e-4):
-            return {"num_train_timesteps": len(alphas), "beta_schedule": name, **ends}
-    return {"num_train_timesteps": len(alphas), "trained_betas": betas.tolist()}

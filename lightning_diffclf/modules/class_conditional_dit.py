@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.batch import check_pixels, content_ids, unpack
 from lightning_diffclf.data.protocols import HasLatents, HasNetworkClasses, HasNumClasses
 from lightning_diffclf.data.stream import Share
-from lightning_diffclf.denoiser import Candidates, ConditionVectors, evaluating
+from lightning_diffclf.denoiser import ConditionVectors, evaluating
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
-from lightning_diffclf.modules.conditions import Conditions, conditions
+from lightning_diffclf.modules.conditions import AsksAboutClasses
 from lightning_diffclf.modules.hub import OnHub
 from lightning_diffclf.modules.training import (
     StepRandom,
@@ -34,7 +33,7 @@ from lightning_diffclf.schedule import DiscreteSchedule
 from lightning_diffclf.variational import hybrid_loss
 
 
-class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
+class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModule):
     """A class-conditional DiT (Peebles & Xie 2023): training, sampling, and the four members of a ConditionalDenoiser.
 
     Batches are mappings with ``image`` (B, C, H, W) and ``label`` (B,), or (image, label) pairs; images are pixels in
@@ -153,10 +152,6 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         self.image_shape = (in_channels, *self.net.input_size)
         # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
         self._autoencoder: list[Autoencoder] = []
-        self._conditions: tuple[Callable[[], Any], Conditions] | None = None  # of one data module
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_conditions": None}  # found anew: they know a data module
 
     def setup(self, stage: str) -> None:
         """Check the data module against the network, before long work."""
@@ -181,28 +176,12 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         """
         shard(self.net, self.net.blocks, None if self._trainer is None else self.trainer.strategy)
 
-    def _asked(self, device: torch.device | None = None) -> Conditions:
-        """What the network is asked about: by the data module, if there is one."""
-        data: Any = getattr(self._trainer, "datamodule", None)
-        if self._conditions is None or self._conditions[0]() is not data:
-            # Weakly: EMA copies all attributes of the module, and a data module knows the Trainer.
-            own = self.hparams
-            found = conditions(own["num_classes"], own["class_names"], data, own["none_of_these"])
-            self._conditions = (lambda: None) if data is None else weakref.ref(data), found
-        whose, found = self._conditions
-        if found.rows is not None and device is not None and found.rows.device != device:
-            found = found._replace(rows=found.rows.to(device))  # once: not in every call
-            self._conditions = whose, found
-        return found
+    def own_classes(self) -> tuple[int, Sequence[str] | None, bool]:
+        return self.hparams["num_classes"], self.hparams["class_names"], self.hparams["none_of_these"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The names of the classes go with the weights, also where it was the data that said them."""
         checkpoint["hyper_parameters"]["class_names"] = list(self.candidates.names)[: self.hparams["num_classes"]]
-
-    @property
-    def candidates(self) -> Candidates:
-        """One for each class; where the data have fewer classes than the network, those that make them up."""
-        return self._asked().candidates
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -224,7 +203,7 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         return {
             "net": self.net,
             "noise_levels": self.schedule,
-            "asked": self._asked()._asdict(),
+            "asked": self.asked()._asdict(),
             "autoencoder": self.autoencoder if encodes else "images are what the network sees",
         }
 
@@ -241,9 +220,7 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
 
     def _check_pixels(self, images: Tensor) -> None:
         if not self.hparams["latents"] or self._are_pixels(images):
-            low, high = (float(v) for v in images.detach().aminmax())
-            if not (low >= -1.001 and high <= 1.001):  # also refuses NaN
-                raise UserError(f"images: values in [{low:.4g}, {high:.4g}], expected pixels in [-1, 1]")
+            check_pixels(images)
 
     def _are_pixels(self, images: Tensor) -> bool:
         return bool(self.hparams["latents"]) and images.shape[1] == 3 != self.image_shape[0]
@@ -260,20 +237,15 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
 
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Output of the network (N, C or 2C, H, W) for noisy inputs (N, C, H, W), times (N,) and classes (N,)."""
-        return self.net(x_t.to(self.dtype), t, self._labels(candidate))
+        return self.net(x_t.to(self.dtype), t, self.labels_of(candidate))
 
     def conditions(self, candidate: Tensor) -> Tensor:
         """Class embeddings (N, D) of candidates (N,)."""
-        return cast(Tensor, self.net.y_embedder(self._labels(candidate)))
+        return cast(Tensor, self.net.y_embedder(self.labels_of(candidate)))
 
     def predict_from(self, x_t: Tensor, t: Tensor, conditions: ConditionVectors) -> Tensor:
         """As :meth:`predict`, for class embeddings (N, D)."""
         return self.net(x_t.to(self.dtype), t, cast(Tensor, conditions).to(self.dtype))
-
-    def _labels(self, candidate: Tensor) -> Tensor:
-        """The network's class of each candidate (N,)."""
-        rows = self._asked(candidate.device).rows
-        return candidate if rows is None else rows[candidate]
 
     # --- training --------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,3 +58,58 @@ def conditions(
     if null:
         own, pairs, names = [*own, NONE_OF_THESE], [*pairs, (len(groups), num_classes)], [*names, NONE_OF_THESE]
     return Conditions(Candidates(own, [c for c, _ in pairs], names), torch.tensor([row for _, row in pairs]))
+
+
+class AsksAboutClasses:
+    """For modules of a network with classes: what it is asked about, by the data module if there is one."""
+
+    _trainer: Any
+    _conditions: tuple[Callable[[], Any], Conditions] | None = None  # of one data module
+
+    def own_classes(self) -> tuple[int, Sequence[str] | None, bool]:
+        """Number of the network's classes, their names if known, and whether the null label is a candidate."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
+        return state | {"_conditions": None}  # found anew: they know a data module
+
+    def asked(self, device: torch.device | None = None) -> Conditions:
+        """What the network is asked about, with ``rows`` on the device."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if self._conditions is None or self._conditions[0]() is not data:
+            count, names, null = self.own_classes()
+            found = conditions(count, names, data, null)
+            # Weakly: EMA copies all attributes of the module, and a data module knows the Trainer.
+            self._conditions = (lambda: None) if data is None else weakref.ref(data), found
+        whose, found = self._conditions
+        if found.rows is not None and device is not None and found.rows.device != device:
+            found = found._replace(rows=found.rows.to(device))  # once: not in every call
+            self._conditions = whose, found
+        return found
+
+    @property
+    def candidates(self) -> Candidates:
+        """One for each class; where the data have fewer classes than the network, those that make them up."""
+        return self.asked().candidates
+
+    def labels_of(self, candidate: Tensor) -> Tensor:
+        """The network's class of each candidate (N,)."""
+        rows = self.asked(candidate.device).rows
+        return candidate if rows is None else rows[candidate]
+
+
+def chosen_classes(text: str, names: Sequence[str], what: str = "classes") -> list[int]:
+    """Numbers of classes that are given by name or number, with commas between them, or ``all``; each once.
+
+    Raises:
+        ValueError: if one is unknown, or there is none; ``what`` is what they were given for.
+    """
+    if text == "all":
+        return list(range(len(names)))
+    number_of = {str(c): c for c in range(len(names))} | {name: c for c, name in reversed(list(enumerate(names)))}
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in words if word not in number_of]
+    if unknown or not words:
+        raise UserError(f"{what}: {unknown or text!r}, expected names or numbers 0 … {len(names) - 1}, or all")
+    return list(dict.fromkeys(number_of[word] for word in words))

@@ -119,7 +119,7 @@ def test_a_trained_network_is_asked_about_its_classes(checkpoint, digits):
     scan = scans[labels.index(4)]
     torch.testing.assert_close(network.pixels(Image.open(io.BytesIO(digits[4]))), scan, atol=0.005, rtol=0)
     [decided] = of_kind(told(network, digits[4], labels=" ", draws=20), "decided")
-    classifier = DiffusionClassifier(network._module, Draws(20), elimination=LikelihoodRatio())
+    classifier = DiffusionClassifier(network._network.module, Draws(20), elimination=LikelihoodRatio())
     pixels = network.pixels(Image.open(io.BytesIO(digits[4])))[None]
     [expected] = classifier(pixels, content_ids(pixels))
     assert (decided["winner"], decided["nfe"]) == (expected.prediction, expected.nfe)

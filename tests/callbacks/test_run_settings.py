@@ -12,10 +12,13 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -33,6 +36,7 @@ from lightning_diffclf import (
     LinearProbe,
     NoiseSchedule,
     PairedTest,
+    PublishedNetwork,
     ZeroShotStableDiffusion,
 )
 from lightning_diffclf.baselines.clip import ZeroShotCLIP
@@ -40,11 +44,14 @@ from lightning_diffclf.baselines.timm_classifier import TimmClassifier, TimmFrom
 from lightning_diffclf.callbacks.run_settings import data_identity, module_identity
 from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.commands import run
+from lightning_diffclf.data.caption_pairs import CaptionPairsDataModule
 from lightning_diffclf.data.clip_benchmark import NAMES, TEMPLATES, ClipBenchmarkDataModule
 from lightning_diffclf.data.digit_scenes import WORDS, DigitScenesDataModule
 from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
 from lightning_diffclf.data.image_folder import ImageFolderDataModule
 from lightning_diffclf.data.imagenet import ImageNetDataModule
+from lightning_diffclf.data.medmnist import MedMNISTDataModule
+from lightning_diffclf.data.parquet import ParquetDataModule
 from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.identity import identity_of
@@ -52,6 +59,7 @@ from lightning_diffclf.models.pipeline import load
 from tests.baselines.tiny_clip import write_clip
 from tests.baselines.tiny_timm import write_timm
 from tests.gaussians import Gaussians, Samples
+from tests.models import published_twins as twins
 from tests.photos import autoencoder, photos
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +101,7 @@ def files(tmp_path_factory) -> Path:
     photos(folder / "photos", classes=("0", "1", "2"), each=2)
     photos(folder / "more", classes=("0", "1", "2"), each=3)
     (folder / "subset.txt").write_text("0\n3\n")
+    (folder / "first.txt").write_text("0\n")
     shutil.copytree(folder / "photos" / "0", folder / "groups")
     group = {"image_0": "0.png", "image_1": "1.png", "caption_0": "a", "caption_1": "b"}
     (folder / "groups" / "examples.jsonl").write_text(json.dumps(group))
@@ -102,11 +111,36 @@ def files(tmp_path_factory) -> Path:
             (folder / name / split / "0.tar").touch()
         (folder / name / NAMES).write_text("cat\ndog\n" if name == "wds" else "owl\ndog\n")
         (folder / name / TEMPLATES).write_text("a {c}\nthe {c}\n")
+    write_parquet_and_friends(folder)
     unet = load(MODEL).unet
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
     pipeline = type(load(MODEL))
     pipeline.save_lora_weights(folder / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
     return folder
+
+
+def write_parquet_and_friends(folder: Path) -> None:
+    """A data set in Parquet with two splits, a file of MedMNIST's form, and two files of captions."""
+    content = (folder / "photos" / "0" / "0.png").read_bytes()
+    for name, count in (
+        ("a/test-0.parquet", 2),
+        ("a/train-0.parquet", 3),
+        ("b/test-0.parquet", 4),
+        ("other.parquet", 1),
+    ):
+        rows = {
+            "image": [content] * count,
+            "label": list(range(count)),
+            "picture": [content] * count,
+            "kind": [0] * count,
+        }
+        (folder / "parquet" / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(rows), folder / "parquet" / name)
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([[0], [1], [1], [0]])
+    np.savez(folder / "pneumoniamnist.npz", test_images=images, test_labels=labels)
+    for name, wrong in (("captions", "b"), ("other_captions", "c")):
+        row = {"filename": "0.png", "caption": "a", "negative_caption": wrong}
+        (folder / f"{name}.json").write_text(json.dumps([row]))
 
 
 def table(files: Path) -> dict[type, Changes]:
@@ -187,11 +221,40 @@ def table(files: Path) -> dict[type, Changes]:
             {"root": str(files / "wds"), "size": 16},
             {"root": str(files / "other_wds"), "split": "train", "templates": None, "size": 8, "crop": "published"},
         ),
+        ParquetDataModule: Changes(
+            {"source": str(files / "parquet"), "config": "a", "class_names": ["a", "b", "c", "d"], "size": 8},
+            {
+                "source": str(files / "parquet" / "other.parquet"),
+                "split": "train",
+                "image": "picture",
+                "label": "kind",
+                "config": "b",
+                "revision": "main",
+                "class_names": ["d", "c", "b", "a"],
+                "size": 16,
+                "subset": str(files / "first.txt"),
+                "per_class": 1,
+                "seed": 1,
+                "crop": "published",
+            },
+        ),
+        MedMNISTDataModule: Changes(
+            {"path": str(files / "pneumoniamnist.npz"), "size": 8},
+            {"class_names": ["a", "b"], "size": 16, "per_class": 1, "seed": 1},
+        ),
+        CaptionPairsDataModule: Changes(
+            {"source": str(files / "captions.json"), "images": str(files / "photos" / "0")},
+            {"source": str(files / "other_captions.json"), "images": str(files / "more" / "0"), "size": 8},
+        ),
         ZeroShotDataModule: Changes({"root": str(files / "photos"), "size": 16}, zero_shot),
         ImageNetDataModule: Changes({"val": str(files / "photos")}, {"val": str(files / "more"), "size": 8}),
         ImageFolderDataModule: Changes({"root": str(files / "more"), "size": 8, "val_share": 0}, own_images),
         WinogroundDataModule: Changes({}, {"source": str(files / "groups"), "size": 8}),
         ClassConditionalDiT: Changes(TINY | {"learn_sigma": False}, dit),
+        PublishedNetwork: Changes(
+            {"weights": published_weights(files), "family": "sit", "num_heads": 4},
+            {"class_names": ["a", "b", "c"], "none_of_these": True},
+        ),
         ZeroShotStableDiffusion: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd),
         ZeroShotCLIP: Changes({"pretrained": write_clip(files / "clip"), "class_names": ["a", "b"]}, clip),
         TimmClassifier: Changes(
@@ -204,6 +267,12 @@ def table(files: Path) -> dict[type, Changes]:
         ),
         Recipe: Changes({}, recipe),
     }
+
+
+def published_weights(folder: Path) -> str:
+    """A tiny network on pixels, as others publish it."""
+    save_file(twins.transformer(classes=3, channels=3), folder / "published.safetensors")
+    return str(folder / "published.safetensors")
 
 
 def parts_of_runs() -> list[type]:

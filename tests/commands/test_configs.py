@@ -17,7 +17,10 @@ def test_all_are_listed_with_a_line_each(capsys):
     assert {"likelihood_ratio.yaml"} <= set(listed[listed.index("compile.yaml") :])
 
 
-WITH_RUN_DIR = ("clip.yaml", "dit_256.yaml", "dit_512.yaml", "timm.yaml")  # layers that are networks
+WITH_RUN_DIR = {  # layers that are networks
+    *("clip.yaml", "dit_256.yaml", "dit_512.yaml", "timm.yaml"),
+    *("sit_256.yaml", "repa_256.yaml", "lightningdit_256.yaml", "edm2_512.yaml"),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from lightning_diffclf import ClassConditionalDiT
 from lightning_diffclf.commands import run
-from lightning_diffclf.commands.sample import chosen_classes, network_of
-from lightning_diffclf.models.published import config_of, to_diffusers
+from lightning_diffclf.commands.sample import network_of
+from lightning_diffclf.models.export import to_diffusers
+from lightning_diffclf.models.published import config_of
+from lightning_diffclf.modules.conditions import chosen_classes
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder
 
@@ -154,7 +156,7 @@ def test_latents_are_decoded(tmp_path):
 def test_published_weights_say_their_sizes(tmp_path):
     weights = load_file(GOLDEN / "dit" / "dit_tiny.safetensors")
     torch.save(weights, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"wide, expected one of \[384, 768, 1024, 1152\]"):
+    with pytest.raises(ValueError, match=r"wide, expected one of \[384, 768, 1024, 1152, 1536, 1792\]"):
         config_of(tmp_path / "weights.pt")
     module = checkpoint(tmp_path)
     to_diffusers(module.net).save_pretrained(tmp_path / "pipeline" / "transformer")
@@ -172,8 +174,8 @@ def test_published_weights_say_their_sizes(tmp_path):
 
 
 def test_mistakes_are_told(digits, tmp_path):
-    assert chosen_classes("all", digits) == [0, 1, 2, 3]
-    assert chosen_classes("two, 0,2", digits) == [2, 0]
+    assert chosen_classes("all", digits.candidates.names) == [0, 1, 2, 3]
+    assert chosen_classes("two, 0,2", digits.candidates.names) == [2, 0]
     for settings, message in (
         ({"classes": "five"}, r"classes: \['five'\], expected names or numbers 0 … 3, or all"),
         ({"classes": ","}, "classes: ','"),

@@ -9,13 +9,8 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from lightning_diffclf import ClassConditionalDiT, DiT, NoiseSchedule
-from lightning_diffclf.models.published import (
-    export_pipeline,
-    is_published,
-    load_published,
-    read_published,
-    to_diffusers,
-)
+from lightning_diffclf.models.export import export_pipeline, to_diffusers
+from lightning_diffclf.models.published import is_published, load_published, read_published
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder
 
