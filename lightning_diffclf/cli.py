@@ -309,28 +309,39 @@ def train(args: Sequence[str] | None = None) -> None:
 
 def evaluate_command(given: Namespace) -> None:
     """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
-    configs = [evaluation_config(given.ckpt, given.trust_checkpoint)] if not given.config else given.config
     part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
-    run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(given.ckpt, configs)
-    out = given.out or f"{run_dir / 'evaluation'}{part}"
     kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
-    from_checkpoint = [f"--ckpt_path={given.ckpt}"] if given.ckpt else []
-    DiffClfCLI(
-        [
-            "test",
-            *[f"--config={config}" for config in configs],
-            f"--classifier.output_dir={out}",
-            *([] if given.out else ["--classifier.next_free=true"]),
-            "--verbose=false",
-            f"--run_dir={given.run_dir or Path(out).parent}",
-            *[f"--classifier.keep_{what}=true" for what in kept],
-            *(["--classifier.plan=true"] if given.plan else []),
-            *(["--untrained"] if given.untrained else []),
-            *([f"--classifier.part={given.part}"] if given.part else []),
-            *from_checkpoint,
-            *given.flags,
-        ]
-    )
+    own = [
+        *[f"--classifier.keep_{what}=true" for what in kept],
+        *(["--classifier.plan=true"] if given.plan else []),
+        *([f"--classifier.part={given.part}"] if given.part else []),
+    ]
+    DiffClfCLI(test_arguments(given, f"evaluation{part}", own))
+
+
+def test_arguments(given: Namespace, folder: str, own: Sequence[str]) -> list[str]:
+    """Arguments of ``test`` that evaluate what commands with ``--ckpt`` and ``--config`` are given.
+
+    Args:
+        given: Their common arguments.
+        folder: Where results go in the folder of the run, or the next free one, where no ``--out`` is given.
+        own: Further arguments, which the user's flags may override.
+    """
+    configs = [evaluation_config(given.ckpt, given.trust_checkpoint)] if not given.config else given.config
+    run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(given.ckpt, configs)
+    out = given.out or f"{run_dir / folder}"
+    return [
+        "test",
+        *[f"--config={config}" for config in configs],
+        f"--classifier.output_dir={out}",
+        *([] if given.out else ["--classifier.next_free=true"]),
+        "--verbose=false",
+        f"--run_dir={given.run_dir or Path(out).parent}",
+        *own,
+        *(["--untrained"] if given.untrained else []),
+        *([f"--ckpt_path={given.ckpt}"] if given.ckpt else []),
+        *given.flags,
+    ]
 
 
 def default_run_dir(ckpt: str | None, configs: Sequence[str] = ()) -> Path:

@@ -56,6 +56,10 @@ GROUPS: dict[str, dict[str, Command]] = {
             "what other rules, weights and budgets would have decided, without the network", "commands.replay"
         ),
     },
+    "Trust": {
+        "attack": Command("accuracy under attack: APGD or AutoAttack on a checkpoint", "commands.trials"),
+        "certify": Command("distances within which no change of an image changes its answer", "commands.trials"),
+    },
     "Tables of the paper": {
         "reproduce": Command("a table of the paper, its values beside ours: reproduce digits", "commands.reproduce"),
     },
