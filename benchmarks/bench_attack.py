@@ -25,32 +25,30 @@ DRAWS = "2"
 BALLS = (("linf", "0.03"), ("linf", "0.1"), ("linf", "0.2"), ("l2", "0.5"))
 APGD = ["--steps", "50", "--limit", "100"]
 FRESH = ["--eps", "0.1", "--randomness", "fresh", "--seeds", "3", "--steps", "20", "--limit", "25"]
-AUTO = ["--auto", "--batch_size", "25"]
-AUTO_OF_DIT = (("linf", "0.2", "200"), ("l2", "0.5", "25"))  # and how many digits
+AUTO_OF_TIMM = ["--auto", "--batch_size", "200", "--data.eval_batch_size", "200", "--limit", "200"]
+AUTO_OF_DIT = (("linf", "0.2", "200"), ("linf", "0.1", "25"), ("l2", "0.5", "25"))  # and how many digits
 SIGMAS = ("0.12", "0.25")
 SMOOTHING = ["--n0", "50", "--n", "200", "--radii", "0,0.1,0.2,0.3,0.5", "--limit", "50"]
-QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.eval_batch_size", "25"]
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     args = parser.parse_args()
-    of_dit = ["--draws", DRAWS]
-    attacks = []  # network and arguments
-    for norm, eps in BALLS:
-        ball = ["--norm", norm, "--eps", eps]
-        attacks += [("timm_digits", [*ball, *APGD]), ("timm_digits", [*ball, *AUTO, "--limit", "200"])]
-    attacks += [
-        ("dit_digits", ["--norm", norm, "--eps", eps, *AUTO, "--limit", limit, *of_dit])
+    of_dit = ["--draws", DRAWS, "--batch_size", "25", "--data.eval_batch_size", "25"]
+    attacks = [  # network and arguments
+        ("dit_digits", ["--norm", norm, "--eps", eps, "--auto", "--limit", limit, *of_dit])
         for norm, eps, limit in AUTO_OF_DIT
     ]
     attacks += [("dit_digits", ["--norm", norm, "--eps", eps, *APGD, *of_dit]) for norm, eps in BALLS]
     attacks.append(("dit_digits", [*FRESH, *of_dit]))
+    for norm, eps in BALLS:
+        attacks += [("timm_digits", ["--norm", norm, "--eps", eps, *how]) for how in (APGD, AUTO_OF_TIMM)]
     certificates = [
         (network, ["--sigma", sigma, *SMOOTHING, *own])
         for sigma in SIGMAS
-        for network, own in (("timm_digits", []), ("dit_digits", of_dit))
+        for network, own in (("timm_digits", []), ("dit_digits", ["--draws", DRAWS]))
     ]
     found = {
         command: [(network, done(args.runs, command, network, flags)) for network, flags in rows]

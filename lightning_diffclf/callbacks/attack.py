@@ -19,6 +19,7 @@ from lightning_diffclf.classifier.attack import APGD, Norm, auto_attack, check_e
 from lightning_diffclf.classifier.discriminative import Classifier, DiscriminativeLogits
 from lightning_diffclf.classifier.logits import SHARED_ID, DiffusionLogits
 from lightning_diffclf.errors import UserError, check_at_least
+from lightning_diffclf.progress import tell
 from lightning_diffclf.results import attacks
 
 Randomness = Literal["fixed", "fresh"]
@@ -34,6 +35,7 @@ class Counted(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """What the network says."""
         self.images += len(images)
+        tell("attack: queries", self.images)  # of AutoAttack, the one sign of life for minutes
         logits: Tensor = self.network(images)
         return logits
 

@@ -6,6 +6,7 @@ store are those of evaluations. What is tried is in :mod:`~.attack` and :mod:`~.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -26,7 +27,7 @@ from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.discriminative import Discriminative
-from lightning_diffclf.errors import UserError, WrongType, check_at_least
+from lightning_diffclf.errors import FailedWrite, UserError, WrongType, check_at_least
 from lightning_diffclf.files import FolderLock, write_json
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.results.settings import Settings
@@ -295,7 +296,10 @@ class TrialCallback(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._store is not None:
-            self._store.flush()  # what was found before is not lost
+            try:
+                self._store.flush()  # what was found before is not lost
+            except FailedWrite as second:
+                print(f"error: the last rows could not be written: {second}", file=sys.stderr)
         self._close()
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.noise import KeyedNoise
-from lightning_diffclf.progress import tell
 
 Norm = Literal["linf", "l2"]
 
@@ -118,7 +117,6 @@ class APGD:
             after = self._project(images, now + keep * (aim - now) + (1 - keep) * (now - before))
             before, now, previous_B = now, after, loss_B
             loss_B, gradient = loss_and_gradient(network, now, label_B, self.eot)
-            tell("attack: steps", step, self.steps)
             rises_B += loss_B > previous_B
             better_B = loss_B > best_B
             best, best_gradient = (

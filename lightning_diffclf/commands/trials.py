@@ -12,7 +12,11 @@ from lightning_diffclf.callbacks.certification import CertificationTrial
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback
 from lightning_diffclf.callbacks.trial import Trial, TrialCallback
 from lightning_diffclf.cli import DiffClfCLI, test_arguments
-from lightning_diffclf.errors import check_at_least
+from lightning_diffclf.errors import UserError, check_at_least
+
+
+OF_EVALUATIONS = ("plan", "part", "corruption", "keep_errors", "calibration")
+"""Options of the classifier that nothing else takes over."""
 
 
 class TrialCLI(DiffClfCLI):
@@ -32,6 +36,9 @@ class TrialCLI(DiffClfCLI):
         trainer = super().instantiate_trainer(**kwargs)
         for place, one in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
             if isinstance(one, DiffusionClassifierCallback):
+                for name in OF_EVALUATIONS:
+                    if getattr(one, name):
+                        raise UserError(f"{name}: {getattr(one, name)!r} is of evaluations, expected none here")
                 assert one.output_dir is not None  # as test_arguments() says
                 trainer.callbacks[place] = TrialCallback(  # type: ignore[attr-defined]
                     self._trial,

@@ -71,6 +71,13 @@ def test_a_network_without_weights_is_refused(tmp_path):
         cli.main(["attack", "--config=dit_digits.yaml", f"--run_dir={tmp_path}", *CPU])
 
 
+@pytest.mark.parametrize("flag", ["--plan", "--classifier.part=1/2", "--classifier.corruption=gaussian_noise/3"])
+def test_what_only_evaluations_do_is_refused(flag, runs):
+    name = flag.strip("-").rpartition(".")[2].partition("=")[0]
+    with pytest.raises(SystemExit, match=f"^error: {name}: .* is of evaluations, expected none here"):
+        cli.main(["attack", "--ckpt", str(runs / "timm_digits" / "checkpoints" / "last.ckpt"), flag, *CPU])
+
+
 def test_numbers_may_be_fractions(capsys):
     assert arguments.attack(["--ckpt=x", "--eps", "8/255"]).eps == 8 / 255 == arguments.attack(["--ckpt=x"]).eps
     assert arguments.attack(["--ckpt=x", "--norm=l2"]).eps == 0.5
