@@ -14,7 +14,6 @@ from lightning_diffclf.callbacks.trial import Trial, TrialCallback
 from lightning_diffclf.cli import DiffClfCLI, test_arguments
 from lightning_diffclf.errors import UserError, check_at_least
 
-
 OF_EVALUATIONS = ("plan", "part", "corruption", "keep_errors", "calibration")
 """Options of the classifier that nothing else takes over."""
 
