@@ -32,7 +32,6 @@ from lightning_diffclf.callbacks.network_summary import NetworkSummary
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
-from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.callbacks.training_plan import plan_training
 from lightning_diffclf.commands import evaluate, main, telling
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
@@ -322,20 +321,18 @@ def train(args: Sequence[str] | None = None) -> None:
     telling(lambda: DiffClfCLI(given, default_subcommand="fit"), program=args is None)
 
 
-def evaluate_command(given: Namespace) -> None:
-    """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
-    DiffClfCLI(_of_test(given))
+def test_arguments(given: Namespace, folder: str, own: Sequence[str]) -> list[str]:
+    """Arguments of ``test`` that evaluate what commands with ``--ckpt`` and ``--config`` are given.
 
-
-def _of_test(given: Namespace) -> list[str]:
-    """The arguments of ``diffclf evaluate`` as those of ``test``."""
+    Args:
+        given: Their common arguments.
+        folder: Where results go in the folder of the run, or the next free one, where no ``--out`` is given.
+        own: Further arguments, which the user's flags may override.
+    """
     ckpt = None if given.ckpt is None else str(local_file(given.ckpt))
     configs = [evaluation_config(ckpt, given.trust_checkpoint)] if not given.config else given.config
-    part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
     run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(ckpt, configs)
-    out = given.out or f"{run_dir / 'evaluation'}{part}"
-    kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
-    from_checkpoint = [f"--ckpt_path={ckpt}"] if ckpt else []
+    out = given.out or f"{run_dir / folder}"
     return [
         "test",
         *[f"--config={config}" for config in configs],
@@ -343,39 +340,11 @@ def _of_test(given: Namespace) -> list[str]:
         *([] if given.out else ["--classifier.next_free=true"]),
         "--verbose=false",
         f"--run_dir={given.run_dir or Path(out).parent}",
-        *[f"--classifier.keep_{what}=true" for what in kept],
-        *(["--classifier.plan=true"] if given.plan else []),
+        *own,
         *(["--untrained"] if given.untrained else []),
-        *([f"--classifier.part={given.part}"] if given.part else []),
-        *from_checkpoint,
+        *([f"--ckpt_path={ckpt}"] if ckpt else []),
         *given.flags,
     ]
-
-
-class _Parses(DiffClfCLI):
-    """Goes as far as the settings, of which it makes nothing."""
-
-    def _set_seed(self) -> None:
-        """Nothing: no randomness is needed."""
-
-    def before_instantiate_classes(self) -> None:
-        """Nothing: open settings are completed from data, which are read then."""
-
-    def instantiate_classes(self) -> None:
-        """Nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
-
-
-def check_evaluation(given: Namespace) -> None:
-    """Whether ``diffclf evaluate`` would understand its arguments; makes and runs nothing.
-
-    Raises:
-        SystemExit: after a message, if an argument or a configuration is not understood.
-        UserError: if a checkpoint, or what it says, cannot be read.
-    """
-    _Parses(_of_test(given))
 
 
 def default_run_dir(ckpt: str | None, configs: Sequence[str] = ()) -> Path:

@@ -29,7 +29,7 @@ PARSED = {
     "results.md": "hours of small evaluations; tests/results and tests/commands run smaller ones",
     "sampling.md": "published weights, Inception's among them; the first is run in start.md",
     "slurm.md": "needs a cluster; test_slurm.py makes one where SLURM is installed",
-    "trust.md": "two trainings; tests/results, tests/test_classify.py run such commands on small networks",
+    "trust.md": "trainings; tests/results, tests/test_classify.py and tests/commands run small ones",
     "zero_shot.md": "pipelines from the Hub; the one that is here is run by test_readme.py",
 }
 FURTHER = {script: f"{flags} --trainer.accelerator=cpu" for script, flags in SMALLER.items()}

@@ -57,10 +57,10 @@ class ClassifierProgressBar(RichProgressBar):
 
     # --- classification --------------------------------------------------------------------------------------------
 
-    def start_images(self, total: int | None) -> None:
+    def start_images(self, total: int | None, what: str = "Classifying") -> None:
         """Show the line; ``total`` images are expected on this rank, None if unknown."""
         if self.progress is not None and self.is_enabled:
-            self._images = self.progress.add_task("Classifying", total=float("inf") if total is None else total)
+            self._images = self.progress.add_task(what, total=float("inf") if total is None else total)
             self._skipped = self._decided = 0
 
     def tell(self, what: str, done: int, total: int | None) -> None:
@@ -89,14 +89,14 @@ class ClassifierProgressBar(RichProgressBar):
             correct: How many of them rightly; None if unknown.
             nfe: Network calls spent on them.
         """
+        accuracy = "" if correct is None else f", {correct / done:.1%} right"
+        self.show_images(done, f"Classifying{accuracy}, {nfe / done:.0f} NFE/image")
+
+    def show_images(self, done: int, description: str) -> None:
+        """Bring the line up to date: ``done`` images on this rank so far, and what to say of them."""
         self._decided = done
         if self.progress is not None and self._images is not None and self.is_enabled:
-            accuracy = "" if correct is None else f", {correct / done:.1%} right"
-            self.progress.update(
-                self._images,
-                completed=self._skipped + done,
-                description=f"Classifying{accuracy}, {nfe / done:.0f} NFE/image",
-            )
+            self.progress.update(self._images, completed=self._skipped + done, description=description)
             self.refresh()
 
     def stop_images(self) -> None:

@@ -48,25 +48,31 @@ def run_settings(callback: Any, trainer: L.Trainer, pl_module: L.LightningModule
         identity["corruption"] = identity_of(callback.corruption)
     if callback.fitting is not None:
         identity["fitted_to"] = callback.fitting.identity()
-    cuda = trainer.strategy.root_device.type == "cuda"
-    info = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+    info = made_by(trainer) | {
         "part": callback.part,
         "calibration": callback.calibration,
         "reuse": callback.reuse,
         "microbatch": callback.microbatch,
         "compile": callback.compile,
-        "ranks": trainer.world_size,
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
         "candidate_names": list(c.candidates.names),
         **callback.outline.to_info(),
     }
     if not c.terms.logits:
         info["log_snr_S"] = c.terms.log_snr_S.tolist()
     return Settings(trainer.strategy.broadcast(identity), info)
+
+
+def made_by(trainer: L.Trainer) -> dict[str, Any]:
+    """What made a run, and when, on which machine."""
+    cuda = trainer.strategy.root_device.type == "cuda"
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+        "ranks": trainer.world_size,
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "versions": {name: version(name) for name in ("lightning-diffclf", "torch", "lightning")},
+    }
 
 
 def data_module(trainer: L.Trainer) -> Any:

@@ -44,6 +44,29 @@ class Picture(NamedTuple):
     image: Tensor | None
 
 
+def claimed(trainer: L.Trainer, folder: Path, settings: Settings, next_free: bool) -> tuple[Path, FolderLock | None]:
+    """The folder that the first rank claims for all ranks, and, on that rank, its lock; they agree on what came of it.
+
+    Raises:
+        UserError: on all ranks, as :func:`~lightning_diffclf.results.store.claim`.
+    """
+    locks: list[FolderLock] = []
+
+    def claim_it() -> Path:
+        found = claim(folder, settings, next_free)
+        locks.append(FolderLock(found))
+        clean(found)
+        refresh(found, settings)
+        return found
+
+    try:
+        return on_first_rank(trainer, claim_it), locks[0] if locks else None
+    except BaseException:
+        for lock in locks:
+            lock.release()
+        raise
+
+
 class RunWriter:
     """Writes the decisions of one rank, and on rank 0 what they come to. Made on all ranks before long work.
 
@@ -84,7 +107,7 @@ class RunWriter:
         self._classifier, self._device = classifier, trainer.strategy.root_device
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
         try:
-            self.folder = self._claim(trainer, folder, settings, next_free)
+            self.folder, self._lock = claimed(trainer, folder, settings, next_free)
             errors = ErrorsInfo.of(classifier) if keep_errors and isinstance(classifier, DiffusionClassifier) else None
             self._store = Store(self.folder, settings, self._rank, flush_every, errors, keep_distances)
             self.finished = self._store.finished
@@ -95,18 +118,6 @@ class RunWriter:
         except BaseException:
             self.close()
             raise
-
-    def _claim(self, trainer: L.Trainer, folder: Path, settings: Settings, next_free: bool) -> Path:
-        """Rank 0 claims and locks the folder for all ranks; they agree on what came of it."""
-
-        def claimed() -> Path:
-            found = claim(folder, settings, next_free)
-            self._lock = FolderLock(found)
-            clean(found)
-            refresh(found, settings)
-            return found
-
-        return on_first_rank(trainer, claimed)
 
     def _found_before(self) -> tuple[pa.Array, int]:
         """Of what was decided before: the images that count on this rank, and how many of them have an error map.

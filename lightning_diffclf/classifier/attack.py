@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_diffclf.errors import UserError, check_at_least
+from lightning_diffclf.noise import KeyedNoise
 
 Norm = Literal["linf", "l2"]
+
+LEAST_CLASSES = 4  # of AutoAttack: its targeted loss is a ratio of differences of four logits
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,12 @@ class APGD:
         eps: Radius of the ball around each image, in units of images in [0, 1]: 8 / 255 is 8 grey levels. In images in
             [-1, 1], it is twice as much.
         norm: ``linf`` or ``l2``: what the ball is a ball of.
-        steps: Gradients of each restart.
-        restarts: Random starting points; the first is the image itself.
-        seed: Key of the starting points.
+        steps: Gradients of each restart, after that of its start.
+        restarts: Starting points; the first is the image itself, the others are random, for images that are still
+            answered rightly.
+        seed: Key of the starting points, with the id of the image.
+        eot: Calls of the network that a gradient is the mean of: more than one for a network that is random
+            (expectation over transformations, Athalye et al. 2018).
 
     Raises:
         ValueError: if ``eps`` is not positive, or so large that its unit must be another; or a count is below 1.
@@ -53,33 +61,50 @@ class APGD:
     steps: int = 100
     restarts: int = 1
     seed: int = 0
+    eot: int = 1
 
     def __post_init__(self) -> None:
         check_eps(self.eps, self.norm)
-        check_at_least(1, steps=self.steps, restarts=self.restarts)
+        check_at_least(1, steps=self.steps, restarts=self.restarts, eot=self.eot)
 
-    def __call__(self, network: nn.Module, images: Tensor, label_B: Tensor) -> Attacked:
+    def __call__(
+        self, network: nn.Module, images: Tensor, label_B: Tensor, ids: Sequence[int | str] | None = None
+    ) -> Attacked:
         """Attack images (B, C, H, W) in [0, 1] of classes ``label_B`` (B,), all at once.
+
+        What is found for an image does not depend on the others, but for rounding.
+
+        Args:
+            network: Images in [0, 1] to logits (B, K).
+            images: (B, C, H, W) in [0, 1].
+            label_B: Columns of the logits that are right (B,), int64.
+            ids: Of the images, which key their random starts; their positions if omitted.
 
         Raises:
             ValueError: if ``images`` are not in [0, 1], there are fewer than two classes, or no gradient arrives.
         """
-        low, high = (float(end) for end in images.aminmax())
-        if not (low >= 0 and high <= 1):
-            raise UserError(f"images: values in [{low:.4g}, {high:.4g}], expected [0, 1], the unit of eps")
-        generator, found = torch.Generator().manual_seed(self.seed), None
-        for restart in range(self.restarts):
-            start = images
-            if restart:
-                noise = torch.randn(images.shape, generator=generator).to(images)
-                start = self._project(images, images + self._step(noise) * self.eps)
-            one = self._climb(network, images, start, label_B)
-            found = one if found is None else _better(found, one)
-        assert found is not None
+        check_pixels(images)
+        ids = range(len(images)) if ids is None else ids
+        found = self._climb(network, images, images, label_B)
+        for restart in range(1, self.restarts):
+            left = found.right.nonzero()[:, 0].tolist()
+            if not left:
+                break
+            some = images[left]
+            start = self._project(
+                some, some + self.eps * self._step(self._noise(some, [ids[i] for i in left], restart))
+            )
+            found = _better(found, self._climb(network, some, start, label_B[left]), left)
         return found
 
+    def _noise(self, images: Tensor, ids: Sequence[int | str], restart: int) -> Tensor:
+        keyed, noise = KeyedNoise(self.seed), np.empty(tuple(images.shape), dtype=np.float32)
+        for one, image_id in zip(noise, ids, strict=True):
+            keyed.fill(one, keyed.key(image_id), restart)
+        return torch.from_numpy(noise).to(images)
+
     def _climb(self, network: nn.Module, images: Tensor, start: Tensor, label_B: Tensor) -> Attacked:
-        loss_B, gradient = _loss_and_gradient(network, start, label_B)
+        loss_B, gradient = loss_and_gradient(network, start, label_B, self.eot)
         best, best_B, best_gradient, losses = start.clone(), loss_B.clone(), gradient, [loss_B]
         now, before = start, start
         size_B = torch.full_like(loss_B, 2 * self.eps)
@@ -91,7 +116,7 @@ class APGD:
             keep = 1.0 if step == 1 else 0.75
             after = self._project(images, now + keep * (aim - now) + (1 - keep) * (now - before))
             before, now, previous_B = now, after, loss_B
-            loss_B, gradient = _loss_and_gradient(network, now, label_B)
+            loss_B, gradient = loss_and_gradient(network, now, label_B, self.eot)
             rises_B += loss_B > previous_B
             better_B = loss_B > best_B
             best, best_gradient = (
@@ -150,18 +175,31 @@ def auto_attack(
         label_B: Their classes (B,), int64.
         eps: As of :class:`APGD`.
         norm: As of :class:`APGD`.
-        **settings: For ``pyautoattack.AutoAttack``, such as ``version``, ``attacks`` and ``seed``.
+        **settings: For ``pyautoattack.AutoAttack``, such as ``version``, ``attacks`` and ``seed``. Its noise is drawn
+            for all images together: what is found for one depends on the others.
 
     Raises:
-        ValueError: if ``eps`` cannot be a radius, or the package is missing.
+        ValueError: if ``eps`` cannot be a radius, ``images`` are not in [0, 1], no gradient arrives, there are fewer
+            than four classes, or the package is missing.
     """
     check_eps(eps, norm)
+    check_pixels(images)
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
         raise UserError("auto_attack: needs pyautoattack, expected `pip install lightning-diffclf[attack]`") from error
+    loss_and_gradient(network, images[:1], label_B[:1])  # says what is missing, in our words
     attack = AutoAttack(network, eps=eps, norm={"linf": "Linf", "l2": "L2"}[norm], device=images.device, **settings)
-    found: Tensor = attack.run_standard_evaluation(images, label_B)[0]  # and what the network answers
+    with torch.no_grad():
+        classes = network(images[:1]).shape[1]
+    if classes < LEAST_CLASSES and ",".join(attack.attacks_to_run) != "apgd-ce":
+        raise UserError(
+            f"auto_attack: {classes} classes, expected at least {LEAST_CLASSES}: its losses rank four logits"
+        )
+    for one in (attack.apgd_targeted, attack.fab):
+        one.n_target_classes = min(one.n_target_classes, classes - 1)
+    with torch.random.fork_rng():  # it seeds the generators of everybody
+        found: Tensor = attack.run_standard_evaluation(images, label_B)[0]  # and what the network answers
     return found
 
 
@@ -171,17 +209,35 @@ def margin_loss(logits_BK: Tensor, label_B: Tensor) -> Tensor:
     return logits_BK.masked_fill(own_BK, -torch.inf).amax(1) - logits_BK.gather(1, label_B[:, None])[:, 0]
 
 
-def _loss_and_gradient(network: nn.Module, images: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(network: nn.Module, images: Tensor, label_B: Tensor, calls: int = 1) -> tuple[Tensor, Tensor]:
+    """Margin loss (B,) and its gradient by the images (B, C, H, W), the means of some calls of the network.
+
+    Raises:
+        ValueError: if there are fewer than two classes, or no gradient arrives at the images.
+    """
     images = images.detach().requires_grad_()
-    with torch.enable_grad():
-        logits_BK = network(images)
-        if logits_BK.shape[1] < 2:
-            raise UserError(f"attack: {logits_BK.shape[1]} class, expected at least two")
-        if not logits_BK.requires_grad:
-            raise UserError("attack: the logits have no gradient path to the images, expected a differentiable network")
-        loss_B = margin_loss(logits_BK, label_B)
-        (gradient,) = torch.autograd.grad(loss_B.sum(), images)
-    return loss_B.detach(), gradient
+    losses, gradients = [], []
+    for _ in range(calls):
+        with torch.enable_grad():
+            logits_BK = network(images)
+            if logits_BK.shape[1] < 2:
+                raise UserError(f"attack: {logits_BK.shape[1]} class, expected at least two")
+            if not logits_BK.requires_grad:
+                raise UserError(
+                    "attack: the logits have no gradient path to the images, expected a differentiable network"
+                )
+            loss_B = margin_loss(logits_BK, label_B)
+            (gradient,) = torch.autograd.grad(loss_B.sum(), images)
+        losses.append(loss_B.detach())
+        gradients.append(gradient)
+    return torch.stack(losses).mean(0), torch.stack(gradients).mean(0)
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raise ValueError unless images are in [0, 1], the unit of all distances here."""
+    low, high = (float(end) for end in images.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise UserError(f"images: values in [{low:.4g}, {high:.4g}], expected [0, 1], the unit of eps")
 
 
 def _checkpoints(steps: int) -> set[int]:
@@ -191,11 +247,14 @@ def _checkpoints(steps: int) -> set[int]:
     return {math.ceil(share * steps) for share in shares[1:] if share <= 1}
 
 
-def _better(first: Attacked, second: Attacked) -> Attacked:
-    """Of each image, the one with the larger loss."""
-    takes_B = second.losses[-1] > first.losses[-1]
-    images = torch.where(_wide(takes_B), second.images, first.images)
-    return Attacked(images, first.right & second.right, torch.maximum(first.losses, second.losses))
+def _better(first: Attacked, second: Attacked, places: Sequence[int]) -> Attacked:
+    """Of each image, the one with the larger loss; ``second`` has those at some places of ``first``."""
+    images, right, losses = first.images.clone(), first.right.clone(), first.losses.clone()
+    takes = _wide(second.losses[-1] > first.losses[-1, places])
+    images[places] = torch.where(takes, second.images, first.images[places])
+    right[places] &= second.right
+    losses[:, places] = torch.maximum(first.losses[:, places], second.losses)
+    return Attacked(images, right, losses)
 
 
 def _wide(values_B: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.classifier.checks import resolve_candidates, resolve_ids
@@ -17,6 +17,7 @@ from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.contest import Contest, Terms, judge
 from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.classifier.elimination import Elimination, Exhaustive
+from lightning_diffclf.classifier.logits import by_class
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.denoiser import evaluating
 from lightning_diffclf.discriminative import Discriminative
@@ -168,6 +169,29 @@ class LogitsRun:
                 c.recipe.posterior,
                 errors_KS=errors_K[:, None],
             )
+
+
+class DiscriminativeLogits(nn.Module):
+    """A discriminative classifier as a plain network, as :class:`~.logits.DiffusionLogits`: images in [0, 1] to logits.
+
+    Args:
+        classifier: The classifier.
+    """
+
+    def __init__(self, classifier: DiscriminativeClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+        if isinstance(classifier.network, nn.Module):
+            self.network: nn.Module = classifier.network  # so that .to(), .eval() and parameters reach it
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W) in [0, 1] for the K classes in play, in ascending order; float32."""
+        c = self.classifier
+        with evaluating(c.network):
+            logits = c.network.logits(images * 2 - 1).float()
+        candidate_K = torch.as_tensor(c.recipe.candidates or range(len(c.candidates)), device=logits.device)
+        class_K = torch.tensor(c.candidates.classes, device=logits.device)[candidate_K]
+        return -by_class(-logits[:, candidate_K], class_K, c.recipe.ensemble)
 
 
 Classifier = DiffusionClassifier | DiscriminativeClassifier

@@ -25,11 +25,11 @@ SHARED_ID = "every image"  # whose noise all images see
 class Differentiable:
     """A classifier whose scores are differentiable functions of the images."""
 
-    def logits(self: DiffusionClassifier, images: Tensor) -> Tensor:  # type: ignore[misc]
+    def logits(self: DiffusionClassifier, images: Tensor, noise_key: str = SHARED_ID) -> Tensor:  # type: ignore[misc]
         """A logit for each class, differentiable by the images, and by weights that require gradients.
 
         Every image sees the same draws, whatever its id, content and batch: those that the engine gives an image with
-        the id ``"every image"``, or :attr:`Draws.noise`. All of them count: no rule, budget or proposal. The softmax of
+        the id ``noise_key``, or :attr:`Draws.noise`. All of them count: no rule, budget or proposal. The softmax of
         logits is the recipe's posterior. A class with several candidates has the error of its best one, or their mean,
         as the recipe's ``ensemble`` says.
 
@@ -39,6 +39,7 @@ class Differentiable:
         Args:
             images: (B, C, H, W) floating point, what ``denoiser.encode`` takes, on the network's device. In float64,
                 with a network in float64, errors are float64 too.
+            noise_key: Another one is other draws.
 
         Returns:
             (B, K) for the K classes in play, in ascending order; float32.
@@ -58,13 +59,13 @@ class Differentiable:
         image_N = torch.arange(len(x0), device=x0.device).repeat_interleave(len(candidate_K))
         weights = denoiser.parameters() if isinstance(denoiser, nn.Module) else ()
         mean_N: Tensor = _MeanError.apply(
-            x0, self, image_N, candidate_K.repeat(len(x0)), *(one for one in weights if one.requires_grad)
+            x0, self, noise_key, image_N, candidate_K.repeat(len(x0)), *(one for one in weights if one.requires_grad)
         )
         mean_BK = mean_N.view(len(x0), len(candidate_K))
         posterior, dims = self.recipe.posterior, x0[0].numel()
         scale = (dims if posterior.reduction == "sum" else 1) / posterior.temperature
         class_K = torch.tensor(denoiser.candidates.classes, device=x0.device)[candidate_K]
-        return -_by_class(mean_BK, class_K, self.recipe.ensemble) * scale
+        return -by_class(mean_BK, class_K, self.recipe.ensemble) * scale
 
 
 class _MeanError(torch.autograd.Function):
@@ -76,29 +77,35 @@ class _MeanError(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x0: Tensor, c: DiffusionClassifier, image_N: Tensor, candidate_N: Tensor, *weights: Tensor
+        ctx: Any,
+        x0: Tensor,
+        c: DiffusionClassifier,
+        noise_key: str,
+        image_N: Tensor,
+        candidate_N: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x0, image_N, candidate_N, *weights)
         device = x0.device.type
-        ctx.classifier = c
+        ctx.classifier, ctx.noise_key = c, noise_key
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         mean_N = x0.new_zeros(len(image_N))
         for draw, share, rows in _micro_batches(c, len(image_N)):
-            mean_N[rows] += share * _errors(c, x0, draw, image_N[rows], candidate_N[rows])
+            mean_N[rows] += share * _errors(c, x0, draw, image_N[rows], candidate_N[rows], noise_key)
         return mean_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_N: Tensor) -> Any:
         c, (x0, image_N, candidate_N, *weights) = ctx.classifier, ctx.saved_tensors
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
         asked = [one for one, needed in zip([x0.detach().requires_grad_(), *weights], needs, strict=True) if needed]
         x0 = asked[0] if needs[0] else x0
         found = [torch.zeros_like(one) for one in asked]
         device, dtype, enabled = ctx.autocast
         for draw, share, rows in _micro_batches(c, len(image_N)):
             with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                errors_N = _errors(c, x0, draw, image_N[rows], candidate_N[rows])
+                errors_N = _errors(c, x0, draw, image_N[rows], candidate_N[rows], ctx.noise_key)
             if not errors_N.requires_grad:
                 raise _no_path("denoiser.predict")
             parts = torch.autograd.grad(errors_N, asked, share * gradient_N[rows], allow_unused=True)
@@ -107,7 +114,7 @@ class _MeanError(torch.autograd.Function):
                     total += part
         left = iter(found)
         first, *others = (next(left) if needed else None for needed in needs)
-        return first, None, None, None, *others
+        return first, None, None, None, None, *others
 
 
 def _micro_batches(c: DiffusionClassifier, rows: int) -> Iterator[tuple[int, float, slice]]:
@@ -118,12 +125,19 @@ def _micro_batches(c: DiffusionClassifier, rows: int) -> Iterator[tuple[int, flo
             yield draw, share, slice(first, first + c.microbatch)
 
 
-def _errors(c: DiffusionClassifier, x0: Tensor, draw: int, image_N: Tensor, candidate_N: Tensor) -> Tensor:
+def _errors(
+    c: DiffusionClassifier,
+    x0: Tensor,
+    draw: int,
+    image_N: Tensor,
+    candidate_N: Tensor,
+    noise_key: str = SHARED_ID,
+) -> Tensor:
     """Error of each (image, candidate) row at one draw (N,)."""
     schedule, denoiser = c.denoiser.schedule, c.denoiser
     image_M, pair_N = image_N.unique(return_inverse=True)
     x0_M, t_M = x0[image_M], c.timesteps_S[draw].to(x0.device).expand(len(image_M))
-    noise_M = _noise(c, x0, draw).expand_as(x0_M)
+    noise_M = _noise(c, x0, draw, noise_key).expand_as(x0_M)
     x_t_M = schedule.add_noise(x0_M, noise_M, t_M)
     x_in_M, time_M = schedule.network_rows(x_t_M, t_M)
     with evaluating(denoiser):  # here, because the backward pass comes back at another time
@@ -134,17 +148,23 @@ def _errors(c: DiffusionClassifier, x0: Tensor, draw: int, image_N: Tensor, cand
         return c.loss(Predictions(schedule, output, x0_M[pair_N], x_t, t_M[pair_N], noise_M[pair_N]))
 
 
-def _noise(c: DiffusionClassifier, x0: Tensor, draw: int) -> Tensor:
+def _noise(c: DiffusionClassifier, x0: Tensor, draw: int, noise_key: str = SHARED_ID) -> Tensor:
     """The noise of a draw (C, h, w), as x0 is."""
     if c.draws.noise is not None:
         return c.draws.noise[draw].to(x0)
     keyed, noise = KeyedNoise(c.draws.seed), np.empty(tuple(x0.shape[1:]), dtype=np.float32)
-    keyed.fill(noise, keyed.key(SHARED_ID), draw)
+    keyed.fill(noise, keyed.key(noise_key), draw)
     return torch.from_numpy(noise).to(x0)
 
 
-def _by_class(scores_BK: Tensor, class_K: Tensor, ensemble: str) -> Tensor:
-    """The score of each class in play (B, C)."""
+def by_class(scores_BK: Tensor, class_K: Tensor, ensemble: str) -> Tensor:
+    """The score of each class in play (B, C), where lower is better, in ascending order of the classes.
+
+    Args:
+        scores_BK: Of the candidates (B, K).
+        class_K: Class of each candidate (K,), int64.
+        ensemble: ``best`` or ``mean``: what counts of several candidates of a class.
+    """
     known, class_K = class_K.unique(return_inverse=True)
     if len(known) == len(class_K):
         return scores_BK[:, class_K.argsort()]
@@ -164,22 +184,27 @@ class DiffusionLogits(nn.Module):
     """A diffusion classifier as a plain network: images in [0, 1] to logits, the same each time.
 
     What RobustBench, AutoAttack, foolbox and ART take. Nothing in it is random or optimised, so that an attack on it
-    needs no expectation over transformations; for a defence by fresh draws, attack several with other seeds.
+    needs no expectation over transformations. With ``fresh`` it is a random defence: each call sees other draws.
 
     Args:
         classifier: The classifier; its recipe says how many draws.
+        noise_key: Id whose draws all images see; with another one, it is another network.
+        fresh: Take other draws at each call: those of ``"NOISE_KEY, call 0"``, ``"NOISE_KEY, call 1"``, …
 
     Raises:
-        ValueError: from a call, if images are not in [0, 1].
+        ValueError: if ``fresh`` is asked for and the draws have fixed noise; from a call, if images are not in [0, 1].
 
     Example:
         >>> network = DiffusionLogits(classifier)  # doctest: +SKIP
         >>> logits_BK = network(images)  # doctest: +SKIP
     """
 
-    def __init__(self, classifier: DiffusionClassifier) -> None:
+    def __init__(self, classifier: DiffusionClassifier, noise_key: str = SHARED_ID, fresh: bool = False) -> None:
         super().__init__()
-        self.classifier = classifier
+        if fresh and classifier.draws.noise is not None:
+            raise UserError("fresh: true, but the draws have fixed noise, expected draws without")
+        self.classifier, self.noise_key, self.fresh = classifier, noise_key, fresh
+        self.calls = 0
         if isinstance(classifier.denoiser, nn.Module):
             self.denoiser: nn.Module = classifier.denoiser  # so that .to(), .eval() and parameters reach it
 
@@ -188,4 +213,6 @@ class DiffusionLogits(nn.Module):
         low, high = (float(end) for end in images.detach().aminmax())
         if not (low >= -1e-3 and high <= 1 + 1e-3):
             raise UserError(f"images: values in [{low:.4g}, {high:.4g}], expected [0, 1]")
-        return self.classifier.logits(images * 2 - 1)
+        noise_key = f"{self.noise_key}, call {self.calls}" if self.fresh else self.noise_key
+        self.calls += 1
+        return self.classifier.logits(images * 2 - 1, noise_key)

@@ -16,6 +16,8 @@ from lightning_diffclf.classifier.draws import KeyedNoise
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating
 from lightning_diffclf.errors import UserError, check_at_least
 
+MOST_SIGMA = 2.0  # noise of which no image is left: another unit was meant
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -63,11 +65,8 @@ def certify(
     Raises:
         ValueError: if a number is out of range.
     """
-    check_at_least(1, n0=n0, n=n, batch_size=batch_size)
-    if not 0 < sigma < math.inf:
-        raise UserError(f"sigma: {sigma}, expected a positive number, in units of images in [0, 1]")
-    if not 0 < alpha < 1:
-        raise UserError(f"alpha: {alpha}, expected a probability above 0 and below 1")
+    check_smoothing(sigma, n0, n, alpha)
+    check_at_least(1, batch_size=batch_size)
     keyed, votes = KeyedNoise(seed), list[int]()
     key = keyed.key(image_id)
     for first in range(0, n0 + n, batch_size):
@@ -83,6 +82,26 @@ def certify(
     if share <= 0.5:
         return Certificate(None, 0.0, hits)
     return Certificate(answer, sigma * float(ndtri(share)), hits)
+
+
+def check_smoothing(sigma: float, n0: int, n: int, alpha: float) -> None:
+    """Raise ValueError unless these numbers can certify something."""
+    check_at_least(1, n0=n0, n=n)
+    if not 0 < sigma <= MOST_SIGMA:
+        raise UserError(
+            f"sigma: {sigma}, expected a standard deviation above 0 and up to {MOST_SIGMA}, in units of images in "
+            "[0, 1]; 0.25 is 64 grey levels, and one for images in [-1, 1] is to be halved"
+        )
+    if not 0 < alpha < 1:
+        raise UserError(f"alpha: {alpha}, expected a probability above 0 and below 1")
+    least = math.floor(math.log(alpha) / math.log(0.5)) + 1  # as all of them may have the answer
+    if n < least:
+        raise UserError(f"n: {n}, which certifies nothing with alpha {alpha:g}, expected at least {least}")
+
+
+def largest_radius(sigma: float, n: int, alpha: float) -> float:
+    """The radius where all of ``n`` noisy images have the answer."""
+    return sigma * float(ndtri(alpha ** (1 / n)))
 
 
 class Denoised:

@@ -39,7 +39,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "Train and evaluate": {
         "fit": Command("train: --config dit_digits.yaml, and any value in it as a flag"),
-        "evaluate": Command("classify a test set: --ckpt of a run, or --config of a network without training", "cli"),
+        "evaluate": Command(
+            "classify a test set: --ckpt of a run, or --config of a network without training", "commands.evaluate"
+        ),
         "validate": Command("the same on the validation set, as Lightning's subcommand"),
         "test": Command("what evaluate runs, as Lightning's subcommand"),
         "predict": Command("classify images without labels, as Lightning's subcommand"),
@@ -56,6 +58,10 @@ GROUPS: dict[str, dict[str, Command]] = {
         "replay": Command(
             "what other rules, weights and budgets would have decided, without the network", "commands.replay"
         ),
+    },
+    "Trust": {
+        "attack": Command("accuracy under attack: APGD or AutoAttack on a checkpoint", "commands.trials"),
+        "certify": Command("distances within which no change of an image changes its answer", "commands.trials"),
     },
     "Many evaluations": {
         "suite": Command("models × data sets × rules of a YAML file, and their leaderboard", "commands.suite"),

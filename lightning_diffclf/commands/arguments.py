@@ -13,6 +13,9 @@ from jsonargparse import Namespace
 
 from lightning_diffclf.classifier.elimination import Elimination
 from lightning_diffclf.classifier.sequential import SequentialTest  # noqa: F401  (rules are named without a path)
+from lightning_diffclf.commands.evaluation_arguments import attack as attack
+from lightning_diffclf.commands.evaluation_arguments import certify as certify
+from lightning_diffclf.commands.evaluation_arguments import evaluate as evaluate
 from lightning_diffclf.commands.parser import Parser
 from lightning_diffclf.commands.results_arguments import compare as compare
 from lightning_diffclf.commands.results_arguments import leaderboard as leaderboard
@@ -306,51 +309,3 @@ def sample(args: Sequence[str]) -> Namespace:
         "--precision", type=Literal["32-true", "bf16-mixed", "16-mixed"], default="32-true", help="of the network"
     )
     return parser.read(args)
-
-
-def evaluate(args: Sequence[str]) -> Namespace:
-    """Of ``diffclf evaluate``: its own, and ``flags``, which are those of the classes that it makes."""
-    own = argparse.ArgumentParser(
-        prog="diffclf evaluate",
-        description="Classify a test set with a trained network. Prints a table; writes metrics.json, "
-        "predictions.parquet, confusion.png and timesteps.png to OUT.",
-        epilog="All other flags override the settings of the checkpoint (--classifier.draws 50, "
-        "--data.eval_batch_size 16, --trainer.accelerator gpu); see `diffclf test --help`.",
-        allow_abbrev=False,
-    )
-    own.add_argument(
-        "--ckpt",
-        help="checkpoint; a run of ours needs nothing else. Or published weights: a file, or "
-        "hf://OWNER/REPOSITORY/FILE",
-    )
-    own.add_argument("-c", "--config", action="append", default=[], help="YAML file, or the name of one in configs/")
-    own.add_argument("--run_dir", help="folder of the run (default: the checkpoint's, or what --config says)")
-    own.add_argument("--out", help="folder for the results (default: `evaluation` in the folder of the run)")
-    own.add_argument(
-        "--part",
-        metavar="I/N",
-        help="classify only the I-th of N parts of the images, as the jobs of an array do; `diffclf merge` joins them",
-    )
-    own.add_argument(
-        "--keep-errors",
-        nargs="?",
-        const=True,
-        choices=["distances"],
-        help="write every error to errors.parquet, for `diffclf replay`; with `distances`, also those between the "
-        "candidates' predictions, which LikelihoodRatio needs",
-    )
-    own.add_argument(
-        "--plan", action="store_true", help="measure what the evaluation will cost, print that and write nothing"
-    )
-    own.add_argument("--untrained", action="store_true", help="evaluate a network without --ckpt, as it was made")
-    own.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="let the checkpoint's settings name any class and any address: like running a program of who made it",
-    )
-    known, flags = own.parse_known_args(list(args))
-    if known.out is not None and (not known.out.strip() or "\0" in known.out):
-        own.error(f"out: {known.out!r}, expected the name of a folder")
-    if known.ckpt is None and not known.config:
-        own.error("give --ckpt PATH, or --config FILE for a network that needs no training")
-    return Namespace(**vars(known), flags=flags)

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lightning_diffclf.commands import COMMANDS, run
 from lightning_diffclf.commands.configs import CONFIGS
 
-TAKES_THOSE_OF = {"demo": "fit", "evaluate": "test"}  # beside its own options
+TAKES_THOSE_OF = {"demo": "fit", **dict.fromkeys(("evaluate", "attack", "certify"), "test")}  # beside its own options
 
 
 class Option(NamedTuple):

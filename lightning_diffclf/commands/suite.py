@@ -279,8 +279,8 @@ def _check(cells: Sequence[Cell], flags: list[str]) -> None:
     """Raise UserError if the flags of a cell are not understood: before the first is computed, not hours later."""
     if not cells:
         return
-    from lightning_diffclf.cli import check_evaluation  # takes seconds to import
     from lightning_diffclf.commands.arguments import evaluate
+    from lightning_diffclf.commands.evaluate import check_evaluation  # takes seconds to import
 
     for cell in cells:
         try:

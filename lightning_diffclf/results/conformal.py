@@ -178,6 +178,7 @@ class CalibrationRun:
                 :meth:`~lightning_diffclf.classifier.conformal.Conformal.fit`.
         """
         path, settings = Path(path), Settings.read(Path(path))
+        settings.check_evaluation(f"the calibration run {str(path)!r}")
         outline = replace(Outline.of(settings.info), coverage=coverage, coverage_by_class=by_class, conformal=None)
         scores, stored = RightScores(outline), Stored(path, settings, COLUMNS)
         for chunk in stored:

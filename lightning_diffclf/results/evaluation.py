@@ -63,6 +63,7 @@ class Evaluation:
             ValueError: if it cannot be read, or has no images.
         """
         evaluation = cls(Path(path), Settings.read(Path(path)))
+        evaluation.settings.check_evaluation(repr(str(path)))
         if evaluation.images == 0:
             raise UserError(f"run: no image in {str(path)!r} yet")
         return evaluation

@@ -212,15 +212,15 @@ ENCODING: dict[str, Any] = {
 }
 
 
-def to_table(records: Sequence[Record]) -> pa.Table:
-    """Records as a table of :data:`SCHEMA`."""
+def to_table(records: Sequence[Any], schema: pa.Schema = SCHEMA) -> pa.Table:
+    """Records as a table of :data:`SCHEMA`, or of another whose columns they have as attributes."""
     columns = {}
-    for name in SCHEMA.names:
+    for name in schema.names:
         values = [getattr(record, name) for record in records]
         if name == "error_map":
             values = [None if value is None else list(value) for value in values]
-        columns[name] = pa.array(values, SCHEMA.field(name).type)
-    return pa.table(columns, schema=SCHEMA)
+        columns[name] = pa.array(values, schema.field(name).type)
+    return pa.table(columns, schema=schema)
 
 
 def from_table(table: pa.Table) -> list[Record]:

@@ -15,6 +15,8 @@ from lightning_diffclf.files import read_json
 
 SETTINGS = "settings.json"
 
+EVALUATION = "evaluation"  # the kind of a run that does not say one
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,6 +29,16 @@ class Settings:
 
     identity: dict[str, Any]
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """What was done with each image, and so what its rows are: ``evaluation``, ``attack``, ``certification``."""
+        return str(self.identity.get("kind", EVALUATION))
+
+    def check_evaluation(self, what: str) -> None:
+        """Raise ValueError unless the run is an evaluation; ``what`` names it."""
+        if self.kind != EVALUATION:
+            raise UserError(f"run: {what} holds results of the kind {self.kind!r}, expected an evaluation")
 
     @property
     def digest(self) -> str:

@@ -3,12 +3,14 @@
 ::
 
     settings.json         what the results depend on, and what they were made with
-    parts/*.parquet       records of predictions.py, a few images each; beside them *.errors.parquet, if errors are kept
+    parts/*.parquet       records, a few images each; beside them *.errors.parquet, if errors are kept
     predictions.parquet   all records, once the run has ended; the parts are gone then
     errors.parquet        all errors, likewise
     .lock                 while a process writes to the folder
 
-Files are complete or not there. So a run that was killed is resumed by the same command, and can be read at any time.
+Records are those of predictions.py, of an attack those of attacks.py, of a certification those of certificates.py: the
+settings say which. Files are complete or not there. So a run that was killed is resumed by the same command, and can be
+read at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -28,7 +30,7 @@ from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
 from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.parts import Vanished, has_rows
-from lightning_diffclf.results.predictions import ENCODING, Record, to_table, write_table
+from lightning_diffclf.results.predictions import ENCODING, to_table, write_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.stored import (
     ERRORS_SUFFIX,
@@ -42,6 +44,7 @@ from lightning_diffclf.results.stored import (
     errors_of,
     files_of,
     parts_of,
+    schema_of,
     unsteady,
 )
 
@@ -147,18 +150,22 @@ class Store:
         self.finished = Ids(self.before.ids)
         self._errors_info, self._distances = errors, distances
         self._session, self._number = uuid.uuid4().hex[:12], 0
-        self._records: list[Record] = []
+        self._records: list[Any] = []
         self._errors: ErrorsWriter | None = None
         self._flushed = time.monotonic()
 
     @uninterrupted()
-    def add(self, record: Record, result: Classification) -> None:
-        """Store one image; ``result`` has its errors.
+    def add(self, record: Any, result: Classification | None = None) -> None:
+        """Store one image: a :class:`~.predictions.Record`, or what has the columns of another kind of run.
+
+        Args:
+            record: The image.
+            result: Its decision with its errors, where errors are kept.
 
         Raises:
             FailedWrite: if a part cannot be written; the images in it will be evaluated again.
         """
-        if self._errors_info is not None:
+        if self._errors_info is not None and result is not None:
             if self._errors is None:
                 self._errors = ErrorsWriter(self._part(ERRORS_SUFFIX), self._errors_info, self._distances)
             try:
@@ -183,8 +190,9 @@ class Store:
             # Errors first: an image counts as finished when its record is there.
             if errors is not None:
                 errors.close()
-            table = to_table(records).replace_schema_metadata({SETTINGS_KEY: self.settings.digest.encode()})
-            write_table(table, self._part(".parquet"))
+            table = to_table(records, schema_of(self.settings))
+            described = {SETTINGS_KEY: self.settings.digest.encode()}
+            write_table(table.replace_schema_metadata(described), self._part(".parquet"))
             self._number += 1
         self._flushed = time.monotonic()
 
@@ -258,6 +266,7 @@ def merge(runs: Sequence[Path], out: Path) -> int:
     """
     runs, out = [run.resolve() for run in runs], out.resolve()
     settings = Settings.read(runs[0])
+    settings.check_evaluation(repr(str(runs[0])))
     for run in runs[1:]:
         settings.check_same(Settings.read(run), f"the run in {str(run)!r}")
     if not any(_has_images(run) for run in runs):

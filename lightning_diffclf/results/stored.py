@@ -13,16 +13,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.results import attacks, certificates
 from lightning_diffclf.results.errors import ERRORS
 from lightning_diffclf.results.parts import Parts, Vanished
 from lightning_diffclf.results.predictions import SCHEMA, list_views
-from lightning_diffclf.results.settings import SETTINGS, Settings
+from lightning_diffclf.results.settings import EVALUATION, SETTINGS, Settings
 
 PREDICTIONS = "predictions.parquet"
 PARTS = "parts"
 ERRORS_SUFFIX = ".errors.parquet"
 
 ATTEMPTS = 10  # to read a run that changes meanwhile
+
+SCHEMAS = {
+    EVALUATION: SCHEMA,
+    attacks.KIND: attacks.SCHEMA,
+    certificates.KIND: certificates.SCHEMA,
+}  # the columns of each kind of run
 
 SETTINGS_KEY = b"diffclf_settings"  # where a Parquet file keeps the settings, or in a part, their digest
 
@@ -142,8 +149,9 @@ def read_table(run: Path, settings: Settings | None = None, columns: Sequence[st
         ValueError: as :func:`scan`.
     """
     settings = settings or Settings.read(run)
-    names = list(SCHEMA.names) if columns is None else ["id", *columns]
-    empty = pa.schema([field for field in SCHEMA if field.name in names]).empty_table()
+    schema = schema_of(settings)
+    names = list(schema.names) if columns is None else ["id", *columns]
+    empty = pa.schema([field for field in schema if field.name in names]).empty_table()
     for _ in attempts():
         with suppress(Vanished):
             return pa.concat_tables([empty, *parts_of(files_of(run), settings).ordered(names)])
@@ -186,7 +194,18 @@ def parts_of(paths: Sequence[Path], settings: Settings) -> Parts:
                 f"{SETTINGS}; remove it, and its images will be evaluated again"
             )
 
-    return Parts(paths, SCHEMA.with_metadata(described(settings)), check, _check_agreement)
+    return Parts(paths, schema_of(settings).with_metadata(described(settings)), check, _check_agreement)
+
+
+def schema_of(settings: Settings) -> pa.Schema:
+    """The columns of a run's records.
+
+    Raises:
+        UserError: if it is of a kind that is not known here.
+    """
+    if settings.kind not in SCHEMAS:
+        raise UserError(f"run: it is of the kind {settings.kind!r}, expected one of {', '.join(SCHEMAS)}")
+    return SCHEMAS[settings.kind]
 
 
 def described(settings: Settings) -> dict[bytes, bytes]:

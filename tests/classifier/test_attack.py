@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch import nn
 
-from lightning_diffclf import DiffusionClassifier, DiffusionLogits
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, DiffusionLogits
 from lightning_diffclf.classifier.attack import APGD, auto_attack, margin_loss
+from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.errors import UserError
 from tests.classifier.toys import SHAPE, Toy
 
@@ -66,6 +71,61 @@ def test_no_gradient_is_masked(white_box):
     assert bool((black_box <= end).all())
 
 
+def test_a_black_box_is_not_stronger_on_a_trained_network():
+    """Square Attack (Andriushchenko et al. 2020), which sees logits only, fools no digit that APGD does not."""
+    square = pytest.importorskip("pyautoattack.square")
+    root = Path(__file__).parents[2]
+    config = yaml.safe_load((root / "configs" / "dit_digits.yaml").read_text())["model"]["init_args"]
+    module = ClassConditionalDiT(**config)
+    module.load_state_dict(load_file(root / "benchmarks" / "data" / "digits.safetensors"))
+    network = DiffusionLogits(DiffusionClassifier(module.eval().requires_grad_(False), draws=2))
+    data = DigitsDataModule()
+    data.setup()
+    images, label = data.test.parts["image"][:8] / 2 + 0.5, data.test.parts["label"][:8]
+    right = network(images).argmax(1) == label
+    images, label = images[right], label[right]
+    found = APGD(0.07, steps=15)(network, images, label)
+    assert 0 < int(found.right.sum()) < len(label)  # there is something to compare
+    assert bool((found.losses[-1] > found.losses[0]).all())
+    with torch.random.fork_rng():
+        attack = square.SquareAttack(network, "Linf", n_queries=100, eps=0.07, resc_schedule=True, device="cpu")
+        black_box = attack.perturb(images, label)
+    with torch.no_grad():
+        lead = margin_loss(network(black_box), label)
+    assert not bool(((lead >= 0) & found.right).any())
+    assert float((found.losses[-1] - lead).min()) > 0
+
+
+def test_what_is_found_for_an_image_depends_on_it_alone(white_box):
+    """Random starts go by the id of the image, not by its place."""
+    network, images, label, _ = white_box
+    attack, ids = APGD(0.005, steps=4, restarts=3), list("abcdefgh")
+    together = attack(network, images, label, ids)
+    assert bool(together.right.any())  # restarts are for these
+    order = [5, 0, 3]
+    some = attack(network, images[order], label[order], [ids[i] for i in order])
+    torch.testing.assert_close(some.losses, together.losses[:, order], atol=1e-5, rtol=1e-5)
+    other = attack(network, images[order], label[order], ["x", "y", "z"])
+    assert not torch.equal(other.losses[0], some.losses[0])  # of the starts
+
+
+def test_a_random_network_is_attacked_through_the_mean_of_its_calls():
+    """A gradient of one call leads astray, the mean of many does not."""
+    generator = torch.Generator().manual_seed(5)
+    network, images = Linear(), grey(6)
+    label = network(images).argmax(1)
+
+    def noisy(x):
+        return network(x) + (x.flatten(1) @ (6 * torch.randn(12, 2, generator=generator)))
+
+    reached = [
+        float(margin_loss(network(APGD(0.05, steps=8, eot=eot)(noisy, images, label).images), label).mean())
+        for eot in (1, 40)
+    ]
+    best = float(APGD(0.05, steps=8)(network, images, label).losses[-1].mean())
+    assert reached[0] < reached[1] <= best + 1e-6
+
+
 def test_a_larger_ball_is_not_safer(white_box):
     network, images, label, found = white_box
     smaller = APGD(0.02, steps=15)(network, images, label)
@@ -88,6 +148,9 @@ def test_what_cannot_be_attacked_is_said():
         APGD(0.1)(network, images * 2 - 1, label)
     with pytest.raises(UserError, match="no gradient path to the images"):
         APGD(0.1)(lambda x: network(x.detach()), images, label)
+    for name in ("steps", "restarts", "eot"):
+        with pytest.raises(UserError, match=f"{name}: 0, expected at least 1"):
+            APGD(0.1, **{name: 0})
 
 
 def test_auto_attack_takes_the_network():
@@ -101,5 +164,12 @@ def test_auto_attack_takes_the_network():
     assert torch.equal(network(changed).argmax(1) == label, limits > eps)
     assert torch.equal(APGD(eps)(network, images, label).right, limits > eps)
     assert float((changed - images).abs().max()) <= eps + 1e-6
+    before = torch.get_rng_state()
+    auto_attack(network, images, label, eps=eps, version="custom", attacks=["apgd-ce"], seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(UserError, match="eps: 8, expected a positive radius"):
         auto_attack(network, images, label, eps=8)
+    with pytest.raises(UserError, match="2 classes, expected at least 4"):
+        auto_attack(network, images, label, eps=eps)
+    with pytest.raises(UserError, match="no gradient path to the images"):
+        auto_attack(lambda x: network(x.detach()), images, label, eps=eps)

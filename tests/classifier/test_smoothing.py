@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import binomtest, norm
 
-from lightning_diffclf.classifier.smoothing import Denoised, certify
+from lightning_diffclf.classifier.smoothing import Denoised, certify, largest_radius
 from lightning_diffclf.errors import UserError
 from tests.classifier.toys import Toy
 from tests.gaussians import SPREAD, Gaussians
@@ -41,6 +41,14 @@ def test_a_certificate_depends_on_the_image_alone():
     assert certify(half_space, image, 0.5, n0=30, n=100, image_id="b") != found
 
 
+def test_the_largest_radius_is_that_of_all_votes():
+    """And with one noisy image fewer than is said to be needed, there is none."""
+    sure = certify(lambda x: torch.tensor([[0.0, 1.0]]).expand(len(x), 2), torch.zeros(1, 3, 3), 0.5, n0=1, n=10)
+    assert (sure.prediction, sure.votes) == (1, 10)
+    assert sure.radius == pytest.approx(largest_radius(0.5, 10, 0.001))
+    assert binomtest(9, 9, alternative="greater").proportion_ci(0.999, "exact").low < 0.5
+
+
 def test_the_denoiser_takes_the_noise_away():
     """Of Gaussian classes, the mean of the clean image is known."""
     denoiser = Gaussians()
@@ -67,7 +75,11 @@ class Latent(Toy):
 def test_what_cannot_be_certified_is_said():
     image = torch.zeros(1, 3, 3)
     for settings, message in (
-        ({"sigma": 0}, "sigma: 0, expected a positive number"),
+        ({"sigma": 0}, "sigma: 0, expected a standard deviation above 0"),
+        ({"sigma": 64}, r"sigma: 64, expected .*in units of images in \[0, 1\]; 0.25 is 64 grey levels"),
+        ({"sigma": float("nan")}, "sigma: nan, expected a standard deviation"),
+        ({"sigma": 0.5, "alpha": 0}, "alpha: 0, expected a probability"),
+        ({"sigma": 0.5, "n": 9}, "n: 9, which certifies nothing with alpha 0.001, expected at least 10"),
         ({"sigma": 0.5, "alpha": 1.5}, "alpha: 1.5, expected a probability"),
         ({"sigma": 0.5, "n": 0}, "n: 0, expected at least 1"),
     ):

@@ -1,0 +1,51 @@
+"""``diffclf evaluate``: a test set, classified with a checkpoint or a network of its own."""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace
+
+from lightning_diffclf.callbacks.sharding import parse_part
+from lightning_diffclf.cli import DiffClfCLI, test_arguments
+
+
+def evaluate_command(given: Namespace) -> None:
+    """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
+    DiffClfCLI(_of_evaluation(given))
+
+
+def _of_evaluation(given: Namespace) -> list[str]:
+    """The arguments of ``diffclf evaluate`` as those of ``test``."""
+    part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
+    kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
+    own = [
+        *[f"--classifier.keep_{what}=true" for what in kept],
+        *(["--classifier.plan=true"] if given.plan else []),
+        *([f"--classifier.part={given.part}"] if given.part else []),
+    ]
+    return test_arguments(given, f"evaluation{part}", own)
+
+
+class _Parses(DiffClfCLI):
+    """Goes as far as the settings, of which it makes nothing."""
+
+    def _set_seed(self) -> None:
+        """Nothing: no randomness is needed."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: open settings are completed from data, which are read then."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def check_evaluation(given: Namespace) -> None:
+    """Whether ``diffclf evaluate`` would understand its arguments; makes and runs nothing.
+
+    Raises:
+        SystemExit: after a message, if an argument or a configuration is not understood.
+        UserError: if a checkpoint, or what it says, cannot be read.
+    """
+    _Parses(_of_evaluation(given))
