@@ -19,10 +19,14 @@ CLASSES: Mapping[str, frozenset[str]] = {
     "model": frozenset(
         {
             "lightning_diffclf.ClassConditionalDiT",
+            "lightning_diffclf.LoraStableDiffusion",
+            "lightning_diffclf.SoftPrompts",
             "lightning_diffclf.ZeroShotStableDiffusion",
             "lightning_diffclf.baselines.clip.ZeroShotCLIP",
             "lightning_diffclf.baselines.timm_classifier.TimmClassifier",
             "lightning_diffclf.baselines.timm_classifier.TimmFromScratch",
+            "lightning_diffclf.modules.adapters.LoraStableDiffusion",
+            "lightning_diffclf.modules.adapters.SoftPrompts",
             "lightning_diffclf.modules.class_conditional_dit.ClassConditionalDiT",
             "lightning_diffclf.modules.zero_shot_sd.ZeroShotStableDiffusion",
         }

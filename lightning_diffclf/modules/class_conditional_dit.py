@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.data.protocols import HasLatents
-from lightning_diffclf.data.stream import Share
 from lightning_diffclf.denoiser import Candidates, ConditionVectors, evaluating
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
@@ -27,7 +26,6 @@ from lightning_diffclf.modules.training import (
     check_settings,
     class_sets,
     fixed_timesteps,
-    keyed_generator,
     network_of,
     optimization,
     schedule_named,
@@ -297,7 +295,7 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = self._training_batch(batch, check=batch_idx == 0)
-        random = self._random(images, batch_idx)
+        random = StepRandom.of(self, images, batch_idx, self.hparams["seed"])
         t, noise = random.timesteps(self.schedule), random.normal(*self.image_shape)
         drop = random.uniform() < rate if (rate := self.hparams["class_dropout_prob"]) > 0 else None
         x0 = self._to_x0(images, random.normal(*self.image_shape) if self._are_pixels(images) else None)
@@ -317,11 +315,6 @@ class ClassConditionalDiT(ByArguments, OnHub, L.LightningModule):
         """Network output for rows whose labels are never dropped."""
         drop = None if self.net.null_label is None else torch.zeros_like(labels, dtype=torch.bool)
         return self.net(x_t.to(self.dtype), t, labels, drop=drop)
-
-    def _random(self, images: Tensor, batch_idx: int) -> StepRandom:
-        share, count = Share.of(self._trainer), len(images)
-        generator = keyed_generator(images.device, self.hparams["seed"], self.global_step)
-        return StepRandom(generator, count * share.world_size * share.accumulate, share.rows(count, batch_idx))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         ids = unpack(batch).ids

@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_diffclf.data.stream import Share
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.noise import KeyedNoise
@@ -111,6 +113,13 @@ class StepRandom(NamedTuple):
     generator: torch.Generator
     total: int
     rows: slice
+
+    @classmethod
+    def of(cls, module: L.LightningModule, images: Tensor, batch_idx: int, seed: int) -> StepRandom:
+        """For the ``batch_idx``-th batch (B, ...) of a module's process."""
+        share, count = Share.of(module._trainer), len(images)
+        generator = keyed_generator(images.device, seed, module.global_step)
+        return cls(generator, count * share.world_size * share.accumulate, share.rows(count, batch_idx))
 
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in [0, 1) of this shape for each row (B, ...)."""

@@ -31,8 +31,10 @@ from lightning_diffclf import (
     DiffusionClassifierCallback,
     Draws,
     LinearProbe,
+    LoraStableDiffusion,
     NoiseSchedule,
     PairedTest,
+    SoftPrompts,
     ZeroShotStableDiffusion,
 )
 from lightning_diffclf.baselines.clip import ZeroShotCLIP
@@ -192,6 +194,10 @@ def table(files: Path) -> dict[type, Changes]:
         WinogroundDataModule: Changes({}, {"source": str(files / "groups"), "size": 8}),
         ClassConditionalDiT: Changes(TINY | {"learn_sigma": False}, dit),
         ZeroShotStableDiffusion: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd),
+        LoraStableDiffusion: Changes(
+            {"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd | {"rank": 2, "targets": ["to_k"]}
+        ),
+        SoftPrompts: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd | {"tokens": 2, "num_classes": 10}),
         ZeroShotCLIP: Changes({"pretrained": write_clip(files / "clip"), "class_names": ["a", "b"]}, clip),
         TimmClassifier: Changes(
             {"model": write_timm(files / "timm", num_classes=2)},
