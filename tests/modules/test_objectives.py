@@ -43,7 +43,7 @@ def test_classification_loss_is_that_of_the_posterior():
 
 
 def test_the_gradient_is_the_own_error_less_the_expected_one():
-    """In units of the error, T / D times the cross-entropy has the gradient 1 - p for the own class and -p for others."""
+    """In units of the error, the cross-entropy times T / D has the gradient 1 - p for the own class, -p for others."""
     errors = torch.tensor([[0.30, 0.31, 0.40]], dtype=torch.float64, requires_grad=True)
     (2 / 128 * classification_loss(errors, dims=128, temperature=2.0)).sum().backward()
     p = torch.softmax(-64 * errors.detach(), 1)[0]
