@@ -27,6 +27,7 @@ PARSED = {
     "imagenet.md": "neither ImageNet nor published weights are here",
     "sampling.md": "published weights, Inception's among them; the first is run in start.md",
     "slurm.md": "needs a cluster; test_slurm.py makes one where SLURM is installed",
+    "training.md": "trainings, one of a pipeline from the Hub; tests/modules/test_adapters.py runs that on a small one",
     "trust.md": "two trainings; tests/results, tests/test_classify.py run such commands on small networks",
     "zero_shot.md": "pipelines from the Hub; the one that is here is run by test_readme.py",
 }

@@ -197,7 +197,9 @@ def table(files: Path) -> dict[type, Changes]:
         LoraStableDiffusion: Changes(
             {"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd | {"rank": 2, "targets": ["to_k"]}
         ),
-        SoftPrompts: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd | {"tokens": 2, "num_classes": 10}),
+        SoftPrompts: Changes(
+            {"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd | {"tokens": 2, "num_classes": 10}
+        ),
         ZeroShotCLIP: Changes({"pretrained": write_clip(files / "clip"), "class_names": ["a", "b"]}, clip),
         TimmClassifier: Changes(
             {"model": write_timm(files / "timm", num_classes=2)},
