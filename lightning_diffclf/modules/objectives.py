@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_diffclf.classifier.score import Loss, Predictions
 from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.modules.training import StepRandom, own_first
 from lightning_diffclf.schedule import NoiseSchedule
@@ -37,9 +36,9 @@ def errors_at_one_draw(
         asked_BK: Classes, int64.
     """
     row_N = torch.arange(len(x0), device=x0.device).repeat_interleave(asked_BK.shape[1])
-    x_t, t, x0, noise = schedule.add_noise(x0, noise, t)[row_N], t[row_N], x0[row_N], noise[row_N]
-    output = predict(*schedule.network_rows(x_t, t), asked_BK.flatten())
-    return Loss("l2")(Predictions(schedule, output, x0, x_t, t, noise)).view(asked_BK.shape)
+    x_t, t, noise = schedule.add_noise(x0, noise, t)[row_N], t[row_N], noise[row_N]
+    output = predict(*schedule.network_rows(x_t, t), asked_BK.flatten()).float()
+    return (schedule.to_epsilon(output, x_t, t) - noise).square().flatten(1).mean(1).view(asked_BK.shape)
 
 
 def classification_loss(errors_BK: Tensor, dims: int, temperature: float) -> Tensor:
