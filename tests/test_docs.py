@@ -235,5 +235,5 @@ def test_python_of_other_pages_runs(folder, monkeypatch):
                 code = code.replace(there, here)
             exec(compile(code, page, "exec"), page_scope)
             ran += 1
-    assert ran == 7
+    assert ran == 8
     assert (folder / "digits" / "model.safetensors").is_file()
