@@ -57,7 +57,7 @@ class _Adapted(ZeroShotStableDiffusion):
         self.requires_grad_(stage == "fit")  # making the denoiser froze what belongs to its network
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels, _ = self._labelled(batch)
+        images, labels = self._labelled(batch)
         random = StepRandom.of(self, images, batch_idx, self.hparams["seed"])
         x0 = self.encode(images)
         t, noise = random.timesteps(self.schedule), random.normal(*x0.shape[1:])
@@ -71,7 +71,8 @@ class _Adapted(ZeroShotStableDiffusion):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The denoising loss, at noise that is fixed for each image."""
-        images, labels, ids = self._labelled(batch)
+        images, labels = self._labelled(batch)
+        ids = unpack(batch).ids or content_ids(images)
         x0, seed = self.encode(images), self.hparams["seed"]
         t, noise = fixed_timesteps(self.schedule, ids, seed), initial_noise(tuple(x0.shape[1:]), ids, seed)
         loss = self._losses(x0, labels, t.to(x0.device), noise.to(x0.device)).mean()
@@ -84,16 +85,16 @@ class _Adapted(ZeroShotStableDiffusion):
         loss: Tensor = (output - self.schedule.target(x0, noise, t)).square().flatten(1).mean(1)
         return loss
 
-    def _labelled(self, batch: Any) -> tuple[Tensor, Tensor, Sequence[int | str]]:
-        """Images, the candidate of each, and ids."""
-        images, labels, ids = unpack(batch)[:3]
+    def _labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and the candidate of each."""
+        images, labels = unpack(batch)[:2]
         if labels is None:
             raise UserError("batch: no labels, expected a label for each image to train on")
         classes = torch.tensor(self.candidates.classes, device=labels.device)
         found = labels[:, None] == classes
         if not bool(found.any(1).all()):
             raise UserError(f"labels: {int(labels.min())} … {int(labels.max())}, expected 0 … {int(classes.max())}")
-        return images, found.long().argmax(1), content_ids(images) if ids is None else ids
+        return images, found.long().argmax(1)
 
     def configure_optimizers(self) -> Any:
         return optimization(self.parameters(), self.hparams, lambda: self.trainer.estimated_stepping_batches)
