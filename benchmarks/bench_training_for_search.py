@@ -29,7 +29,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from sklearn.svm import SVC
-from tasks import DATA
+from tasks import DATA, TASKS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,13 +61,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(variant: str, steps: int, batch: int, seed: int, folder: Path) -> tuple[ClassConditionalDiT, float]:
-    """The network with averaged weights, and the seconds that training took; from the folder if it is there."""
-    config = yaml.safe_load((CONFIGS / "dit_digit_pairs.yaml").read_text())
+def trained(
+    variant: str,
+    steps: int,
+    batch: int,
+    seed: int,
+    folder: Path,
+    task: str = "digit_pairs",
+    settings: dict[str, Any] | None = None,
+) -> tuple[ClassConditionalDiT, float]:
+    """The network with averaged weights, and the seconds that training took; from the folder if it is there.
+
+    ``settings`` are those of the variant, if it is none of :data:`VARIANTS`.
+    """
+    config = yaml.safe_load((CONFIGS / f"dit_{task}.yaml").read_text())
+    changes = VARIANTS[variant] if settings is None else settings
     L.seed_everything(seed, verbose=False)
-    module = ClassConditionalDiT(**config["model"]["init_args"] | SHORT | {"seed": seed} | VARIANTS[variant])
+    module = ClassConditionalDiT(**config["model"]["init_args"] | SHORT | {"seed": seed} | changes)
     if variant.startswith("shipped"):
-        module.load_state_dict(load_file(DATA / "digit_pairs.safetensors"))
+        module.load_state_dict(load_file(DATA / f"{task}.safetensors"))
         if variant == "shipped":
             return module.eval(), 0.0
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +90,7 @@ def trained(variant: str, steps: int, batch: int, seed: int, folder: Path) -> tu
 
     class Keep(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.global_step % EVERY == 0:
+            if trainer.global_step % EVERY == 0 or trainer.global_step == steps:
                 average = {name: value.clone() for name, value in ema._average.items()}
                 spent = torch.tensor(time.process_time() - start)
                 save_file(module.state_dict() | average | {"seconds": spent}, path_of(trainer.global_step))
@@ -99,8 +111,8 @@ def trained(variant: str, steps: int, batch: int, seed: int, folder: Path) -> tu
         limit_val_batches=0,
         callbacks=[ema, Keep()],
     )
-    trainer.fit(module, DigitPairsDataModule(batch_size=batch, seed=seed))
-    return trained(variant, steps, batch, seed, folder)
+    trainer.fit(module, TASKS[task].data(batch_size=batch, seed=seed))
+    return trained(variant, steps, batch, seed, folder, task, settings)
 
 
 def validation_loss(module: ClassConditionalDiT) -> float:

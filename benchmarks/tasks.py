@@ -36,7 +36,7 @@ class Task:
     """
 
     name: str
-    data: Callable[[], DigitsDataModule]
+    data: Callable[..., DigitsDataModule]
     draws: int
     stages: Stages
     search: GradientSearch

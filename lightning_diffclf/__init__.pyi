@@ -22,6 +22,8 @@ from lightning_diffclf.denoiser import ConditionalDenoiser as ConditionalDenoise
 from lightning_diffclf.denoiser import SearchableDenoiser as SearchableDenoiser
 from lightning_diffclf.discriminative import Discriminative as Discriminative
 from lightning_diffclf.models.dit import DiT as DiT
+from lightning_diffclf.modules.adapters import LoraStableDiffusion as LoraStableDiffusion
+from lightning_diffclf.modules.adapters import SoftPrompts as SoftPrompts
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT as ClassConditionalDiT
 from lightning_diffclf.modules.published_network import PublishedNetwork as PublishedNetwork
 from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion as ZeroShotStableDiffusion

@@ -29,6 +29,7 @@ PARSED = {
     "results.md": "hours of small evaluations; tests/results and tests/commands run smaller ones",
     "sampling.md": "published weights, Inception's among them; the first is run in start.md",
     "slurm.md": "needs a cluster; test_slurm.py makes one where SLURM is installed",
+    "training.md": "trainings, one of a pipeline from the Hub; tests/modules/test_adapters.py runs that on a small one",
     "trust.md": "trainings; tests/results, tests/test_classify.py and tests/commands run small ones",
     "zero_shot.md": "pipelines from the Hub; the one that is here is run by test_readme.py",
 }
@@ -241,5 +242,5 @@ def test_python_of_other_pages_runs(folder, monkeypatch):
                 code = code.replace(there, here)
             exec(compile(code, page, "exec"), page_scope)
             ran += 1
-    assert ran == 7
+    assert ran == 8
     assert (folder / "digits" / "model.safetensors").is_file()

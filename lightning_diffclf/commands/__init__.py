@@ -40,7 +40,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Train and evaluate": {
         "fit": Command("train: --config dit_digits.yaml, and any value in it as a flag"),
         "evaluate": Command(
-            "classify a test set: --ckpt of a run, or --config of a network without training", "commands.evaluate"
+            "classify a test set: --ckpt of a run, or --config of a network as it is", "commands.evaluate"
         ),
         "validate": Command("the same on the validation set, as Lightning's subcommand"),
         "test": Command("what evaluate runs, as Lightning's subcommand"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -10,20 +12,20 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.data.batch import check_pixels, content_ids, unpack
-from lightning_diffclf.data.protocols import HasLatents, HasNetworkClasses, HasNumClasses
-from lightning_diffclf.data.stream import Share
+from lightning_diffclf.data.protocols import HasLatents
 from lightning_diffclf.denoiser import ConditionVectors, evaluating
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.autoencoder import Autoencoder
-from lightning_diffclf.models.dit import DiT
-from lightning_diffclf.modules.conditions import AsksAboutClasses
+from lightning_diffclf.modules.conditions import AsksAboutClasses, check_trains_all
 from lightning_diffclf.modules.hub import OnHub
+from lightning_diffclf.modules.objectives import Objectives
 from lightning_diffclf.modules.training import (
     StepRandom,
+    check_settings,
     class_sets,
     fixed_timesteps,
-    keyed_generator,
+    network_of,
     optimization,
     schedule_named,
     shard,
@@ -55,6 +57,14 @@ class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModul
         class_dropout_prob: Share of labels replaced by the null label in training, for classifier-free guidance.
         class_sets: Share of images trained on the mean embedding of a random set of classes with their own in it, of
             1 … ``num_classes`` (log-uniform), so that the network knows mixtures: for ``GradientSearch``.
+        classification: Weight of the classification loss on errors of several classes at one draw. This and the next
+            six: :class:`~.objectives.Objectives`, docs/training.md.
+        temperature: Temperature of its logits ``-D · error / temperature``.
+        compared_classes: Classes of an image that it and the separation loss compare, the own one and random others.
+        compared_share: Share of each batch that they look at.
+        contrastive: Weight λ of contrastive flow matching; for velocities and the like, not with epsilon prediction.
+        separation: Weight of the separation loss: wrong classes shall be worse than none. Needs label dropout.
+        margin: By which share of the error.
         none_of_these: Whether "none of these", the null label of label dropout, is a candidate beside the classes.
         learn_sigma: Also predict the variance, trained by the variational bound. Only with epsilon prediction on a
             discrete schedule.
@@ -80,6 +90,7 @@ class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModul
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("class_dropout_prob", "class_sets", "compile", "checkpointing", "seed"), "of training"),
+        **dict.fromkeys((one.name for one in fields(Objectives)), "of training"),
         **dict.fromkeys(("lr", "betas", "weight_decay", "warmup_steps", "decay"), "of the optimizer"),
         "vae": "its weights are in `autoencoder`, where images are pixels",
     }
@@ -98,6 +109,13 @@ class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModul
         mlp_ratio: float = 4.0,
         class_dropout_prob: float = 0.1,
         class_sets: float = 0.0,
+        classification: float = 0.0,
+        temperature: float = 2.0,
+        compared_classes: int = 10,
+        compared_share: float = 0.25,
+        contrastive: float = 0.0,
+        separation: float = 0.0,
+        margin: float = 0.1,
         none_of_these: bool = False,
         learn_sigma: bool = True,
         schedule: Literal["linear", "scaled_linear", "cosine", "rectified_flow", "sit"] = "linear",
@@ -118,36 +136,9 @@ class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModul
         if input_size is None or in_channels is None or num_classes is None:
             raise UserError("input_size, in_channels, num_classes: None, and the data do not say; expected numbers")
         self.schedule = schedule_named(schedule, prediction)
-        if learn_sigma and not (isinstance(self.schedule, DiscreteSchedule) and self.schedule.prediction == "epsilon"):
-            raise UserError(
-                f"learn_sigma: a variance is only defined for epsilon prediction on a discrete schedule, found "
-                f"{self.schedule.prediction!r} on {schedule!r}; set learn_sigma to false"
-            )
-        if class_names is not None and len(class_names) != num_classes:
-            raise UserError(f"class_names: {len(class_names)} names for num_classes = {num_classes}")
-        for name, value in (("lr", lr), ("num_classes", num_classes)):
-            if value <= 0:
-                raise UserError(f"{name}: {value}, expected a positive number")
-        if none_of_these and class_dropout_prob == 0:
-            raise UserError("none_of_these: the network has no null label, expected class_dropout_prob > 0")
-        if not 0 <= class_sets <= 1:
-            raise UserError(f"class_sets: {class_sets}, expected a share in [0, 1]")
-        if vae is not None and not latents:
-            raise UserError(f"vae: {vae!r} given, but latents is false: the network works on pixels")
-        if not isinstance(input_size, int) and len(input_size) != 2:
-            raise UserError(f"input_size: {input_size}, expected a number, or height and width")
-        size = input_size if isinstance(input_size, int) else (input_size[0], input_size[1])
-        shared: dict[str, Any] = {
-            "input_size": size,
-            "in_channels": in_channels,
-            "mlp_ratio": mlp_ratio,
-            "class_dropout_prob": class_dropout_prob,
-            "num_classes": num_classes,
-            "learn_sigma": learn_sigma,
-        }
-        if not model:
-            shared |= {"patch_size": patch_size, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
-        self.net = DiT.from_name(model, **shared) if model else DiT(**shared)
+        check_settings(self.hparams, self.schedule)
+        self.objectives = Objectives.of(self.hparams)
+        self.net = network_of(self.hparams)
         self.net.checkpointing = checkpointing
         self.image_shape = (in_channels, *self.net.input_size)
         # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
@@ -156,13 +147,8 @@ class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModul
     def setup(self, stage: str) -> None:
         """Check the data module against the network, before long work."""
         data: object = getattr(self._trainer, "datamodule", None)
-        num_classes = self.hparams["num_classes"]
         if stage == "fit":
-            if isinstance(data, HasNumClasses) and data.num_classes not in (None, num_classes):
-                raise UserError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
-            groups = data.network_classes if isinstance(data, HasNetworkClasses) else None
-            if groups is not None and len(groups) != num_classes:
-                raise UserError(f"data: {len(groups)} classes to validate on, expected {num_classes} as in training")
+            check_trains_all(data, self.hparams["num_classes"])
             if self.hparams["compile"]:
                 self.net.compile()
         for one in data.latents(stage) if isinstance(data, HasLatents) else []:
@@ -249,7 +235,15 @@ class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModul
 
     # --- training --------------------------------------------------------------------------------------------------
 
-    def losses(self, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor, drop: Tensor | None) -> dict[str, Tensor]:
+    def losses(
+        self,
+        x0: Tensor,
+        labels: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        drop: Tensor | None,
+        other: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Training loss of each image (B,), float32; for a learned variance also its parts ``mse`` and ``vb``.
 
         Args:
@@ -258,31 +252,41 @@ class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModul
             t: Timesteps (B,).
             noise: Noise (B, C, H, W).
             drop: Which labels to replace by the null label, bool (B,); None for none.
+            other: Targets of other images (B, C, H, W), squared distances to which are returned as ``contrast``.
         """
         x_t = self.schedule.add_noise(x0, noise, t)
         time = self.schedule.network_time(t)
         output = self.net(self.schedule.network_input(x_t, t).to(self.dtype), time, labels, drop=drop).float()
         if not self.hparams["learn_sigma"]:
-            return {"loss": (output - self.schedule.target(x0, noise, t)).square().flatten(1).mean(1)}
+            loss = (output - self.schedule.target(x0, noise, t)).square().flatten(1).mean(1)
+            return {"loss": loss} | (
+                {} if other is None else {"contrast": (output - other).square().flatten(1).mean(1)}
+            )
         loss, mse, vb = hybrid_loss(cast(DiscreteSchedule, self.schedule), output, x0, x_t, t, noise)
         return {"loss": loss, "mse": mse, "vb": vb}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = self._training_batch(batch, check=batch_idx == 0)
-        random = self._random(images, batch_idx)
+        random = StepRandom.of(self, images, batch_idx, self.hparams["seed"])
         t, noise = random.timesteps(self.schedule), random.normal(*self.image_shape)
         drop = random.uniform() < rate if (rate := self.hparams["class_dropout_prob"]) > 0 else None
         x0 = self._to_x0(images, random.normal(*self.image_shape) if self._are_pixels(images) else None)
+        conditions = labels
         if (share := self.hparams["class_sets"]) > 0:
-            labels = class_sets(labels, self.hparams["num_classes"], share, random)
-        losses = {name: value.mean() for name, value in self.losses(x0, labels, t, noise, drop).items()}
+            conditions = class_sets(labels, self.hparams["num_classes"], share, random)
+        denoising = partial(self.losses, x0, conditions, t, noise, drop)
+        losses = self.objectives.denoising(denoising, self.schedule, x0, labels, t, noise, drop, random)
+        if self.objectives.compares:
+            classes = self.hparams["num_classes"], self.net.null_label
+            losses |= self.objectives.compare(self._given, self.schedule, x0, labels, t, noise, classes, random)
+            losses["loss"] = losses["loss"] + losses.pop("add")
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
 
-    def _random(self, images: Tensor, batch_idx: int) -> StepRandom:
-        share, count = Share.of(self._trainer), len(images)
-        generator = keyed_generator(images.device, self.hparams["seed"], self.global_step)
-        return StepRandom(generator, count * share.world_size * share.accumulate, share.rows(count, batch_idx))
+    def _given(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Network output for rows whose labels are never dropped."""
+        drop = None if self.net.null_label is None else torch.zeros_like(labels, dtype=torch.bool)
+        return self.net(x_t.to(self.dtype), t, labels, drop=drop)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         ids = unpack(batch).ids

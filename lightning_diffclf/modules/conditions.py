@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_diffclf.data.protocols import HasClassNames, HasNetworkClasses
+from lightning_diffclf.data.protocols import HasClassNames, HasNetworkClasses, HasNumClasses
 from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.errors import UserError
 
@@ -58,6 +58,15 @@ def conditions(
     if null:
         own, pairs, names = [*own, NONE_OF_THESE], [*pairs, (len(groups), num_classes)], [*names, NONE_OF_THESE]
     return Conditions(Candidates(own, [c for c, _ in pairs], names), torch.tensor([row for _, row in pairs]))
+
+
+def check_trains_all(data: object, num_classes: int) -> None:
+    """Raise ValueError unless a data module, as far as it says, has all of a network's classes to train on."""
+    if isinstance(data, HasNumClasses) and data.num_classes not in (None, num_classes):
+        raise UserError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
+    groups = data.network_classes if isinstance(data, HasNetworkClasses) else None
+    if groups is not None and len(groups) != num_classes:
+        raise UserError(f"data: {len(groups)} classes to validate on, expected {num_classes} as in training")
 
 
 class AsksAboutClasses:

@@ -7,14 +7,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_diffclf.data.stream import Share
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.noise import KeyedNoise
-from lightning_diffclf.schedule import NoiseSchedule
+from lightning_diffclf.schedule import DiscreteSchedule, NoiseSchedule
 
 VALIDATION_TIMESTEPS = 100  # the validation loss is taken at this many noise levels, a fixed one for each image
 
@@ -39,6 +42,59 @@ def schedule_named(name: str, prediction: Any = None) -> NoiseSchedule:
     return makers[name](prediction=prediction or "epsilon")
 
 
+def network_of(settings: Mapping[str, Any]) -> DiT:
+    """The network that the arguments of a :class:`~.class_conditional_dit.ClassConditionalDiT` describe.
+
+    Raises:
+        ValueError: if they contradict each other.
+    """
+    size = settings["input_size"]
+    if not isinstance(size, int) and len(size) != 2:
+        raise UserError(f"input_size: {size}, expected a number, or height and width")
+    shared = {"input_size": size if isinstance(size, int) else tuple(size)}
+    names = ("in_channels", "mlp_ratio", "class_dropout_prob", "num_classes", "learn_sigma")
+    shared |= {name: settings[name] for name in names}
+    if settings["model"]:
+        return DiT.from_name(settings["model"], **shared)
+    return DiT(**shared, **{name: settings[name] for name in ("patch_size", "hidden_size", "depth", "num_heads")})
+
+
+def check_settings(settings: Mapping[str, Any], schedule: NoiseSchedule) -> None:
+    """Raise ValueError where settings contradict each other.
+
+    Args:
+        settings: Arguments of a :class:`~.class_conditional_dit.ClassConditionalDiT`.
+        schedule: Its noise schedule.
+    """
+    if settings["learn_sigma"] and not (isinstance(schedule, DiscreteSchedule) and schedule.prediction == "epsilon"):
+        raise UserError(
+            f"learn_sigma: a variance is only defined for epsilon prediction on a discrete schedule, found "
+            f"{schedule.prediction!r} on {settings['schedule']!r}; set learn_sigma to false"
+        )
+    if settings["vae"] is not None and not settings["latents"]:
+        raise UserError(f"vae: {settings['vae']!r} given, but latents is false: the network works on pixels")
+    names, count = settings["class_names"], settings["num_classes"]
+    if names is not None and len(names) != count:
+        raise UserError(f"class_names: {len(names)} names for num_classes = {count}")
+    for name in ("lr", "num_classes"):
+        if settings[name] <= 0:
+            raise UserError(f"{name}: {settings[name]}, expected a positive number")
+    for name in ("none_of_these", "separation"):
+        if settings[name] and settings["class_dropout_prob"] == 0:
+            raise UserError(f"{name}: the network has no null label, expected class_dropout_prob > 0")
+    if not 0 <= settings["class_sets"] <= 1:
+        raise UserError(f"class_sets: {settings['class_sets']}, expected a share in [0, 1]")
+    if settings["contrastive"] and schedule.prediction == "epsilon":
+        raise UserError(
+            "contrastive: with epsilon prediction, the target of another image says nothing of its class; expected "
+            "another prediction, such as velocity on the rectified flow"
+        )
+    if settings["contrastive"] and settings["class_sets"]:
+        raise UserError("contrastive: an image on a set of classes has no other class; expected class_sets: 0")
+    if (settings["classification"] or settings["separation"]) and settings["num_classes"] < 2:
+        raise UserError("classification, separation: 1 class, expected 2 or more to compare")
+
+
 def keyed_generator(device: torch.device, *key: int) -> torch.Generator:
     """A generator on ``device`` whose state depends on nothing but ``key``."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
@@ -58,6 +114,13 @@ class StepRandom(NamedTuple):
     total: int
     rows: slice
 
+    @classmethod
+    def of(cls, module: L.LightningModule, images: Tensor, batch_idx: int, seed: int) -> StepRandom:
+        """For the ``batch_idx``-th batch (B, ...) of a module's process."""
+        share, count = Share.of(module._trainer), len(images)
+        generator = keyed_generator(images.device, seed, module.global_step)
+        return cls(generator, count * share.world_size * share.accumulate, share.rows(count, batch_idx))
+
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in [0, 1) of this shape for each row (B, ...)."""
         device = self.generator.device
@@ -71,6 +134,11 @@ class StepRandom(NamedTuple):
     def timesteps(self, schedule: NoiseSchedule) -> Tensor:
         """Timesteps as networks are trained on them (B,)."""
         return schedule.random_timesteps(self.total, self.generator)[self.rows]
+
+
+def own_first(labels: Tensor, num_classes: int, random: StepRandom) -> Tensor:
+    """All classes in random order, but the own one of each image (B,), int64, first: (B, K), int64."""
+    return random.uniform(num_classes).scatter(1, labels[:, None], -1.0).argsort(1)
 
 
 def class_sets(labels: Tensor, num_classes: int, share: float, random: StepRandom) -> Tensor:
@@ -87,7 +155,7 @@ def class_sets(labels: Tensor, num_classes: int, share: float, random: StepRando
     """
     size = ((num_classes + 1) ** random.uniform()).long().clamp(max=num_classes)
     size = torch.where(random.uniform() < share, size, 1)  # (B,)
-    order = random.uniform(num_classes).scatter(1, labels[:, None], -1.0).argsort(1)  # (B, K), the own class first
+    order = own_first(labels, num_classes, random)
     first = torch.arange(num_classes, device=order.device) < size[:, None]  # (B, K)
     return torch.zeros_like(first).scatter(1, order, first)
 

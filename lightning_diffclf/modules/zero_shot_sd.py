@@ -73,12 +73,15 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
         """What does the work; loaded when it is asked for first."""
         if not self._denoiser:
             prompt_set = prompts_of(*self._given, getattr(self._trainer, "datamodule", None))
-            chosen = torch.float16 if torch.cuda.is_available() else torch.float32
-            others: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if self.drop_t5 else {}
-            dtype = chosen if self.dtype_name == "auto" else DTYPES[self.dtype_name]
-            pipeline = load(self.pretrained, self.revision, dtype, self.lora, self.attention, **others)
-            self._denoiser.append(PipelineDenoiser(pipeline, *prompt_set, offload=self.offload))
+            self._denoiser.append(PipelineDenoiser(self.load_pipeline(), *prompt_set, offload=self.offload))
         return self._denoiser[0]
+
+    def load_pipeline(self) -> Any:
+        """The pretrained pipeline, loaded anew."""
+        chosen = torch.float16 if torch.cuda.is_available() else torch.float32
+        others: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if self.drop_t5 else {}
+        dtype = chosen if self.dtype_name == "auto" else DTYPES[self.dtype_name]
+        return load(self.pretrained, self.revision, dtype, self.lora, self.attention, **others)
 
     def contents(self) -> dict[str, Any]:
         """What is asked, and of which networks; loads them."""

@@ -34,9 +34,11 @@ from lightning_diffclf import (
     DiffusionClassifierCallback,
     Draws,
     LinearProbe,
+    LoraStableDiffusion,
     NoiseSchedule,
     PairedTest,
     PublishedNetwork,
+    SoftPrompts,
     ZeroShotStableDiffusion,
 )
 from lightning_diffclf.baselines.clip import ZeroShotCLIP
@@ -256,6 +258,12 @@ def table(files: Path) -> dict[type, Changes]:
             {"class_names": ["a", "b", "c"], "none_of_these": True},
         ),
         ZeroShotStableDiffusion: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd),
+        LoraStableDiffusion: Changes(
+            {"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd | {"rank": 2, "targets": ["to_k"]}
+        ),
+        SoftPrompts: Changes(
+            {"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd | {"tokens": 2, "num_classes": 10}
+        ),
         ZeroShotCLIP: Changes({"pretrained": write_clip(files / "clip"), "class_names": ["a", "b"]}, clip),
         TimmClassifier: Changes(
             {"model": write_timm(files / "timm", num_classes=2)},

@@ -26,7 +26,7 @@ class Recording(ClassConditionalDiT):
 if __name__ == "__main__":
     torch.manual_seed(0)
     sizes = {"input_size": 8, "in_channels": 1, "num_classes": 10, "hidden_size": 16, "depth": 1, "num_heads": 2}
-    model = Recording(**sizes, latents=False, class_sets=0.5)
+    model = Recording(**sizes, latents=False, class_sets=0.5, classification=0.5, compared_share=1.0)
     model.drawn, model.seen = [], []
     trainer = L.Trainer(
         accelerator="cpu",

@@ -1,0 +1,126 @@
+"""Training for classification: python benchmarks/bench_training_for_classification.py [--task digits] [--seed 0].
+
+The shipped network of a task is trained on, anew for each seed, for as many network rows (`--rows`) as the control,
+which goes on with the denoising loss alone: the classification loss on 12 or 10 classes, contrastive flow matching, or
+the separation loss. Rows are what training costs: an image of a batch is one, and so is a class that it is compared
+under. Weights are averaged, kept in runs/training_for_classification/, and used again.
+
+The table: accuracy on the test images with 1, 5 and 25 draws of all candidates (of pairs, 25 and 100 draws of
+LikelihoodRatio(0.002), with its network calls), with Wilson's interval, each network's images also compared with the
+control's by McNemar's exact test; the denoising loss on the test images; and sample quality as in
+bench_training_for_search.py. `--validate` takes training images in place of the test images: to choose weights by.
+"""
+
+import argparse
+import platform
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from bench_training_for_search import MICROBATCH, RULE, labels_of, row, sample_quality, table, trained
+from tasks import TASKS
+
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
+from lightning_diffclf.modules.objectives import Objectives
+from lightning_diffclf.results.statistics import mcnemar, wilson
+
+LR = 1e-3
+CONTROL = "shipped, then ordinary"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shipped": {},
+    CONTROL: {},
+    "shipped, then classification": {"classification": 1.0, "compared_classes": 12},
+    "shipped, then contrastive": {"contrastive": 0.05},
+    "shipped, then separation": {"separation": 0.5, "compared_classes": 12},
+}
+DRAWS = {"digits": (1, 5, 25), "digit_pairs": (1, 5)}  # of all candidates
+RULES = {"digits": (), "digit_pairs": (25, 100)}  # of LikelihoodRatio
+
+
+def steps_of(settings: dict[str, Any], batch: int, rows: int, num_classes: int) -> int:
+    """Optimizer steps in which the network sees so many rows."""
+    of = Objectives.of(settings)
+    asked = min(of.compared_classes, num_classes) + (of.separation > 0)
+    return rows // (batch + (int(np.ceil(of.compared_share * batch)) * asked if of.compares else 0))
+
+
+def validation_loss(module: ClassConditionalDiT, task: str) -> float:
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    return trainer.validate(module, TASKS[task].data(eval_batch_size=120), verbose=False)[0]["val/loss"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(DRAWS), default="digit_pairs")
+    parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="may be repeated (default: all)")
+    parser.add_argument("--rows", type=int, default=120_000, help="that the network sees in training")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--seed", type=int, action="append", help="may be repeated (default: 0)")
+    parser.add_argument("--images", type=int, default=500, help="test images to classify")
+    parser.add_argument("--samples", type=int, default=500, help="0: do not look at samples, which are of pairs only")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="changes all variants")
+    parser.add_argument("--validate", action="store_true", help="training images in place of the test images")
+    parser.add_argument("--folder", type=Path, default=Path("runs/training_for_classification"), help="for weights")
+    args = parser.parse_args()
+    task, changes = args.task, {name: float(value) for name, value in (one.split("=") for one in args.set)}
+    print(
+        f"{date.today()}, {platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"Python {platform.python_version()}; {task}, {args.rows} rows in batches of {args.batch}; {changes or ''}"
+    )
+    data = TASKS[task].data()
+    data.setup()
+    source = (data.train if args.validate else data.test).parts
+    images, labels, ids = (source[name][: args.images] for name in ("image", "label", "id"))
+    ids, truth, train = ids.tolist(), labels.numpy(), data.train.parts["image"][:2000]
+    every = [f"{draws} draw{'s' * (draws > 1)}" for draws in DRAWS[task]]
+    rules = [f"≤ {draws} draws, rule" for draws in RULES[task]]
+    table("network", "seed", "steps", "CPU s", *every, *rules, "NFE", "loss", "Fréchet", "read as asked", "McNemar p")
+
+    def right(module: ClassConditionalDiT, **settings: Any) -> tuple[np.ndarray, float]:
+        results = DiffusionClassifier(module, microbatch=MICROBATCH, **settings)(images, ids)
+        return labels_of(results) == truth, float(np.mean([one.nfe for one in results]))
+
+    def of_variant(name: str, seed: int, control: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+        settings = {"lr": LR} | VARIANTS[name]
+        settings |= {key: value for key, value in changes.items() if key == "lr" or VARIANTS[name].get(key)}
+        steps = steps_of(settings, args.batch, args.rows, data.num_classes)
+        tag = "".join(f"-{key}-{value:g}" for key, value in settings.items())
+        module, seconds = trained(name, steps, args.batch, seed, args.folder / (task + tag), task, settings)
+        found = [right(module, draws=Draws(draws), elimination=None)[0] for draws in DRAWS[task]]
+        found_rules = [right(module, draws=Draws(draws), elimination=RULE) for draws in RULES[task]]
+        found += [one for one, _ in found_rules]
+        quality = ["–", "–"]
+        if args.samples and task == "digit_pairs":
+            distance, share = sample_quality(module, train, args.samples)
+            quality = [f"{distance:.2f}", f"{share:.1%}"]
+        p = "–"
+        if control is not None:
+            pairs = zip(found, control, strict=True)
+            p = ", ".join(f"{mcnemar(int((a & ~b).sum()), int((b & ~a).sum())):.2g}" for a, b in pairs)
+        row(
+            name,
+            "–" if name == "shipped" else seed,
+            "–" if name == "shipped" else steps,
+            f"{seconds:.0f}",
+            *(wilson(int(one.sum()), len(one)) for one in found),
+            ", ".join(f"{nfe:.1f}" for _, nfe in found_rules) or "–",
+            f"{validation_loss(module, task):.4f}",
+            *quality,
+            p,
+        )
+        return found
+
+    names = args.variant or list(VARIANTS)
+    for seed in args.seed or [0]:
+        control = None
+        for name in [CONTROL, *names] if CONTROL not in names and len(names) > 1 else names:
+            found = of_variant(name, seed, control)
+            control = found if name == CONTROL else control
+
+
+if __name__ == "__main__":
+    main()
