@@ -21,6 +21,7 @@ CLASSES: Mapping[str, frozenset[str]] = {
             "lightning_diffclf.ClassConditionalDiT",
             "lightning_diffclf.ZeroShotStableDiffusion",
             "lightning_diffclf.baselines.clip.ZeroShotCLIP",
+            "lightning_diffclf.baselines.sd_features.DenoiserFeatures",
             "lightning_diffclf.baselines.timm_classifier.TimmClassifier",
             "lightning_diffclf.baselines.timm_classifier.TimmFromScratch",
             "lightning_diffclf.modules.class_conditional_dit.ClassConditionalDiT",

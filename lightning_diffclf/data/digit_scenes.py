@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,30 +69,28 @@ def random_scenes(digits: InMemoryImages, count: int, generator: torch.Generator
 
 
 class DigitScenesDataModule(DigitsDataModule):
-    """The 360 test digits of :class:`DigitsDataModule`, each in a scene of its own: (B, 3, 8, 16), in [-1, 1].
+    """The digits of :class:`DigitsDataModule`, each in a scene of its own: (B, 3, 8, 16), in [-1, 1], ids as there.
 
-    Where a digit stands is fixed. Training scenes are those of :func:`random_scenes`, made by
-    ``scripts/make_sd_digits.py``; this module serves evaluations only.
+    Where a digit stands is fixed. The text-to-image model ``assets/sd_digits`` was trained on other scenes of the same
+    training digits, those of :func:`random_scenes`, by ``scripts/make_sd_digits.py``.
 
     Args:
+        batch_size: Training images in one optimizer step, over all processes and accumulated batches.
         eval_batch_size: Test images in a batch of one process.
+        seed: Key of the order of training images.
 
     Raises:
-        ValueError: if the batch size is below 1.
+        ValueError: if a batch size is below 1.
     """
 
     class_names = WORDS
 
-    def __init__(self, eval_batch_size: int = 60) -> None:
-        super().__init__(eval_batch_size=eval_batch_size)
+    def __init__(self, batch_size: int = 256, eval_batch_size: int = 60, seed: int = 0) -> None:
+        super().__init__(batch_size, eval_batch_size, seed)
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         self.train, self.test = _in_scenes(self.train, seed=1), _in_scenes(self.test, seed=0)
-
-    def train_dataloader(self) -> Any:
-        """Not for training: raises."""
-        raise NotImplementedError("digit scenes are trained on by scripts/make_sd_digits.py")
 
 
 def _in_scenes(digits: InMemoryImages, seed: int) -> InMemoryImages:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from lightning_diffclf import ClassConditionalDiT
 from lightning_diffclf.commands import run
-from lightning_diffclf.commands.sample import chosen_classes, network_of
+from lightning_diffclf.commands.sample import chosen_classes
 from lightning_diffclf.models.published import config_of, to_diffusers
+from lightning_diffclf.modules.checkpoints import network_of
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder
 
@@ -172,8 +173,8 @@ def test_published_weights_say_their_sizes(tmp_path):
 
 
 def test_mistakes_are_told(digits, tmp_path):
-    assert chosen_classes("all", digits) == [0, 1, 2, 3]
-    assert chosen_classes("two, 0,2", digits) == [2, 0]
+    assert chosen_classes("all", digits.candidates.names) == [0, 1, 2, 3]
+    assert chosen_classes("two, 0,2", digits.candidates.names) == [2, 0]
     for settings, message in (
         ({"classes": "five"}, r"classes: \['five'\], expected names or numbers 0 … 3, or all"),
         ({"classes": ","}, "classes: ','"),
