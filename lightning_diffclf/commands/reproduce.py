@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from jsonargparse import Namespace
@@ -20,25 +21,34 @@ from rich.table import Table
 from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import read_json, write_json
-from lightning_diffclf.results.paper import TABLES, Cell, Needs
+from lightning_diffclf.results import charts
+from lightning_diffclf.results.ablations import ablations
+from lightning_diffclf.results.errors import ERRORS, StoredErrors
+from lightning_diffclf.results.paper import ABLATED, TABLES, Cell, Needs
 
 EVALUATION = "evaluation"
 
 
 def folder_of(out: Path, table: str, cell: Cell) -> Path:
     """Where a cell's run is: ``OUT/TABLE/ROW/COLUMN``, in letters, digits and dashes."""
-    return out.joinpath(
-        *(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (table, cell.row, cell.column))
-    )
+    return out.joinpath(*map(_plain, (table, cell.row, cell.column)))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commands_of(cell: Cell, folder: Path, flags: list[str]) -> list[list[str]]:
     """What computes a cell, as arguments of ``diffclf``; ``flags`` are for the evaluation."""
-    result = f"--out={folder / EVALUATION}"
-    if not cell.training:
-        return [["evaluate", *cell.flags, result, *flags]]
-    checkpoint = f"--ckpt={folder / 'checkpoints' / 'last.ckpt'}"
-    return [["fit", *cell.training, f"--run_dir={folder}"], ["evaluate", checkpoint, *cell.flags, result, *flags]]
+    commands = []
+    if cell.drawing:
+        commands.append(["sample", *cell.drawing, f"--out={folder / 'drawn'}"])
+    if cell.training:
+        training = [flag.replace("{folder}", str(folder)) for flag in cell.training]
+        commands.append(["fit", *training, f"--run_dir={folder}"])
+    trained = folder.parent.parent / _plain(cell.network) / folder.name if cell.network else folder
+    checkpoint = [f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}"] if cell.training or cell.network else []
+    return [*commands, ["evaluate", *checkpoint, *cell.flags, f"--out={folder / EVALUATION}", *flags]]
 
 
 def missing(needs: tuple[Needs, ...]) -> list[Needs]:
@@ -93,9 +103,43 @@ def reproduce_command(given: Namespace) -> None:
         rows.append(outcome(cell, folder) | ({"missing": [one.what for one in lacks]} if lacks and not done else {}))
     console = Console(soft_wrap=True)
     console.print(to_table(given.table, rows))
+    ablated = ablated_by(ABLATED.get(given.table), out, given)
+    if ablated is not None:
+        console.print(of_ablations(ablated))
     for one in lacking:
         console.print(escape(f"missing: {one.what}: {one.get}"))
-    write_json({"table": given.table, "cells": rows}, out / given.table / "reproduction.json", 2, "reproduce")
+    found = {} if ablated is None else {"ablations": ablated.to_dict("records")}
+    write_json({"table": given.table, "cells": rows} | found, out / given.table / "reproduction.json", 2, "reproduce")
+
+
+def ablated_by(cell: Cell | None, out: Path, given: Namespace) -> pd.DataFrame | None:
+    """The ablations of a table from the errors of one run, which is run where it is not there; their figures.
+
+    Returns:
+        As :func:`~lightning_diffclf.results.ablations.ablations`; None where the table has none, or nothing is run.
+    """
+    if cell is None:
+        return None
+    folder = folder_of(out, given.table, cell)
+    errors = folder / EVALUATION / ERRORS
+    if not errors.is_file():
+        if given.dry_run:
+            return None
+        run_cell(cell, folder, given.flags)
+    found = ablations(StoredErrors(errors))
+    charts.save(charts.specs(charts.ablations(found)), out / given.table / "figures")
+    return found
+
+
+def of_ablations(found: pd.DataFrame) -> Table:
+    """For the terminal."""
+    table = Table(title="ablations, from the errors of one run")
+    for column in ("ablation", "setting", "x", "accuracy"):
+        table.add_column(column)
+    for row in found.to_dict("records"):
+        share = f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f} – {100 * row['high']:.1f})"
+        table.add_row(row["ablation"], row["setting"], f"{row['x']:g}", share)
+    return table
 
 
 def to_table(name: str, rows: list[dict[str, Any]]) -> Table:
