@@ -123,9 +123,10 @@ class DenoiserFeatures(TrainedClassifier):
             folder = self.hparams["cache"] or Path(self.trainer.default_root_dir) / "features"
             self._cache = [FeatureCache(Path(folder), self.extractor)]
 
-    def on_train_end(self) -> None:
-        """Write the features that are in no file yet."""
+    def teardown(self, stage: str) -> None:
+        """Write the features that are in no file yet; evaluations keep none."""
         self._flush()
+        self._cache = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Features are kept with the step that is resumed from."""
@@ -149,7 +150,7 @@ class DenoiserFeatures(TrainedClassifier):
         if not self._cache:
             return self.extractor(images)
         [cache], keys = self._cache, content_ids(images)
-        new = [row for row, key in enumerate(keys) if cache.get(key) is None]
+        new = list({key: row for row, key in enumerate(keys) if cache.get(key) is None}.values())
         if new:
             cache.add([keys[row] for row in new], self.extractor(images[new]))
         found = [one for one in map(cache.get, keys) if one is not None]

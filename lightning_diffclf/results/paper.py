@@ -141,7 +141,7 @@ OF_DIGITS = [
         "Synthetic SD Data",
         "digits",
         None,
-        _config("on_digit_scenes.yaml"),
+        _config("synthetic_digits.yaml", "on_digit_scenes.yaml"),
         training=(*_config("synthetic_digits.yaml"), "--data.root={folder}/drawn"),
         drawing=DRAWING,
     ),
