@@ -19,6 +19,7 @@ TOPS = {
     "fsdp.yaml",
     "clip.yaml",
     "timm.yaml",
+    "on_digit_scenes.yaml",
     "on_imagenet_r.yaml",
     "on_imagenet_sketch.yaml",
 }
