@@ -20,6 +20,7 @@ TOPS = {
     "clip.yaml",
     "timm.yaml",
     "on_digit_scenes.yaml",
+    "on_pixel_digits.yaml",
     "on_imagenet_r.yaml",
     "on_imagenet_sketch.yaml",
 }

@@ -131,8 +131,10 @@ WORDS = "zero,one,two,three,four,five,six,seven,eight,nine"
 DRAWING = ("--model=assets/sd_digits", f"--labels={WORDS}", "--prompts=a photo of a {}", "--per_class=150")
 DRAWING = (*DRAWING, "--guidance_scale=1", "--steps=20", "--batch_size=128")
 
+PIXELS = ("--classifier.elimination=LikelihoodRatio", "--classifier.elimination.alpha=0.01")
+
 OF_DIGITS = [
-    Cell("DiT as classifier", "digits", None, (), training=_config("dit_digits.yaml")),
+    Cell("DiT as classifier", "digits", None, PIXELS, training=_config("dit_digits.yaml")),
     Cell("tiny Stable Diffusion, zero-shot", "digits", None, _config("sd_digits.yaml", "likelihood_ratio.yaml")),
     Cell("tiny CLIP, zero-shot", "digits", None, _config("clip_digits.yaml")),
     Cell("ViT (timm)", "digits", None, (), training=_config("timm_digits.yaml")),
@@ -145,10 +147,22 @@ OF_DIGITS = [
         training=(*_config("synthetic_digits.yaml"), "--data.root={folder}/drawn"),
         drawing=DRAWING,
     ),
-    Cell("tiny Stable Diffusion, Winoground", "text score", None, _config("winoground_digits.yaml"), metric="text"),
+    Cell(
+        "tiny Stable Diffusion, Winoground",
+        "text score",
+        None,
+        (*_config("winoground_digits.yaml"), "--classifier.draws=50"),
+        metric="text",
+    ),
     Cell("tiny CLIP, Winoground", "text score", None, _config("clip_winoground_digits.yaml"), metric="text"),
     *(
-        Cell(f"DiT, {loss}", "digits", None, (f"--classifier.loss={loss}",), network="DiT as classifier")
+        Cell(
+            f"DiT, {loss}",
+            "digits",
+            None,
+            (f"--classifier.loss={loss}", "--classifier.elimination=PairedTest"),
+            network="DiT as classifier",
+        )
         for loss in ("l1", "huber")
     ),
 ]

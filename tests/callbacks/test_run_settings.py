@@ -169,7 +169,7 @@ def table(files: Path) -> dict[type, Changes]:
     vit |= {"hidden_size": 16, "depth": 1, "num_heads": 1, "patch_size": 2}
     features = {
         "pretrained": "assets/sd_digits",
-        "layer": "down_blocks.0",
+        "layer": "conv_in",
         "timestep": 50,
         "head": "linear",
         "num_classes": 3,

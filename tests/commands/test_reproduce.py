@@ -69,7 +69,8 @@ def test_what_it_runs(tmp_path):
     fit, evaluation = commands_of(trained, tmp_path, ["--trainer.accelerator=cpu"])
     assert fit == ["fit", "--config=dit_digits.yaml", f"--run_dir={tmp_path}"]
     checkpoint = f"--ckpt={tmp_path}/checkpoints/last.ckpt"
-    assert evaluation == ["evaluate", checkpoint, f"--out={tmp_path}/evaluation", "--trainer.accelerator=cpu"]
+    rule = ["--classifier.elimination=LikelihoodRatio", "--classifier.elimination.alpha=0.01"]
+    assert evaluation == ["evaluate", checkpoint, *rule, f"--out={tmp_path}/evaluation", "--trainer.accelerator=cpu"]
     assert commands_of(zero_shot, tmp_path, []) == [
         ["evaluate", "--config=clip_digits.yaml", f"--out={tmp_path}/evaluation"]
     ]
@@ -94,5 +95,6 @@ def test_a_cell_may_evaluate_the_network_of_another_row(tmp_path):
         "evaluate",
         f"--ckpt={network}/checkpoints/last.ckpt",
         "--classifier.loss=l1",
+        "--classifier.elimination=PairedTest",
         f"--out={own}/evaluation",
     ]
