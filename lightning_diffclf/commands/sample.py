@@ -49,6 +49,10 @@ def sample_command(given: Namespace) -> None:
     check_at_least(1, per_class=given.per_class, batch_size=given.batch_size)
     if (given.ckpt is None) == (given.model is None):
         raise UserError("sample: expected either ckpt, a class-conditional network, or model, a text-to-image one")
+    network, foreign = ("ckpt", ("labels", "prompts")) if given.model is None else ("model", ("vae", "guided_channels"))
+    for name in foreign:
+        if given[name] is not None:
+            raise UserError(f"{name}: {given[name]!r} means nothing for --{network}; expected none")
     source = of_checkpoint(given) if given.model is None else of_pipeline(given)
     classes, out = chosen_classes(given.classes, source.names), Path(given.out)
     into_grid = out.suffix.lower() in GRID_SUFFIXES

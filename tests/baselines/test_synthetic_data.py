@@ -93,6 +93,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path):
     for settings, message in (
         ({"model": None}, "expected either ckpt, a class-conditional network, or model"),
         ({"ckpt": "a.ckpt"}, "expected either ckpt, a class-conditional network, or model"),
+        ({"vae": "vae"}, "vae: 'vae' means nothing for --model; expected none"),
         ({"labels": None}, "class_names: none given, expected a name for each class, or a CSV file as prompts"),
         ({"prompts": "a digit"}, r"prompts: 'a digit', expected a CSV file, a template with '\{\}'"),
         ({"labels": "one,,two"}, "labels: label 1 is empty"),
