@@ -1,11 +1,12 @@
-"""Do corrupted images harm a generative classifier less than a discriminative one? On digits, both trained on the same.
+"""Do corrupted images harm a generative classifier less than discriminative ones? On digits, trained on the same.
 
 python train.py --config dit_digits.yaml
 python train.py --config timm_digits.yaml
+python train.py --config resnet_digits.yaml
 python benchmarks/bench_corruptions.py
 
-The DiT decides by 100 draws and ``LikelihoodRatio``. The corruptions are those of ``--classifier.corruption``. Intervals
-are Wilson's; p is that of McNemar's test: whether the two are right on different images.
+The DiT decides by 100 draws and ``LikelihoodRatio``. Corruptions are those of ``--classifier.corruption``. Intervals
+are Wilson's; p is that of McNemar's test of the DiT and the last network: are they right on different images?
 """
 
 import argparse
@@ -39,24 +40,25 @@ def discriminative(path: str) -> TimmFromScratch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dit", default="runs/dit_digits/checkpoints/last.ckpt")
-    parser.add_argument("--other", default="runs/timm_digits/checkpoints/last.ckpt")
+    usual = [f"runs/{name}_digits/checkpoints/last.ckpt" for name in ("timm", "resnet")]
+    parser.add_argument("--others", nargs="+", default=usual)
     given = parser.parse_args()
     data = DigitsDataModule()
     data.setup()
     images, labels, ids = (data.test.parts[name] for name in ("image", "label", "id"))
     dit = DiffusionClassifier(trained_module(given.dit), draws=Draws(100), elimination=LikelihoodRatio(0.01))
-    other = DiscriminativeClassifier(discriminative(given.other))
+    others = [discriminative(path) for path in given.others]
+    names = " | ".join(str(one.hparams["model"]) for one in others)
     print(f"{date.today()}, {platform.machine()} CPU, torch {torch.__version__}, {len(images)} test digits\n")
-    print("| corruption | DiT | timm | p | NFE of the DiT |\n| --- | --- | --- | --- | --- |")
+    print(f"| corruption | DiT | {names} | p | NFE of the DiT |\n| --- | --- |{' --- |' * len(others)} --- | --- |")
     for kind, severity in [("none", 0), *((kind, severity) for kind in KINDS for severity in SEVERITIES)]:
         seen = Corruption(kind, severity)(images, ids.tolist()) if severity else images
-        decided = [list(one(seen, ids)) for one in (dit, other)]
+        decided = [list(one(seen, ids)) for one in (dit, *map(DiscriminativeClassifier, others))]
         right = [np.array([r.prediction for r in some]) == labels.numpy() for some in decided]
-        shares = [str(wilson(int(some.sum()), len(some))) for some in right]
-        p = mcnemar(int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum()))
-        nfe = np.mean([r.nfe for r in decided[0]])
-        name = f"{kind}/{severity}" if severity else kind
-        print(f"| {name} | {shares[0]} | {shares[1]} | {p:.2g} | {nfe:.0f} |", flush=True)
+        shares = " | ".join(str(wilson(int(some.sum()), len(some))) for some in right)
+        p = mcnemar(int((right[0] & ~right[-1]).sum()), int((right[-1] & ~right[0]).sum()))
+        name, nfe = f"{kind}/{severity}" if severity else kind, np.mean([r.nfe for r in decided[0]])
+        print(f"| {name} | {shares} | {p:.2g} | {nfe:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
