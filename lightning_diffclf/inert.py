@@ -24,6 +24,7 @@ CLASSES: Mapping[str, frozenset[str]] = {
             "lightning_diffclf.SoftPrompts",
             "lightning_diffclf.ZeroShotStableDiffusion",
             "lightning_diffclf.baselines.clip.ZeroShotCLIP",
+            "lightning_diffclf.baselines.sd_features.DenoiserFeatures",
             "lightning_diffclf.baselines.timm_classifier.TimmClassifier",
             "lightning_diffclf.baselines.timm_classifier.TimmFromScratch",
             "lightning_diffclf.modules.adapters.LoraStableDiffusion",

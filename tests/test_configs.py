@@ -23,6 +23,8 @@ TOPS = {
     "repa_256.yaml",
     "lightningdit_256.yaml",
     "edm2_512.yaml",
+    "on_digit_scenes.yaml",
+    "on_pixel_digits.yaml",
     "on_imagenet_r.yaml",
     "on_imagenet_sketch.yaml",
 }

@@ -16,7 +16,7 @@ LAYERS = {
     "results": {"data", "denoiser", "classifier"},
     "sampling": GROUND,
     "modules": {"data", "denoiser", "models", "sampling"},
-    "baselines": {"data", "models", "modules"},
+    "baselines": {"data", "models", "modules", "sampling"},
     "callbacks": {"data", "denoiser", "classifier", "models", "results", "modules", "sampling"},
 }
 TOP = {

@@ -10,16 +10,14 @@ import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lightning_diffclf.baselines.trained import TrainedClassifier, check_names, rows_of
 from lightning_diffclf.candidates import Candidates
-from lightning_diffclf.data.batch import unpack
 from lightning_diffclf.data.images import resized_to, to_rgb
-from lightning_diffclf.data.protocols import HasClassNames, HasNetworkClasses, HasNumClasses
+from lightning_diffclf.data.protocols import HasClassNames, HasNetworkClasses
 from lightning_diffclf.errors import UserError, first_line
 from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.modules.conditions import Conditions, conditions
-from lightning_diffclf.modules.training import optimization
 from lightning_diffclf.progress import tell
 
 IMAGENET = 1000  # classes that data sets made like ImageNet number theirs by
@@ -138,7 +136,7 @@ class TimmClassifier(ByArguments, L.LightningModule):
         """Nothing is trained."""
 
 
-class TimmFromScratch(ByArguments, L.LightningModule):
+class TimmFromScratch(TrainedClassifier):
     """Trains a network of timm on labelled images by cross-entropy: a discriminative twin of a DiT on the same data.
 
     Batches are those of :class:`~lightning_diffclf.modules.class_conditional_dit.ClassConditionalDiT`: images in
@@ -167,8 +165,8 @@ class TimmFromScratch(ByArguments, L.LightningModule):
     """
 
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
+        **TrainedClassifier.CANNOT_CHANGE_RESULTS,
         "drop_rate": "of training",
-        **dict.fromkeys(("lr", "betas", "weight_decay", "warmup_steps", "decay"), "of the optimizer"),
     }
 
     def __init__(
@@ -193,8 +191,7 @@ class TimmFromScratch(ByArguments, L.LightningModule):
         self.save_hyperparameters()
         if input_size is None or in_channels is None or num_classes is None:
             raise UserError("input_size, in_channels, num_classes: None, and the data do not say; expected numbers")
-        if class_names is not None and len(class_names) != num_classes:
-            raise UserError(f"class_names: {len(class_names)} names for num_classes = {num_classes}")
+        check_names(class_names, num_classes)
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.image_shape = (in_channels, height, width)
         own = {"embed_dim": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
@@ -203,69 +200,21 @@ class TimmFromScratch(ByArguments, L.LightningModule):
             given["img_size"] = (height, width)
         self.net = make(model, num_classes=num_classes, in_chans=in_channels, drop_rate=drop_rate, **given)
 
-    def setup(self, stage: str) -> None:
-        """Check the data module against the network, before long work."""
-        data: object = getattr(self._trainer, "datamodule", None)
-        num_classes = self.hparams["num_classes"]
-        if stage == "fit" and isinstance(data, HasNumClasses) and data.num_classes not in (None, num_classes):
-            raise UserError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The names of the classes go with the weights, also where it was the data that said them."""
-        checkpoint["hyper_parameters"]["class_names"] = list(self.candidates.class_names)
-
-    def _conditions(self) -> Conditions:
-        data: object = getattr(self._trainer, "datamodule", None)
-        return conditions(self.hparams["num_classes"], self.hparams["class_names"], data)
-
-    @property
-    def candidates(self) -> Candidates:
-        """One for each class; where the data have fewer than the network, those that make them up."""
-        return self._conditions().candidates
-
     def contents(self) -> dict[str, Any]:
         """The weights in place, and what they are asked about."""
         return {"net": self.net, "asked": self._conditions()._asdict()}
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] to logits (B, K).
+    def trained_logits(self, images: Tensor) -> Tensor:
+        """Of all of the network's classes (B, C), for images (B, C, H, W) in [-1, 1].
 
         Raises:
             ValueError: if they have another number of channels than the network.
         """
-        return rows_of(self._forward(images), self._conditions())
-
-    def _forward(self, images: Tensor) -> Tensor:
         channels, *size = self.image_shape
         if images.shape[1] != channels:
             raise UserError(f"images: shape {tuple(images.shape)}, expected (B, {channels}, H, W)")
         logits: Tensor = self.net(resized_to(images, (size[0], size[1])))
         return logits
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, accuracy = self._loss(batch)
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        loss, _ = self._loss(batch)
-        self.log("val/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(unpack(batch).images))
-
-    def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        images, labels = unpack(batch)[:2]
-        if labels is None:
-            raise UserError("batch: no labels, expected a label for each image to train on")
-        logits = self._forward(images)
-        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing: the callback classifies."""
-
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing: the callback classifies."""
-
-    def configure_optimizers(self) -> Any:
-        return optimization(self.net.parameters(), self.hparams, lambda: self.trainer.estimated_stepping_batches)
 
 
 def make(model: str, **settings: Any) -> Any:
@@ -303,8 +252,3 @@ def asked_of(num_classes: int, class_names: Sequence[str] | None, data: object) 
             "theirs are; expected a network trained on them (TimmFromScratch)"
         )
     return conditions(num_classes, class_names, data)
-
-
-def rows_of(logits: Tensor, asked: Conditions) -> Tensor:
-    """Of the logits of all classes, those of the candidates (B, K)."""
-    return logits if asked.rows is None else logits[:, asked.rows.to(logits.device)]

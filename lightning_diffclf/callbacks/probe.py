@@ -12,8 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from lightning_diffclf.callbacks.first_rank import on_first_rank
@@ -24,8 +22,7 @@ from lightning_diffclf.data.batch import unpack
 from lightning_diffclf.data.protocols import HasTrainingImages
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.files import write_bytes
-from lightning_diffclf.identity import digest_of_tensor
+from lightning_diffclf.tensor_files import read_tensors, write_tensors
 
 PROBE = "probe.safetensors"
 
@@ -128,13 +125,12 @@ class ProbeFitting:
 
 
 def write_probe(state: dict[str, Tensor], path: Path, run: str) -> None:
-    """Keep a fitted map: safetensors, with what it belongs to and its checksum.
+    """Keep a fitted map with the run that it belongs to.
 
     Raises:
         FailedWrite: if it cannot be written.
     """
-    described = {"run": run, "checksum": digest_of_tensor(state["weight"])}
-    write_bytes(save(state, described), path, "probe")
+    write_tensors(state, path, "probe", run=run)
 
 
 def read_probe(path: Path, run: str) -> dict[str, Tensor] | None:
@@ -145,19 +141,10 @@ def read_probe(path: Path, run: str) -> dict[str, Tensor] | None:
     """
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            described, weight = file.metadata() or {}, file.get_tensor("weight")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"probe: {str(path)!r} cannot be read ({error}); remove it to fit it anew") from error
+    tensors = read_tensors(path, "probe", run=run)
+    weight = tensors.get("weight", torch.empty(0))
     if weight.dtype != torch.float32 or weight.ndim != 2:
         raise UserError(
             f"probe: {str(path)!r} holds {weight.dtype} {tuple(weight.shape)}, expected a matrix of float32"
         )
-    for name, expected in (("run", run), ("checksum", digest_of_tensor(weight))):
-        if described.get(name) != expected:
-            raise UserError(
-                f"probe: {str(path)!r} has {name} {described.get(name)}, expected {expected}: it was changed or is of "
-                "another run; remove it to fit it anew"
-            )
-    return {"weight": weight}
+    return tensors

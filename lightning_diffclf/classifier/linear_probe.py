@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_diffclf.classifier.search import Found, Search
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.features import layer_named, layer_output, timestep_at
 from lightning_diffclf.identity import digest_of_tensor
 
 if TYPE_CHECKING:
@@ -80,17 +81,10 @@ class LinearProbe(Search):
         self._layer_of(denoiser)
 
     def _layer_of(self, denoiser: Any) -> nn.Module:
-        parts = dict(denoiser.named_modules()) if isinstance(denoiser, nn.Module) else {}
-        name = self.layer
-        if name is None:
-            blocks = [(len(part), at) for at, part in parts.items() if isinstance(part, nn.ModuleList) and len(part)]
-            if not blocks:
-                raise UserError(f"probe: {type(denoiser).__name__} has no list of blocks, expected the name of a layer")
-            most = max(count for count, _ in blocks)
-            name = next(f"{at}.{count // 2}" for count, at in blocks if count == most)
-        if name not in parts:
-            raise UserError(f"probe: no layer {name!r} in {type(denoiser).__name__}, which has {[*parts][1:8]} …")
-        return parts[name]
+        try:
+            return layer_named(denoiser, self.layer)[1]
+        except UserError as error:
+            raise UserError(f"probe: {error}") from error
 
     @torch.no_grad()
     def features(self, denoiser: ConditionalDenoiser, images: Tensor) -> Tensor:
@@ -99,30 +93,13 @@ class LinearProbe(Search):
         Raises:
             ValueError: if what the layer gives is no tensor with a row for each image, or has too many values.
         """
-        schedule, layer = denoiser.schedule, self._layer_of(denoiser)
+        layer = self._layer_of(denoiser)
+        timestep = timestep_at(denoiser.schedule, EARLY) if self.timestep is None else self.timestep
         x0 = denoiser.encode(images).float()
-        t = torch.full((len(x0),), self._time(denoiser), device=x0.device)
-        t = t.to(schedule.timesteps(1).dtype)
-        x_t = schedule.add_noise(x0, torch.zeros_like(x0), t)
-        found: list[Any] = []
-        hook = layer.register_forward_hook(lambda layer, inputs, output: found.append(output))
         try:
-            first = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)  # one condition for all
-            denoiser.predict(*schedule.network_rows(x_t, t), first)
-        finally:
-            hook.remove()
-        if not found or not isinstance(found[0], Tensor) or found[0].ndim < 2 or len(found[0]) != len(x0):
-            shape = tuple(getattr(found[0], "shape", ())) or type(found[0]).__name__ if found else "nothing"
-            raise UserError(f"probe: layer {self.layer!r} gives {shape} for {len(x0)} images, expected a row for each")
-        return _averaged(found[0].float())
-
-    def _time(self, denoiser: ConditionalDenoiser) -> float:
-        if self.timestep is not None:
-            return self.timestep
-        schedule = denoiser.schedule
-        grid = schedule.timesteps(schedule.num_timesteps or 1000)
-        grid = grid[schedule.log_snr(grid).argsort(descending=True)]
-        return float(grid[int(EARLY * len(grid))])
+            return _averaged(layer_output(denoiser, layer, x0, timestep).float())
+        except UserError as error:
+            raise UserError(f"probe: {error}") from error
 
     def fit(self, denoiser: ConditionalDenoiser, batches: Iterable[tuple[Tensor, Tensor]]) -> LinearProbe:
         """Fit the map to batches of images (B, C, H, W) and classes (B,), int64; returns itself.
@@ -224,5 +201,5 @@ def _averaged(output: Tensor) -> Tensor:
     if output[0].numel() > MOST_FEATURES and output.ndim > 2:  # (B, tokens, channels), or (B, channels, h, w)
         output = output.mean(dim=1) if output.ndim == 3 else output.flatten(2).mean(2)
     if output[0].numel() > MOST_FEATURES:
-        raise UserError(f"probe: a layer of more than {MOST_FEATURES:,} features, expected fewer; name another layer")
+        raise UserError(f"layer: it has more than {MOST_FEATURES:,} features, expected fewer; name another one")
     return output.flatten(1)

@@ -284,10 +284,28 @@ def sample(args: Sequence[str]) -> Namespace:
     """Of ``diffclf sample``."""
     parser = Parser(
         prog="diffclf sample",
-        description="Generate images of given classes. An image depends on seed, class and number only, not on batch "
-        "size or devices. Into a folder, the same command resumes where it was stopped.",
+        description="Generate images of given classes, by a trained class-conditional network or by a text-to-image "
+        "model and prompts. An image depends on seed, class and number only, not on batch size or devices. Into a "
+        "folder, the same command resumes where it was stopped; a classifier can be trained on it (docs/baselines.md).",
     )
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint (its averaged weights), or published ones")
+    parser.add_argument(
+        "--ckpt", type=str | None, default=None, help="checkpoint (its averaged weights), or published ones"
+    )
+    parser.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="in its place, a folder or Hub repository of a text-to-image pipeline of diffusers",
+    )
+    parser.add_argument("--labels", type=str | None, default=None, help='classes of --model: "cat,dog,horse"')
+    parser.add_argument(
+        "--prompts",
+        type=str,
+        action="append",
+        default=None,
+        help="prompt of --model, {} is the label, may be repeated (the images of a class take them in turn); or a CSV "
+        "file (prompt,classname,classidx) in place of labels (default: a photo of a {}.)",
+    )
     parser.add_argument("--out", type=str, required=True, help="a .png or .jpg for a grid, else a folder")
     parser.add_argument("--classes", type=str, default="all", help="names or numbers with commas between them, or all")
     parser.add_argument("--per_class", type=int, default=8, help="images of each class")

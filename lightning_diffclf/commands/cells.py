@@ -38,11 +38,15 @@ def slug(name: str) -> str:
 
 def commands_of(cell: Cell, folder: Path, flags: list[str]) -> list[list[str]]:
     """What computes a cell, as arguments of ``diffclf``; ``flags`` are for the evaluation."""
-    result = f"--out={folder / EVALUATION}"
-    if not cell.training:
-        return [["evaluate", *cell.flags, result, *flags]]
-    checkpoint = f"--ckpt={folder / 'checkpoints' / 'last.ckpt'}"
-    return [["fit", *cell.training, f"--run_dir={folder}"], ["evaluate", checkpoint, *cell.flags, result, *flags]]
+    commands = []
+    if cell.drawing:
+        commands.append(["sample", *cell.drawing, f"--out={folder / 'drawn'}"])
+    if cell.training:
+        training = [flag.replace("{folder}", str(folder)) for flag in cell.training]
+        commands.append(["fit", *training, f"--run_dir={folder}"])
+    trained = folder.parent.parent / slug(cell.network) / folder.name if cell.network else folder
+    checkpoint = [f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}"] if cell.training or cell.network else []
+    return [*commands, ["evaluate", *checkpoint, *cell.flags, f"--out={folder / EVALUATION}", *flags]]
 
 
 def is_done(cell: Cell, folder: Path) -> bool:
@@ -58,7 +62,8 @@ def is_done(cell: Cell, folder: Path) -> bool:
 
 def _said(cell: Cell) -> dict[str, Any]:
     """What computes a cell on any machine: without the flags of a command line."""
-    return {"training": list(cell.training), "flags": list(cell.flags)}
+    before = {"drawing": cell.drawing, "training": cell.training, "network": [cell.network]}
+    return {name: list(given) for name, given in before.items() if any(given)} | {"flags": list(cell.flags)}
 
 
 def run_cell(cell: Cell, folder: Path, flags: list[str]) -> None:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from jsonargparse import Namespace
@@ -17,7 +18,10 @@ from lightning_diffclf.commands.cells import EVALUATION, folder_of, is_done, run
 from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import read_json, write_json
-from lightning_diffclf.results.paper import TABLES, Cell, Needs
+from lightning_diffclf.results import charts
+from lightning_diffclf.results.ablations import ablations
+from lightning_diffclf.results.errors import ERRORS, StoredErrors
+from lightning_diffclf.results.paper import ABLATED, TABLES, Cell, Needs
 
 
 def missing(needs: tuple[Needs, ...]) -> list[Needs]:
@@ -59,9 +63,43 @@ def reproduce_command(given: Namespace) -> None:
         rows.append(outcome(cell, folder) | ({"missing": [one.what for one in lacks]} if lacks and not done else {}))
     console = Console(soft_wrap=True)
     console.print(to_table(given.table, rows))
+    ablated = ablated_by(ABLATED.get(given.table), out, given)
+    if ablated is not None:
+        console.print(of_ablations(ablated))
     for one in lacking:
         console.print(escape(f"missing: {one.what}: {one.get}"))
-    write_json({"table": given.table, "cells": rows}, out / given.table / "reproduction.json", 2, "reproduce")
+    found = {} if ablated is None else {"ablations": ablated.to_dict("records")}
+    write_json({"table": given.table, "cells": rows} | found, out / given.table / "reproduction.json", 2, "reproduce")
+
+
+def ablated_by(cell: Cell | None, out: Path, given: Namespace) -> pd.DataFrame | None:
+    """The ablations of a table from the errors of one run, which is run where it is not there; their figures.
+
+    Returns:
+        As :func:`~lightning_diffclf.results.ablations.ablations`; None where the table has none, or nothing is run.
+    """
+    if cell is None:
+        return None
+    folder = folder_of(out, given.table, cell)
+    errors = folder / EVALUATION / ERRORS
+    if not errors.is_file():
+        if given.dry_run:
+            return None
+        run_cell(cell, folder, given.flags)
+    found = ablations(StoredErrors(errors))
+    charts.save(charts.specs(charts.ablations(found)), out / given.table / "figures")
+    return found
+
+
+def of_ablations(found: pd.DataFrame) -> Table:
+    """For the terminal."""
+    table = Table(title="ablations, from the errors of one run")
+    for column in ("ablation", "setting", "x", "accuracy"):
+        table.add_column(column)
+    for row in found.to_dict("records"):
+        share = f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f} – {100 * row['high']:.1f})"
+        table.add_row(row["ablation"], row["setting"], f"{row['x']:g}", share)
+    return table
 
 
 def to_table(name: str, rows: list[dict[str, Any]]) -> Table:

@@ -108,7 +108,7 @@ def reproduce(args: Sequence[str]) -> Namespace:
         epilog="All other flags are those of `diffclf evaluate`, such as --trainer.accelerator cpu.",
         allow_abbrev=False,
     )
-    own.add_argument("table", help="table1, table3, table4 or digits")
+    own.add_argument("table", help="table1, table3, table4, table5, table8, table9, table10 or digits")
     own.add_argument("--out", default="runs/reproduce", help="folder for the runs and the table")
     own.add_argument("--dry-run", action="store_true", help="run nothing: show what is there and what is missing")
     known, flags = own.parse_known_args(list(args))

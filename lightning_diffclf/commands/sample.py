@@ -1,9 +1,10 @@
-"""``diffclf sample``: images of given classes from a trained network."""
+"""``diffclf sample``: images of given classes from a trained network, or from a text-to-image model."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -11,15 +12,15 @@ from jsonargparse import Namespace
 from PIL import Image
 from torch import Tensor
 
+from lightning_diffclf.baselines.synthetic_data import TextToImage
 from lightning_diffclf.commands.running import on_first_process, progress
-from lightning_diffclf.errors import MissingFile, UserError, check_at_least
-from lightning_diffclf.files import replacing, write_json
-from lightning_diffclf.hub import AUTOENCODER, local_file
+from lightning_diffclf.errors import UserError, check_at_least
+from lightning_diffclf.files import read_json, replacing, write_json
 from lightning_diffclf.identity import digest_of_weights, identity_of
-from lightning_diffclf.models.published import config_of, is_published, load_published
-from lightning_diffclf.modules.checkpoints import trained_module
-from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
+from lightning_diffclf.models.pipeline import load
+from lightning_diffclf.modules.checkpoints import network_of
 from lightning_diffclf.modules.conditions import chosen_classes
+from lightning_diffclf.modules.zero_shot_sd import make_prompts
 from lightning_diffclf.results.figures import save_image_grid
 from lightning_diffclf.results.settings import differences
 
@@ -28,33 +29,44 @@ GRID_SUFFIXES = (".png", ".jpg", ".jpeg")
 GRID_IMAGES = 400  # in one grid; drawing more takes minutes
 
 
+class Source(NamedTuple):
+    """What draws images.
+
+    Attributes:
+        names: Name of each class.
+        settings: What images depend on, by name; the first one is only where it was found.
+        to: Moves it to a device.
+        draw: Makes images (B, C, H, W) in [-1, 1] of classes and numbers.
+    """
+
+    names: Sequence[str]
+    settings: dict[str, Any]
+    to: Callable[[torch.device], object]
+    draw: Callable[[list[tuple[int, int]]], Tensor]
+
+
 def sample_command(given: Namespace) -> None:
     """``diffclf sample``: a grid, or a folder with one file for each image."""
     check_at_least(1, per_class=given.per_class, batch_size=given.batch_size)
-    module = network_of(given.ckpt, given.vae, given.schedule).eval()
-    classes, out = chosen_classes(given.classes, module.candidates.names), Path(given.out)
+    if (given.ckpt is None) == (given.model is None):
+        raise UserError("sample: expected either ckpt, a class-conditional network, or model, a text-to-image one")
+    network, foreign = ("ckpt", ("labels", "prompts")) if given.model is None else ("model", ("vae", "guided_channels"))
+    for name in foreign:
+        if given[name] is not None:
+            raise UserError(f"{name}: {given[name]!r} means nothing for --{network}; expected none")
+    source = of_checkpoint(given) if given.model is None else of_pipeline(given)
+    classes, out = chosen_classes(given.classes, source.names), Path(given.out)
     into_grid = out.suffix.lower() in GRID_SUFFIXES
     wanted = [(c, number) for c in classes for number in range(given.per_class)]
     if into_grid and len(wanted) > GRID_IMAGES:
         raise UserError(f"out: a grid of {len(wanted):,} images, expected at most {GRID_IMAGES}; or give a folder")
     if not into_grid and out.is_file():
         raise UserError(f"out: {str(out)!r} is a file, expected a folder, or a grid named {' or '.join(GRID_SUFFIXES)}")
-    networks = [module.net, *([module.autoencoder.vae] if module.hparams["latents"] else [])]  # fails here if not there
     fabric = L.Fabric(
         accelerator=given.accelerator, devices=given.devices, num_nodes=given.num_nodes, precision=given.precision
     )
     fabric.launch()
-    module.to(fabric.device)
-    settings = {"ckpt": given.ckpt, "weights": digest_of_weights(*networks), "schedule": identity_of(module.schedule)}
-    settings |= {name: given[name] for name in ("guidance_scale", "guided_channels", "steps", "seed", "precision")}
-
-    def generate(some: list[tuple[int, int]]) -> Tensor:
-        labels = torch.tensor([c for c, _ in some], device=fabric.device)
-        ids = [f"{c}/{number}" for c, number in some]
-        with fabric.autocast():
-            x0 = module.sample(labels, given.guidance_scale, given.steps, given.seed, given.guided_channels, ids)
-        return module.autoencoder.decode(x0) if module.hparams["latents"] else x0
-
+    settings = source.settings | {name: given[name] for name in ("guidance_scale", "steps", "seed", "precision")}
     if into_grid:
         todo = wanted if fabric.is_global_zero else []
     else:
@@ -62,12 +74,15 @@ def sample_command(given: Namespace) -> None:
         # One process says what is missing: others might see files of those that have begun. Shares are equal then.
         missing = [one for one in wanted if not file_of(out, *one).is_file()] if fabric.is_global_zero else []
         todo = fabric.broadcast(missing)[fabric.global_rank :: fabric.world_size]
+    if todo:
+        source.to(fabric.device)
     made = []
     with progress(disable=not fabric.is_global_zero) as bar:
         task = bar.add_task("sampling", total=len(todo))
         for first in range(0, len(todo), given.batch_size):
             some = todo[first : first + given.batch_size]
-            images = generate(some).cpu()
+            with fabric.autocast():
+                images = source.draw(some).cpu()
             if into_grid:
                 made.append(images)
             else:
@@ -75,42 +90,59 @@ def sample_command(given: Namespace) -> None:
                     save_image(image, file_of(out, *one))
             bar.advance(task, len(some))
     if made:
-        save_image_grid(torch.cat(made), [module.candidates.names[c] for c in classes], out)
+        save_image_grid(torch.cat(made), [source.names[c] for c in classes], out)
     fabric.barrier()
     if fabric.is_global_zero:
         print(f"{len(wanted)} images of {len(classes)} classes: {out}")
 
 
-def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT:
-    """The network of a checkpoint, with averaged weights; or published weights, with their sizes.
-
-    Args:
-        path: Checkpoint, published file, or folder of diffusers.
-        vae: Autoencoder in place of the network's own; the default one for published weights without it.
-        schedule: Of published weights.
+def of_checkpoint(given: Namespace) -> Source:
+    """A class-conditional network.
 
     Raises:
-        FileNotFoundError: if there is nothing.
+        FileNotFoundError: if there is none.
         ValueError: if it cannot be read.
     """
-    path = str(local_file(path))
-    if not Path(path).exists():
-        raise MissingFile(f"checkpoint: no file or folder {path!r}")
-    if not is_published(path):
-        return trained_module(path, vae)
-    config = config_of(path)
-    if schedule == "sit":
-        config["learn_sigma"] = False
-    own = f"{path}/vae" if (Path(path) / "vae").is_dir() else AUTOENCODER
-    module = ClassConditionalDiT(**config, schedule=schedule, vae=vae or own)  # type: ignore[arg-type]
-    load_published(module.net, module.schedule, path)
-    return module
+    module = network_of(given.ckpt, given.vae, given.schedule).eval()
+    latents = module.hparams["latents"]
+    networks = [module.net, *([module.autoencoder.vae] if latents else [])]  # fails here if not there
+    settings = {"ckpt": given.ckpt, "weights": digest_of_weights(*networks), "schedule": identity_of(module.schedule)}
+
+    def draw(some: list[tuple[int, int]]) -> Tensor:
+        labels = torch.tensor([c for c, _ in some], device=module.device)
+        ids = [f"{c}/{number}" for c, number in some]
+        x0 = module.sample(labels, given.guidance_scale, given.steps, given.seed, given.guided_channels, ids)
+        with torch.autocast(module.device.type, enabled=False):
+            return module.autoencoder.decode(x0) if latents else x0
+
+    return Source(module.candidates.names, settings | {"guided_channels": given.guided_channels}, module.to, draw)
+
+
+def of_pipeline(given: Namespace) -> Source:
+    """A text-to-image model and prompts.
+
+    Raises:
+        ValueError: if it cannot be loaded, or prompts and labels do not fit.
+        FileNotFoundError: if there is no such file of prompts.
+    """
+    prompts = given.prompts or ["a photo of a {}."]
+    labels = [label.strip() for label in given.labels.split(",")] if given.labels else None
+    asked = make_prompts(prompts[0] if len(prompts) == 1 else prompts, labels)
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(given.precision, torch.float32)
+    drawer = TextToImage(load(given.model, dtype=dtype), asked)
+    settings = {"model": given.model, "denoiser": identity_of(drawer)}
+    return Source(
+        drawer.names,
+        settings,
+        drawer.to,
+        lambda some: drawer.sample(some, given.guidance_scale, given.steps, given.seed),
+    )
 
 
 def prepare_folder(out: Path, settings: dict[str, object]) -> None:
     """Note what is being generated, or check that it is what the folder has.
 
-    A checkpoint may move, and another one may take its name: what counts are the weights.
+    A network may move, and another one may take its name: what counts are the weights, not the first of the settings.
 
     Raises:
         ValueError: if the folder holds samples made otherwise.
@@ -118,7 +150,8 @@ def prepare_folder(out: Path, settings: dict[str, object]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / SETTINGS
     if path.is_file() and any(out.glob("*/*.png")):  # settings alone are those of a command that failed
-        there = json.loads(path.read_text()) | {"ckpt": settings["ckpt"]}
+        place = next(iter(settings))
+        there = read_json(path, "samples") | {place: settings[place]}
         different = list(differences(there, settings))
         if different:
             raise UserError(f"out: {str(out)!r} holds other samples ({'; '.join(different)}); give another folder")

@@ -69,15 +69,15 @@ def random_scenes(digits: InMemoryImages, count: int, generator: torch.Generator
 
 
 class DigitScenesDataModule(DigitsDataModule):
-    """The digits of :class:`DigitsDataModule`, each in a scene of its own: (B, 3, 8, 16), in [-1, 1].
+    """The digits of :class:`DigitsDataModule`, each in a scene of its own: (B, 3, 8, 16), in [-1, 1], ids as there.
 
     Where a digit stands is fixed. 1,437 are to train on, with labels, and 360 to test. The text-to-image model that
     comes with the package was trained on other scenes, with captions: those of :func:`random_scenes`, by
     ``scripts/make_sd_digits.py``.
 
     Args:
-        eval_batch_size: Test images in a batch of one process.
         batch_size: Training images in one optimizer step, over all processes and accumulated batches.
+        eval_batch_size: Test images in a batch of one process.
         seed: Key of the order of training images.
 
     Raises:
@@ -86,7 +86,7 @@ class DigitScenesDataModule(DigitsDataModule):
 
     class_names = WORDS
 
-    def __init__(self, eval_batch_size: int = 60, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 256, eval_batch_size: int = 60, seed: int = 0) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
 
     def setup(self, stage: str | None = None) -> None:

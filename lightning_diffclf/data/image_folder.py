@@ -114,13 +114,13 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
 
     Images are of any format, size and mode; they are resized and cropped at their centre
     (:func:`~lightning_diffclf.data.images.published_crop`), with a warning where small ones are enlarged. Batches are
-    mappings with ``image`` (B, channels, size, size) in [-1, 1], or latents (B, C, h, w), ``label`` (B,) and ``id``:
+    mappings with ``image`` (B, channels, H, W) in [-1, 1], or latents (B, C, h, w), ``label`` (B,) and ``id``:
     paths, such as ``cat/1.png``. Training has no epochs (:mod:`~lightning_diffclf.data.stream`): what is seen depends
     on (seed, step) only.
 
     Args:
         root: Folder of the images.
-        size: Side of the images in pixels, after resizing.
+        size: Height and width of the images in pixels, after resizing; one number if square.
         channels: 3 for RGB, 1 for grey; images are converted.
         classes: Names of the classes' folders in the order of the network's classes; those that are there, in the order
             of their names, at least two, if omitted. The command line keeps them with the checkpoint, so that another
@@ -154,7 +154,7 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
     def __init__(
         self,
         root: str = "data",
-        size: int = 32,
+        size: int | list[int] = 32,
         channels: Literal[1, 3] = 3,
         classes: list[str] | None = None,
         val_share: float = 0.1,
@@ -167,7 +167,10 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_at_least(1, size=size, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        if not isinstance(size, int) and len(size) != 2:
+            raise UserError(f"size: {list(size)}, expected a number, or height and width")
+        check_at_least(1, size=size if isinstance(size, int) else min(size))
         check_at_least(0, num_workers=num_workers)
         if channels not in (1, 3):
             raise UserError(f"channels: {channels}, expected 3 (RGB) or 1 (grey)")
@@ -181,7 +184,8 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
                 "most 1"
             )
         self.save_hyperparameters()
-        self.root, self.form, self.classes = root, Form(size, channels), classes
+        height, width = (size, size) if isinstance(size, int) else size
+        self.root, self.form, self.classes = root, Form((height, width), channels), classes
         self.shares = val_share, test_share
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.flip, self.skip_bad, self.seed = flip, skip_bad, seed
@@ -240,9 +244,9 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
         if not is_latents(folder):
             return ClassFolders(str(folder), classes)
         latents = Latents(str(folder))
-        if latents.index.size != self.form.size:
+        if (latents.index.size, latents.index.size) != self.form.size:
             raise UserError(
-                f"latents: {str(folder)!r} are of images of {latents.index.size} pixels, expected {self.form.size}"
+                f"latents: {str(folder)!r} are of images of {latents.index.size} pixels, expected {self.form.size[0]}"
             )
         if classes is not None and latents.index.classes != list(classes):
             raise UserError(f"latents: {str(folder)!r} have other classes than were trained, or another order of them")
@@ -270,8 +274,7 @@ class ImageFolderDataModule(ByArguments, L.LightningDataModule):
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image or a latent."""
         source = self.source("train")
-        size = self.form.size
-        return source.index.shape if isinstance(source, Latents) else (self.form.channels, size, size)
+        return source.index.shape if isinstance(source, Latents) else (self.form.channels, *self.form.size)
 
     def latents(self, stage: str | None) -> Sequence[Latents]:
         """The latents that a stage uses."""
@@ -335,12 +338,12 @@ def check_that_none_is_empty(source: ClassFolders) -> None:
         raise UserError(f"data: class {missing[0]!r} has no image in {source.root!r}, expected some to train on")
 
 
-def check_images(source: ClassFolders, size: int, skip_bad: float = 0.0) -> None:
+def check_images(source: ClassFolders, size: tuple[int, int], skip_bad: float = 0.0) -> None:
     """Look at the head of each file.
 
     Args:
         source: The images.
-        size: Side in pixels; where images are smaller, a warning says so.
+        size: Height and width in pixels; where images are smaller, a warning says so.
         skip_bad: Share of damaged images that is only warned about.
 
     Raises:
@@ -353,7 +356,7 @@ def check_images(source: ClassFolders, size: int, skip_bad: float = 0.0) -> None
     for path, found in _sizes([path for path, _ in source.files]):
         if isinstance(found, UserError):
             damaged.append(str(found))
-        elif min(found) < size:
+        elif found[1] < size[0] or found[0] < size[1]:
             small.append(f"{str(path)!r} ({found[0]} x {found[1]} pixels)")
     count = len(source.files)
     if len(damaged) > skip_bad * count:
@@ -365,8 +368,8 @@ def check_images(source: ClassFolders, size: int, skip_bad: float = 0.0) -> None
         print(f"warning: {one}; skipped", file=sys.stderr)
     if small:
         print(
-            f"warning: {len(small)} of {count} images are enlarged to {size} x {size}, such as {small[0]}; a smaller "
-            "size (--data.size) costs less",
+            f"warning: {len(small)} of {count} images are enlarged to {size[1]} x {size[0]}, such as {small[0]}; a "
+            "smaller size (--data.size) costs less",
             file=sys.stderr,
         )
 

@@ -175,7 +175,7 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return labelled_training_loader(
             self.source("train"),
-            Form(self.size),
+            Form((self.size, self.size)),
             self.batch_size,
             self.trainer,
             flip=self.flip,
@@ -192,10 +192,10 @@ class ImageNetDataModule(ByArguments, L.LightningDataModule):
         if here and there and here != there:
             found = f"{len(here)} classes in {self.paths['train']!r}, {len(there)} in {self.paths['val']!r}"
             raise UserError(f"data: {found}, expected the same ones to learn from")
-        return labelled_images(source, Form(self.size), count, self.eval_batch_size, self.num_workers)
+        return labelled_images(source, Form((self.size, self.size)), count, self.eval_batch_size, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        source, form = self.source("val"), Form(self.size)
+        source, form = self.source("val"), Form((self.size, self.size))
         return labelled_evaluation_loader(source, form, self.eval_batch_size, self.trainer, self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Any]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_diffclf.data.images import published_crop, stacked, to_tensor
+from lightning_diffclf.data.images import covering_crop, published_crop, stacked, to_tensor
 from lightning_diffclf.data.latents import Latents
 from lightning_diffclf.data.shards import ShardImages, Shards, ShardStream, Tally
 from lightning_diffclf.data.stream import Share, evaluation_loader, next_step, some_images, training_loader
@@ -28,21 +28,25 @@ class Form:
     """What an image becomes.
 
     Attributes:
-        size: Side in pixels, after the published crop.
+        size: Height and width in pixels: of the published crop where it is a square, else of one that just covers it.
         channels: 3 for RGB, 1 for grey.
     """
 
-    size: int
+    size: tuple[int, int]
     channels: int = 3
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An image in RGB as (channels, size, size) in [-1, 1]."""
-        return self._tensor(published_crop(image, self.size))
+        return self._tensor(self._cropped(image))
 
     def mirrored_at_random(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """The same, every other time mirrored."""
-        image = published_crop(image, self.size)
+        image = self._cropped(image)
         return self._tensor(ImageOps.mirror(image) if rng.integers(2) else image)
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        return published_crop(image, height) if height == width else covering_crop(image, height, width)
 
     def _tensor(self, image: Image.Image) -> Tensor:
         return to_tensor(image.convert("L") if self.channels == 1 else image)

@@ -11,7 +11,15 @@ from lightning import LightningModule
 from torch import Tensor
 
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.models.published import CLASSES, check_measured, sizes_of
+from lightning_diffclf.hub import AUTOENCODER, local_file
+from lightning_diffclf.models.published import (
+    CLASSES,
+    check_measured,
+    config_of,
+    is_published,
+    load_published,
+    sizes_of,
+)
 from lightning_diffclf.models.weight_files import read_file
 from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 
@@ -92,6 +100,32 @@ def trained_module(path: str | Path, vae: str | None = None, raw: bool = False) 
         ValueError: if it cannot be read, or is of another module.
     """
     return module_of(read_checkpoint(path), path, vae, raw)
+
+
+def network_of(path: str, vae: str | None, schedule: str) -> ClassConditionalDiT:
+    """The network of a checkpoint, with averaged weights; or published weights, with their sizes.
+
+    Args:
+        path: Checkpoint, published file, or folder of diffusers.
+        vae: Autoencoder in place of the network's own; the default one for published weights without it.
+        schedule: Of published weights.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: if it cannot be read.
+    """
+    path = str(local_file(path))
+    if not Path(path).exists():
+        raise MissingFile(f"checkpoint: no file or folder {path!r}")
+    if not is_published(path):
+        return trained_module(path, vae)
+    config = config_of(path)
+    if schedule == "sit":
+        config["learn_sigma"] = False
+    own = f"{path}/vae" if (Path(path) / "vae").is_dir() else AUTOENCODER
+    module = ClassConditionalDiT(**config, schedule=schedule, vae=vae or own)  # type: ignore[arg-type]
+    load_published(module.net, module.schedule, path)
+    return module
 
 
 def module_of(

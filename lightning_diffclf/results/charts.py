@@ -378,3 +378,26 @@ def robustness(models: pd.DataFrame, line: pd.DataFrame, runs: pd.DataFrame) -> 
     return _finished(
         alt.layer(*layers), "Effective robustness", "accuracy on shifted data beside that on ordinary data"
     )
+
+
+def ablations(frame: pd.DataFrame) -> dict[str, Chart]:
+    """One chart for each ablation in a frame as :func:`~lightning_diffclf.results.ablations.ablations` has it."""
+    titles = {
+        "one draw": ("Which timestep says most", "decided by one draw; by time, from clean to noisy", "share of time"),
+        "timesteps": ("Which timesteps to take", "accuracy by the draws of a decision", "draws"),
+        "draws": ("Shared or own draws", "the same (t, noise) for all classes, or others for each", "draws"),
+        "guidance": ("Guidance", "predictions (1 + w) conditional − w unconditional", "w"),
+    }
+    found: dict[str, Chart] = {}
+    for name, some in frame.groupby("ablation", sort=False):
+        title, subtitle, axis = titles[str(name)]
+        scale = alt.Scale(type="log") if axis == "draws" else alt.Scale(zero=False)
+        x = alt.X("x:Q", title=axis, scale=scale)
+        y = alt.Y("accuracy:Q", title="accuracy", axis=PERCENT, scale=alt.Scale(domain=[0, 1]))
+        base = alt.Chart(some)
+        color = {} if some["setting"].nunique() == 1 else {"color": alt.Color("setting:N", title=None)}
+        tips = ["setting:N", alt.Tooltip("x:Q"), alt.Tooltip("accuracy:Q", format=".1%")]
+        line = base.mark_line(point=True).encode(x=x, y=y, tooltip=tips, **color)
+        rule = base.mark_rule(opacity=0.4).encode(x=x, y="low:Q", y2="high:Q", **color)
+        found[str(name).replace(" ", "-")] = _finished(alt.layer(rule, line), title, subtitle)
+    return found

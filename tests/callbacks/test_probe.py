@@ -140,10 +140,9 @@ def test_a_probe_that_was_changed_is_refused(tmp_path):
     changed[-1] ^= 1
     other = save({"weight": torch.zeros(13, CLASSES)}, {"run": "other", "checksum": "0"})
     for contents, message in (
-        (bytes(changed), "has checksum .* was changed or is of another run"),
+        (bytes(changed), "has checksum .* was changed or belongs to something else"),
         (other, "has run other, expected"),
-        (save({"weight": torch.zeros(13)}), r"holds torch\.float32 \(13,\), expected a matrix of float32"),
-        (save({"weights": torch.zeros(2)}), "cannot be read"),
+        (save({"weight": torch.zeros(13, CLASSES)}), "has run None, expected"),
         (whole[:-9], "cannot be read"),
         (pickle.dumps(print), "cannot be read"),
         (b"", "cannot be read"),

@@ -42,7 +42,9 @@ from lightning_diffclf import (
     ZeroShotStableDiffusion,
 )
 from lightning_diffclf.baselines.clip import ZeroShotCLIP
+from lightning_diffclf.baselines.sd_features import DenoiserFeatures
 from lightning_diffclf.baselines.timm_classifier import TimmClassifier, TimmFromScratch
+from lightning_diffclf.baselines.trained import TrainedClassifier
 from lightning_diffclf.callbacks.run_settings import data_identity, module_identity
 from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.commands import run
@@ -201,6 +203,16 @@ def table(files: Path) -> dict[type, Changes]:
     }
     vit = {"input_size": 8, "in_channels": 1, "num_classes": 2}
     vit |= {"hidden_size": 16, "depth": 1, "num_heads": 1, "patch_size": 2}
+    features = {
+        "pretrained": "assets/sd_digits",
+        "layer": "conv_in",
+        "timestep": 50,
+        "head": "linear",
+        "num_classes": 3,
+        "class_names": ["a", "b"],
+        "revision": "main",
+        "dtype": "bfloat16",
+    }
     recipe = {
         "draws": 3,
         "seed": 1,
@@ -273,6 +285,7 @@ def table(files: Path) -> dict[type, Changes]:
             vit | {"model": "test_vit"},
             {name: 2 * value for name, value in vit.items()} | {"model": "test_vit2", "class_names": ["a", "b"]},
         ),
+        DenoiserFeatures: Changes({"pretrained": MODEL, "num_classes": 2}, features),
         Recipe: Changes({}, recipe),
     }
 
@@ -290,7 +303,8 @@ def parts_of_runs() -> list[type]:
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             for name, one in inspect.getmembers(importlib.import_module(info.name), inspect.isclass):
                 ours = one.__module__ == info.name and not name.startswith("_")
-                if ours and issubclass(one, (L.LightningDataModule, L.LightningModule)):
+                whole = one is not TrainedClassifier  # which has no network
+                if ours and whole and issubclass(one, (L.LightningDataModule, L.LightningModule)):
                     found[name] = one
     return list(found.values())
 

@@ -201,7 +201,7 @@ def test_by_default_the_middle_block_at_a_fifth_of_the_time_axis():
 def test_large_outputs_are_averaged_over_positions():
     denoiser = Blocks(tokens=2000)
     torch.testing.assert_close(LinearProbe().features(denoiser, some_images(2)), denoiser.outputs[2].mean(1))
-    with pytest.raises(ValueError, match=r"a layer of more than 8,192 features"):
+    with pytest.raises(ValueError, match=r"layer: it has more than 8,192 features"):
         LinearProbe().features(Blocks(tokens=2, channels=8200), some_images(1))
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from lightning_diffclf import ClassConditionalDiT
 from lightning_diffclf.commands import run
-from lightning_diffclf.commands.sample import network_of
 from lightning_diffclf.models.export import to_diffusers
 from lightning_diffclf.models.published import config_of
+from lightning_diffclf.modules.checkpoints import network_of
 from lightning_diffclf.modules.conditions import chosen_classes
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder

@@ -8,6 +8,7 @@ from PIL import Image
 
 from lightning_diffclf.commands import run
 from lightning_diffclf.data.image_folder import ClassFolders, ImageFolderDataModule, divide
+from lightning_diffclf.data.images import covering_crop, open_image
 from tests.photos import autoencoder, photos
 from tests.trainers import FakeTrainer
 
@@ -126,6 +127,15 @@ def test_images_of_any_size_and_mode(tmp_path):
         torch.testing.assert_close(grey[name], expected[None])
         torch.testing.assert_close(rgb[name], expected.expand(3, 8, 8))
     assert grey["a/palette.gif"].shape == (1, 8, 8)
+
+
+def test_images_that_are_no_squares(root):
+    data = data_of(root, size=[6, 10])
+    [batch, *_] = data.test_dataloader()
+    assert data.image_shape == (3, 6, 10)
+    source = data.source("test")
+    expected = covering_crop(open_image(source.files[0][0]), 6, 10)
+    np.testing.assert_allclose(batch["image"][0].permute(1, 2, 0).numpy(), np.asarray(expected) / 127.5 - 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -257,6 +267,8 @@ def test_what_is_wrong_with_folders(root, given, tmp_path):
     ("settings", "message"),
     [
         ({"size": 0}, "size: 0, expected at least 1"),
+        ({"size": [8]}, r"size: \[8\], expected a number, or height and width"),
+        ({"size": [8, 0]}, "size: 0, expected at least 1"),
         ({"channels": 2}, r"channels: 2, expected 3 \(RGB\) or 1"),
         ({"classes": ["a", "a"]}, r"classes: \['a', 'a'\], expected different names"),
         ({"classes": []}, r"classes: \[\], expected different names"),
