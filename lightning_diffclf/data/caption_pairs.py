@@ -19,13 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.data.images import open_image, stacked, transform
 from lightning_diffclf.data.prompts import PromptSet
-from lightning_diffclf.data.protocols import Decided, own_preparation
+from lightning_diffclf.data.protocols import Decided, own_preparation, own_size
 from lightning_diffclf.data.stream import evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.files import read_json
 from lightning_diffclf.identity import ByArguments
-
-DEFAULT_SIZE = (512, 512)  # Stable Diffusion's
 
 RIGHT, WRONG = "right caption", "wrong caption"
 
@@ -145,7 +143,7 @@ class CaptionPairsDataModule(ByArguments, L.LightningDataModule):
         images: Folder of the images: COCO's ``val2017``, Visual Genome's.
         tags: Only pairs of these tags: SugarCrepe's files, ARO's relations.
         limit: At most so many pairs of each tag, the first ones.
-        size: Height and width of images; if null, as the Trainer's module wants them, or 512 where it does not say.
+        size: Height and width of images; if null, as for :class:`~.zero_shot.ZeroShotDataModule`.
         eval_batch_size: Images in a batch of one process.
         num_workers: Processes that read images.
 
@@ -167,7 +165,7 @@ class CaptionPairsDataModule(ByArguments, L.LightningDataModule):
         images: str,
         tags: list[str] | None = None,
         limit: int | None = None,
-        size: int | tuple[int, int] | None = 512,
+        size: int | tuple[int, int] | None = None,
         eval_batch_size: int = 16,
         num_workers: int = 2,
     ) -> None:
@@ -211,11 +209,12 @@ class CaptionPairsDataModule(ByArguments, L.LightningDataModule):
         return own_preparation(self.size, self.trainer)
 
     def contents(self) -> dict[str, Any]:
-        prepared = {} if self._own_preparation is None else {"preparation": self._own_preparation}
+        own = self._own_preparation
+        prepared = {"size": own_size(self.size, self.trainer)} if own is None else {"preparation": own}
         return prepared | {"pairs": [(*pair[:1], pair.image.name, *pair[2:]) for pair in self.pairs]}
 
     def setup(self, stage: str | None = None) -> None:
-        prepare = self._own_preparation or transform(*(self.size or DEFAULT_SIZE))
+        prepare = self._own_preparation or transform(*own_size(self.size, self.trainer))
         self.test = _Images(self.pairs, prepare, self.images)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:

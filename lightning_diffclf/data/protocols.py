@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 from lightning_diffclf.data.latents import Latents
 from lightning_diffclf.data.prompts import PromptSet
 
+DEFAULT_SIZE = (512, 512)  # Stable Diffusion's
+
 
 @runtime_checkable
 class HasClassNames(Protocol):
@@ -118,6 +120,12 @@ def own_preparation(size: object, trainer: object) -> Callable[[Image.Image], Te
     """How the network of a Trainer wants images, where no ``size`` was given; None where it does not say."""
     network: object = getattr(trainer, "lightning_module", None)
     return network.preparation if size is None and isinstance(network, HasPreparation) else None
+
+
+def own_size(size: tuple[int, int] | None, trainer: object) -> tuple[int, int]:
+    """Height and width of images: as given, else as the network of a Trainer was trained on, else 512."""
+    network: object = getattr(trainer, "lightning_module", None)
+    return size or (network.native_size if isinstance(network, HasNativeSize) else DEFAULT_SIZE)
 
 
 class Decided(Protocol):

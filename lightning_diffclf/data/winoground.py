@@ -21,14 +21,12 @@ from lightning_diffclf.data.digit_scenes import caption_of_two, two_digits
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.images import open_image, stacked, transform
 from lightning_diffclf.data.prompts import PromptSet
-from lightning_diffclf.data.protocols import Decided, own_preparation
+from lightning_diffclf.data.protocols import DEFAULT_SIZE, Decided, own_preparation
 from lightning_diffclf.data.stream import evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.identity import ByArguments
 
 HUB = "facebook/winoground"
-
-DEFAULT_SIZE = (512, 512)  # Stable Diffusion's
 
 
 class Group(NamedTuple):

@@ -17,13 +17,11 @@ from torchvision import datasets
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
 from lightning_diffclf.data.images import find_images, open_image, stacked, to_rgb, transform
-from lightning_diffclf.data.protocols import HasNativeSize, own_preparation
+from lightning_diffclf.data.protocols import own_preparation, own_size
 from lightning_diffclf.data.shards import ShardImages, Shards
 from lightning_diffclf.data.stream import Share, evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.identity import ByArguments
-
-DEFAULT_SIZE = (512, 512)  # Stable Diffusion's
 
 CATS = (
     "Abyssinian", "Bengal", "Birman", "Bombay", "British Shorthair", "Egyptian Mau", "Maine Coon", "Persian", "Ragdoll",
@@ -286,10 +284,7 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
-        if self._given_size is not None:
-            return self._given_size
-        module: object = getattr(self.trainer, "lightning_module", None)
-        return module.native_size if isinstance(module, HasNativeSize) else DEFAULT_SIZE
+        return own_size(self._given_size, self.trainer)
 
     @property
     def source(self) -> Any:

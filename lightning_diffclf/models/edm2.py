@@ -144,6 +144,8 @@ class EDM2(nn.Module):
     """
 
     null_label: None = None
+    freqs: Tensor
+    phases: Tensor
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -178,9 +180,6 @@ class EDM2(nn.Module):
                 self.dec[f"{side}x{side}_block{i}"] = Block(inputs, width, sizes.embedding, True, attends=attends)
                 now = width
         self.out_conv = conv(now, sizes.channels, 3)
-
-    freqs: Tensor
-    phases: Tensor
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """F(x; t, y).
@@ -226,7 +225,7 @@ def edm2_of(published: Mapping[str, Tensor], where: str) -> EDM2:
         with torch.device("meta"):
             net = EDM2(sizes)
         net.load_state_dict(_used(weights), assign=True)
-    except (KeyError, RuntimeError, IndexError) as error:
+    except (KeyError, RuntimeError, IndexError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"weights: {where!r} are of no EDM2 network ({reason})") from error
     return net.requires_grad_(False).eval()

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_diffclf.errors import MissingFile, UserError
+from lightning_diffclf.errors import MissingFile, UserError, first_line
 from lightning_diffclf.hub import AUTOENCODER, local_file
 from lightning_diffclf.models.autoencoder import Autoencoder, LatentScale
 from lightning_diffclf.models.dit import DiT
@@ -102,21 +102,32 @@ def read_network(
         return _transformer("dit", read_published(path), str(weights), vae, latents, config_of(path)["num_heads"])
     if not path.is_file():
         raise MissingFile(f"weights: no file or folder {str(weights)!r}")
+    try:
+        return _of_file(path, str(weights), family, vae, latents, num_heads)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
+        reason = first_line(error)[:200]  # tensors that are missing or of strange shapes
+        raise UserError(f"weights: {str(weights)!r} are of no network of these families ({reason})") from error
+
+
+def _of_file(
+    path: Path, where: str, family: str | None, vae: str | None, latents: str | None, num_heads: int | None
+) -> Published:
     content = read_file(path)
     found = weights_in(content)
-    known = family_of(found, str(weights))
+    known = family_of(found, where)
     if family not in (None, *known):
-        raise UserError(f"weights: {str(weights)!r} are of family {' or '.join(known)}, not of {family}")
+        raise UserError(f"weights: {where!r} are of family {' or '.join(known)}, not of {family}")
     if family is None and len(known) > 1:
-        raise UserError(f"family: weights of {' and '.join(known)} look the same; say which {str(weights)!r} are")
+        raise UserError(f"family: weights of {' and '.join(known)} look the same; say which {where!r} are")
     family = family or known[0]
     if family == "edm2":
-        return _edm2(found, str(weights), vae, latents)
+        return _edm2(found, where, vae, latents)
+    own: Autoencoder | str | None = vae
     if family == "repa" and vae is None and isinstance(content.get("vae"), Mapping) and is_ldm(content["vae"]):
-        scale = scale_of(found, latents)
-        own = Autoencoder(ldm_autoencoder(content["vae"], str(weights)), scale)
-        return _transformer(family, found, str(weights), own, latents, num_heads)
-    return _transformer(family, found, str(weights), vae, latents, num_heads)
+        own = Autoencoder(ldm_autoencoder(content["vae"], where), scale_of(found, latents))
+    return _transformer(family, found, where, own, latents, num_heads)
 
 
 def family_of(weights: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -125,7 +136,7 @@ def family_of(weights: Mapping[str, Any], where: str) -> tuple[str, ...]:
     Raises:
         ValueError: if they are of none.
     """
-    if any(name.endswith(FOURIER) for name in weights):
+    if any(str(name).endswith(FOURIER) for name in weights):
         return ("edm2",)
     check_measured(weights, where)
     if "bn.running_mean" in weights or any(name.startswith("projectors.") for name in weights):
@@ -159,8 +170,9 @@ def read_statistics(name: str) -> LatentScale:
     elif found.keys() >= {"latents_bias", "latents_scale"}:
         mean, scaling = found["latents_bias"], found["latents_scale"]
     else:
-        raise UserError(f"latents: {name!r} has {sorted(found)}, expected mean and std, or latents_bias, latents_scale")
-    if not bool((mean.isfinite() & scaling.isfinite() & (scaling > 0)).all()) or mean.shape != scaling.shape:
+        names = sorted(map(str, found))
+        raise UserError(f"latents: {name!r} has {names}, expected mean and std, or latents_bias, latents_scale")
+    if mean.shape != scaling.shape or not bool((mean.isfinite() & scaling.isfinite() & (scaling > 0)).all()):
         raise UserError(f"latents: {name!r} has no mean and positive spread of each channel")
     return LatentScale(mean, scaling)
 

@@ -65,7 +65,7 @@ def ldm_autoencoder(published: Mapping[str, Any], where: str) -> Any:
                 scaling_factor=1.0,
             )
         vae.load_state_dict(dict(_renamed(name, one.float(), levels) for name, one in weights.items()), assign=True)
-    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+    except (KeyError, ValueError, RuntimeError, IndexError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"vae: {where!r} has no autoencoder of latent diffusion ({reason})") from error
     return vae.eval()

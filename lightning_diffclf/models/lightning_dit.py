@@ -87,10 +87,17 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Computed in the type of its weights: also under autocast, as LayerNorm is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def token_norm(switches: Switches, width: int) -> nn.Module:
     """Of tokens, before the condition's scale and shift."""
     if switches.rms_norm:
-        return nn.RMSNorm(width, eps=EPS)
+        return RMSNorm(width, eps=EPS)
     return nn.LayerNorm(width, elementwise_affine=False, eps=EPS)
 
 
@@ -103,7 +110,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, head_dim = num_heads, width // num_heads
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        norm = partial(nn.RMSNorm, eps=EPS) if switches.rms_norm else nn.LayerNorm
+        norm = partial(RMSNorm, eps=EPS) if switches.rms_norm else nn.LayerNorm
         self.q_norm = norm(head_dim) if switches.qk_norm else nn.Identity()
         self.k_norm = norm(head_dim) if switches.qk_norm else nn.Identity()
         angles = None if grid is None else rotations(*grid, head_dim)

@@ -135,5 +135,5 @@ def test_what_cannot_be_read(root, tmp_path, monkeypatch):
     refused("one.parquet' cannot be read", file)
     monkeypatch.setattr(parquet, "MAX_ROWS", 6)
     refused("7 rows, expected at most 6", root)
-    monkeypatch.setattr(parquet, "MAX_COLUMN", 10)
-    refused("a column of more than 10 bytes in row group 0", tmp_path / "set/data/train-00000-of-00001.parquet")
+    monkeypatch.setattr(parquet, "MAX_GROUP", 10)
+    refused("row group 0 of more than 10 bytes", tmp_path / "set/data/train-00000-of-00001.parquet")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import tarfile
 import warnings
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -35,20 +38,26 @@ from lightning_diffclf import (
 )
 from lightning_diffclf.classifier import Loss, Recipe
 from lightning_diffclf.cli import CONFIG_KEY, evaluation_config
+from lightning_diffclf.data.caption_pairs import CaptionPairsDataModule
 from lightning_diffclf.data.imagenet import ImageNetDataModule
 from lightning_diffclf.data.images import open_image
 from lightning_diffclf.data.latents import Latents
+from lightning_diffclf.data.medmnist import MedMNISTDataModule
+from lightning_diffclf.data.parquet import ParquetDataModule
 from lightning_diffclf.data.prompts import from_csv, from_names
 from lightning_diffclf.data.shards import ShardImages, ShardIndex, Shards, expand
 from lightning_diffclf.data.winoground import read_groups
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.models.families import read_network, read_statistics
+from lightning_diffclf.models.ldm_autoencoder import ldm_autoencoder
 from lightning_diffclf.models.pipeline import check_parts
 from lightning_diffclf.models.published import config_of, is_published, read_published
 from lightning_diffclf.modules.checkpoints import trained_module
 from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.evaluation import Evaluation
 from tests.fuzz.mutations import STRANGE, damaged, mutated, rounds, strange_text
+from tests.models import published_twins as twins
 from tests.results.made_up import made_up_rows, made_up_run
 from tests.security.test_settings import settings
 from tests.security.test_weights import ARGUMENTS, latents
@@ -353,6 +362,102 @@ def test_published_weights():
         is_published(path)
         read_published(path)
         config_of(path)
+
+    fuzz(attempt, 150)
+
+
+TWINS = {
+    "sit": twins.transformer(width=16, depth=1, heads=4, side=4, classes=2),
+    "lightningdit": twins.transformer(width=16, depth=1, heads=4, side=4, classes=2, rope=True, rms=True, swiglu=True),
+    "edm2": twins.edm2(side=2, widths=(64,), blocks=1, attention=(), classes=2),
+}
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_networks_of_families(family):
+    usual = TWINS[family]
+
+    def attempt(rng: np.random.Generator) -> None:
+        weights: dict[Any, Any] = dict(usual)
+        for _ in range(int(rng.integers(1, 3))):
+            name = choice(rng, list(usual))
+            value = usual[name]
+            weights.pop(name, None)
+            other = choice(
+                rng, [torch.zeros(0), torch.zeros(()), torch.zeros(1, 1, 1, 1, 1), 3, None, "a", value.flatten()[:1]]
+            )
+            weights[name if rng.random() < 0.7 else f"{name}.x"] = other if rng.random() < 0.8 else value
+        path = Path(f"{next(number)}.pt")
+        torch.save(weights, path)
+        read_network(path, choice(rng, [family, None]), num_heads=4)
+
+    fuzz(attempt, 100)
+
+
+def test_autoencoders_of_latent_diffusion():
+    usual = twins.ldm(widths=(32, 32))
+
+    def attempt(rng: np.random.Generator) -> None:
+        weights: dict[Any, Any] = dict(usual)
+        name = choice(rng, list(weights))
+        weights[name] = choice(rng, [torch.zeros(0), torch.zeros(()), torch.zeros(1, 1, 1, 1, 1), 3, None, "a"])
+        if rng.random() < 0.3:
+            del weights[name]
+        ldm_autoencoder(weights, "x")
+
+    fuzz(attempt, 60)
+
+
+def test_statistics_of_latents():
+    def attempt(rng: np.random.Generator) -> None:
+        values = [torch.zeros(4), torch.ones(4), torch.ones(()), torch.zeros(0), torch.full((4,), math.nan), 3, None]
+        path = Path(f"{next(number)}.pt")
+        names = choice(rng, [("mean", "std"), ("latents_bias", "latents_scale"), ("mean", 3)])
+        torch.save({name: choice(rng, values) for name in names}, path)
+        read_statistics(str(path))
+
+    fuzz(attempt, 60)
+
+
+def test_parquet():
+    image = {"bytes": b"no image", "path": None}
+    table = pa.table({"image": [image] * 3, "label": [0, 1, 0]})
+    table = table.replace_schema_metadata({"huggingface": '{"info": {"features": {"label": {"names": ["a", "b"]}}}}'})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    usual = buffer.getvalue()
+
+    def attempt(rng: np.random.Generator) -> None:
+        source = ParquetDataModule(str(written(damaged(usual, rng), ".parquet"))).source
+        source[int(rng.integers(len(source)))]
+
+    fuzz(attempt, 150)
+
+
+def test_medmnist():
+    buffer = io.BytesIO()
+    np.savez(buffer, test_images=np.zeros((3, 4, 4), np.uint8), test_labels=np.zeros((3, 1), np.uint8))
+    usual = buffer.getvalue()
+
+    def attempt(rng: np.random.Generator) -> None:
+        path = written(damaged(usual, rng), ".npz")
+        source = MedMNISTDataModule(str(path), class_names=["a", "b"]).source
+        source[int(rng.integers(len(source)))]
+
+    fuzz(attempt, 150)
+
+
+def test_caption_pairs():
+    usual = [{"filename": "0.png", "caption": "a", "negative_caption": "b"}]
+    usual += [{"image_path": "0.png", "true_caption": "a", "false_caption": "b", "relation_name": "on"}]
+    usual[1] |= {"bbox_x": 0, "bbox_y": 0, "bbox_w": 3, "bbox_h": 3}  # type: ignore[dict-item]
+    Image.new("RGB", (4, 4)).save("0.png")
+
+    def attempt(rng: np.random.Generator) -> None:
+        path = written(json_of(choice(rng, [usual, {"0": usual[0]}]), rng), ".json")
+        data = CaptionPairsDataModule(str(path), ".", size=4)
+        data.setup()
+        _ = [data.test[i] for i in range(len(data.test))], data.prompt_set
 
     fuzz(attempt, 150)
 
