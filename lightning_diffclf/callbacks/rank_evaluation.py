@@ -19,6 +19,7 @@ from lightning_diffclf.classifier import Classification
 from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.data.corruptions import Corruption
+from lightning_diffclf.data.protocols import HasGroups
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.results.metrics import ClassifierMetrics
@@ -123,9 +124,12 @@ class RankEvaluation:
         if due:
             keys = ids if keys is None else list(keys)
             candidates: Any = self._classifier.recipe.candidates if lists is None else [lists[i] for i in due]
+            if groups is None:
+                data = getattr(self._trainer, "datamodule", None)
+                groups = [data.group_of(one) if isinstance(data, HasGroups) else None for one in ids]
             for i in due:
                 picture = None if self._writer is None else self._writer.picture(images[i], known[i])
-                self._waiting.append(_Waiting(ids[i], known[i], picture, None if groups is None else groups[i]))
+                self._waiting.append(_Waiting(ids[i], known[i], picture, groups[i]))
             start = time.perf_counter()
             with forward():  # a proposal may call the network
                 known = {} if self._reused is None else {"known": self._reused([ids[i] for i in due])}
