@@ -126,14 +126,16 @@ class RankEvaluation:
             candidates: Any = self._classifier.recipe.candidates if lists is None else [lists[i] for i in due]
             if groups is None:
                 data = getattr(self._trainer, "datamodule", None)
-                groups = [data.group_of(one) if isinstance(data, HasGroups) else None for one in ids]
+                of_image: list[Any] = [data.group_of(one) if isinstance(data, HasGroups) else None for one in ids]
+            else:
+                of_image = list(groups)
             for i in due:
                 picture = None if self._writer is None else self._writer.picture(images[i], known[i])
-                self._waiting.append(_Waiting(ids[i], known[i], picture, groups[i]))
+                self._waiting.append(_Waiting(ids[i], known[i], picture, of_image[i]))
             start = time.perf_counter()
             with forward():  # a proposal may call the network
-                known = {} if self._reused is None else {"known": self._reused([ids[i] for i in due])}
-                self._run.add(images[due], [keys[i] for i in due], candidates, **known)
+                reused = {} if self._reused is None else {"known": self._reused([ids[i] for i in due])}
+                self._run.add(images[due], [keys[i] for i in due], candidates, **reused)
             self._worked += time.perf_counter() - start
             self._decide(self._run.work())
         # What does not fill a micro-batch waits for the next batch, but not for the end of the epoch: hooks of other

@@ -177,11 +177,11 @@ def name_of(cell: Cell) -> str:
 
 
 class Piece(NamedTuple):
-    """The images of a cell, or one of ``count`` parts of them."""
+    """The images of a cell, or one of ``parts`` parts of them."""
 
     cell: str
     number: int = 1
-    count: int = 1
+    parts: int = 1
 
 
 T = TypeVar("T", str, Piece)
@@ -194,10 +194,10 @@ def pieces(plans: Mapping[str, Mapping[str, Any]], parts: int) -> dict[Piece, fl
 
     Example:
         >>> pieces({"a": {"nfe": 90, "images": 500}, "b": {"nfe": 10, "images": 500}}, 2)
-        {Piece(cell='a', number=1, count=4): 22.5, ..., Piece(cell='b', number=1, count=1): 10.0}
+        {Piece(cell='a', number=1, parts=4): 22.5, ..., Piece(cell='b', number=1, parts=1): 10.0}
     """
     most = sum(plan["nfe"] for plan in plans.values()) / parts / 2
-    found = {}
+    found: dict[Piece, float] = {}
     for name, plan in plans.items():
         wanted = math.ceil(plan["nfe"] / most) if most and parts > 1 else 1
         count = max(1, min(wanted, plan["images"] // FEWEST))
@@ -304,8 +304,8 @@ def _each(suite: Suite, work: Sequence[tuple[Cell, Piece]], flags: list[str], pl
         try:
             if plans:
                 _measure(suite, cell, flags)
-            elif piece.count > 1:
-                run_part(cell, folder, flags, piece.number, piece.count)
+            elif piece.parts > 1:
+                run_part(cell, folder, flags, piece.number, piece.parts)
             else:
                 run_cell(cell, folder, flags)
         except UserError as error:

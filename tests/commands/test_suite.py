@@ -119,7 +119,7 @@ def test_a_dear_cell_is_divided_by_its_images(plans, parts):
     total = sum(plan["nfe"] for plan in plans.values())
     for name, plan in plans.items():
         own = [piece for piece in found if piece.cell == name]
-        assert sorted(piece.number for piece in own) == list(range(1, own[0].count + 1))  # each image in one of them
+        assert sorted(piece.number for piece in own) == list(range(1, own[0].parts + 1))  # each image in one of them
         assert sum(found[piece] for piece in own) == pytest.approx(plan["nfe"])
         assert len(own) == 1 or len(own) <= plan["images"] / 20
     lists = divided(found, parts)
