@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -94,7 +93,7 @@ class Planner:
         shared = len(self.candidates or c.candidates), len(c.timesteps_S), c.microbatch
         return Plan(
             ranks=[
-                replace(Measurement(*shared, rate, flops, *map(int, sums)), one_call=c.terms.logits)
+                Measurement(*shared, rate, flops, *map(int, sums), one_call=c.terms.logits)
                 for _, rate, flops, *sums in used
             ],
             images=[None if math.isnan(images) else int(images) for images, *_ in used],

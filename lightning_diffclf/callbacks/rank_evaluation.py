@@ -124,14 +124,10 @@ class RankEvaluation:
         if due:
             keys = ids if keys is None else list(keys)
             candidates: Any = self._classifier.recipe.candidates if lists is None else [lists[i] for i in due]
-            if groups is None:
-                data = getattr(self._trainer, "datamodule", None)
-                of_image: list[Any] = [data.group_of(one) if isinstance(data, HasGroups) else None for one in ids]
-            else:
-                of_image = list(groups)
             for i in due:
                 picture = None if self._writer is None else self._writer.picture(images[i], known[i])
-                self._waiting.append(_Waiting(ids[i], known[i], picture, of_image[i]))
+                group = self._group_of(ids[i]) if groups is None else groups[i]
+                self._waiting.append(_Waiting(ids[i], known[i], picture, group))
             start = time.perf_counter()
             with forward():  # a proposal may call the network
                 reused = {} if self._reused is None else {"known": self._reused([ids[i] for i in due])}
@@ -152,6 +148,11 @@ class RankEvaluation:
             self._trainer.strategy.barrier("decisions")
         if self._bar is not None:
             self._bar.stop_images()
+
+    def _group_of(self, image_id: int | str) -> int | str | None:
+        """What the data module says of an image, if it says so."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data.group_of(image_id) if isinstance(data, HasGroups) else None
 
     def _is_due(self, image_id: int | str) -> bool:
         """Whether an image belongs to this run's part of the data and was not decided before."""
