@@ -332,9 +332,10 @@ def _check(cells: Sequence[Cell], flags: list[str]) -> None:
 def _boards(suite: Suite) -> Any:
     """A leaderboard for each data set, of the cells that are done."""
     for data in dict.fromkeys(cell.column for cell in suite.cells):
+        title = "" if data == "data" else data  # the file says of no data
         folders = {c.row: folder_of(suite.out, RUNS, c) for c in suite.cells if c.column == data and _ended(suite, c)}
         if folders:
-            yield board({row: Evaluation.read(folder / EVALUATION) for row, folder in folders.items()}, data)
+            yield board({row: Evaluation.read(folder / EVALUATION) for row, folder in folders.items()}, title)
 
 
 def _ended(suite: Suite, cell: Cell) -> bool:
