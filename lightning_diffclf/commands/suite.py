@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,7 @@ from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import read_json, write_json
 from lightning_diffclf.results.evaluation import Evaluation
-from lightning_diffclf.results.leaderboard import board
+from lightning_diffclf.results.leaderboard import Board, board
 from lightning_diffclf.results.paper import Cell
 
 AXES = ("models", "data", "rules")
@@ -329,7 +329,7 @@ def _check(cells: Sequence[Cell], flags: list[str]) -> None:
             raise UserError(f"suite: {name_of(cell)}: {error}") from error
 
 
-def _boards(suite: Suite) -> Any:
+def _boards(suite: Suite) -> Iterator[Board]:
     """A leaderboard for each data set, of the cells that are done."""
     for data in dict.fromkeys(cell.column for cell in suite.cells):
         title = "" if data == "data" else data  # the file says of no data
