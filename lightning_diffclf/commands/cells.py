@@ -19,6 +19,8 @@ EVALUATION = "evaluation"
 PARTS = "part-*-of-*"  # in it: parts of its images, to be joined
 CELL = "cell.json"  # beside it: what it was computed by
 
+NOT_COMPUTED_BY = ("row", "column", "paper", "needs", "metric")  # of a cell
+
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what evaluations save themselves at
 
 
@@ -59,7 +61,8 @@ def is_done(cell: Cell, folder: Path) -> bool:
 
 def _said(cell: Cell) -> dict[str, Any]:
     """What computes a cell on any machine: without the flags of a command line."""
-    return {"training": list(cell.training), "flags": list(cell.flags)}
+    values = {name: value for name, value in cell._asdict().items() if name not in NOT_COMPUTED_BY}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def run_cell(cell: Cell, folder: Path, flags: list[str]) -> None:
