@@ -309,17 +309,27 @@ def train(args: Sequence[str] | None = None) -> None:
 
 def evaluate_command(given: Namespace) -> None:
     """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
-    DiffClfCLI(_of_test(given))
-
-
-def _of_test(given: Namespace) -> list[str]:
-    """The arguments of ``diffclf evaluate`` as those of ``test``."""
-    configs = [evaluation_config(given.ckpt, given.trust_checkpoint)] if not given.config else given.config
     part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
-    run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(given.ckpt, configs)
-    out = given.out or f"{run_dir / 'evaluation'}{part}"
     kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
-    from_checkpoint = [f"--ckpt_path={given.ckpt}"] if given.ckpt else []
+    own = [
+        *[f"--classifier.keep_{what}=true" for what in kept],
+        *(["--classifier.plan=true"] if given.plan else []),
+        *([f"--classifier.part={given.part}"] if given.part else []),
+    ]
+    DiffClfCLI(test_arguments(given, f"evaluation{part}", own))
+
+
+def test_arguments(given: Namespace, folder: str, own: Sequence[str]) -> list[str]:
+    """Arguments of ``test`` that evaluate what commands with ``--ckpt`` and ``--config`` are given.
+
+    Args:
+        given: Their common arguments.
+        folder: Where results go in the folder of the run, or the next free one, where no ``--out`` is given.
+        own: Further arguments, which the user's flags may override.
+    """
+    configs = [evaluation_config(given.ckpt, given.trust_checkpoint)] if not given.config else given.config
+    run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(given.ckpt, configs)
+    out = given.out or f"{run_dir / folder}"
     return [
         "test",
         *[f"--config={config}" for config in configs],
@@ -327,13 +337,24 @@ def _of_test(given: Namespace) -> list[str]:
         *([] if given.out else ["--classifier.next_free=true"]),
         "--verbose=false",
         f"--run_dir={given.run_dir or Path(out).parent}",
-        *[f"--classifier.keep_{what}=true" for what in kept],
-        *(["--classifier.plan=true"] if given.plan else []),
+        *own,
         *(["--untrained"] if given.untrained else []),
-        *([f"--classifier.part={given.part}"] if given.part else []),
-        *from_checkpoint,
+        *([f"--ckpt_path={given.ckpt}"] if given.ckpt else []),
         *given.flags,
     ]
+
+
+def default_run_dir(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
+    """Folder of a run: that of ``checkpoints/`` with its checkpoint, else the last ``run_dir`` of the files."""
+    if ckpt is None or is_published(ckpt):
+        run_dir = Path()
+        for config in configs:  # names of files, or YAML itself
+            for layer in layers(find(config)) if is_file_name(config) else []:
+                found = (yaml.safe_load(layer.read_text(encoding="utf-8")) or {}).get("run_dir", run_dir)
+                run_dir = Path(found) if isinstance(found, (str, Path)) else run_dir  # else the parser will complain
+        return run_dir
+    folder = Path(ckpt).parent
+    return folder.parent if folder.name == "checkpoints" else folder
 
 
 class _Parses(DiffClfCLI):
@@ -359,17 +380,4 @@ def check_evaluation(given: Namespace) -> None:
         SystemExit: after a message, if an argument or a configuration is not understood.
         UserError: if a checkpoint, or what it says, cannot be read.
     """
-    _Parses(_of_test(given))
-
-
-def default_run_dir(ckpt: str | None, configs: Sequence[str] = ()) -> Path:
-    """Folder of a run: that of ``checkpoints/`` with its checkpoint, else the last ``run_dir`` of the files."""
-    if ckpt is None or is_published(ckpt):
-        run_dir = Path()
-        for config in configs:  # names of files, or YAML itself
-            for layer in layers(find(config)) if is_file_name(config) else []:
-                found = (yaml.safe_load(layer.read_text(encoding="utf-8")) or {}).get("run_dir", run_dir)
-                run_dir = Path(found) if isinstance(found, (str, Path)) else run_dir  # else the parser will complain
-        return run_dir
-    folder = Path(ckpt).parent
-    return folder.parent if folder.name == "checkpoints" else folder
+    _Parses(test_arguments(given, "evaluation", []))
