@@ -19,6 +19,7 @@ from lightning_diffclf.classifier import Classification
 from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.data.corruptions import Corruption
+from lightning_diffclf.data.protocols import HasGroups
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.results.metrics import ClassifierMetrics
@@ -125,11 +126,12 @@ class RankEvaluation:
             candidates: Any = self._classifier.recipe.candidates if lists is None else [lists[i] for i in due]
             for i in due:
                 picture = None if self._writer is None else self._writer.picture(images[i], known[i])
-                self._waiting.append(_Waiting(ids[i], known[i], picture, None if groups is None else groups[i]))
+                group = self._group_of(ids[i]) if groups is None else groups[i]
+                self._waiting.append(_Waiting(ids[i], known[i], picture, group))
             start = time.perf_counter()
             with forward():  # a proposal may call the network
-                known = {} if self._reused is None else {"known": self._reused([ids[i] for i in due])}
-                self._run.add(images[due], [keys[i] for i in due], candidates, **known)
+                reused = {} if self._reused is None else {"known": self._reused([ids[i] for i in due])}
+                self._run.add(images[due], [keys[i] for i in due], candidates, **reused)
             self._worked += time.perf_counter() - start
             self._decide(self._run.work())
         # What does not fill a micro-batch waits for the next batch, but not for the end of the epoch: hooks of other
@@ -146,6 +148,11 @@ class RankEvaluation:
             self._trainer.strategy.barrier("decisions")
         if self._bar is not None:
             self._bar.stop_images()
+
+    def _group_of(self, image_id: int | str) -> int | str | None:
+        """What the data module says of an image, if it says so."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data.group_of(image_id) if isinstance(data, HasGroups) else None
 
     def _is_due(self, image_id: int | str) -> bool:
         """Whether an image belongs to this run's part of the data and was not decided before."""

@@ -16,7 +16,10 @@ from lightning_diffclf.interruption import Left
 from lightning_diffclf.results.paper import Cell
 
 EVALUATION = "evaluation"
+PARTS = "part-*-of-*"  # in it: parts of its images, to be joined
 CELL = "cell.json"  # beside it: what it was computed by
+
+NOT_COMPUTED_BY = ("row", "column", "paper", "needs", "metric")  # of a cell
 
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what evaluations save themselves at
 
@@ -62,20 +65,41 @@ def is_done(cell: Cell, folder: Path) -> bool:
 
 def _said(cell: Cell) -> dict[str, Any]:
     """What computes a cell on any machine: without the flags of a command line."""
-    before = {"drawing": cell.drawing, "training": cell.training, "network": [cell.network]}
-    return {name: list(given) for name, given in before.items() if any(given)} | {"flags": list(cell.flags)}
+    values = {name: value for name, value in cell._asdict().items() if name not in NOT_COMPUTED_BY}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def run_cell(cell: Cell, folder: Path, flags: list[str]) -> None:
-    """Compute a cell, each command in a process of its own; what was begun goes on.
+    """Compute a cell, each command in a process of its own; what was begun goes on, also in parts of its images.
 
     Raises:
         UserError: if a command fails.
         Left: if this process was told to end: the command was told so, and has saved what it had.
     """
-    for command in commands_of(cell, folder, flags):
-        run_command(command, f"{cell.row}, {cell.column}")
+    name = f"{cell.row}, {cell.column}"
+    *before, evaluation = commands_of(cell, folder, flags)
+    parts = [str(part) for part in sorted((folder / EVALUATION).glob(PARTS)) if any(part.rglob("*.parquet"))]
+    joins = [["merge", *parts, f"--out={folder / EVALUATION}"]] if parts else []
+    for command in (*before, *joins, evaluation):
+        run_command(command, name)
     write_json(_said(cell), folder / CELL, 2, "cell")
+
+
+def run_part(cell: Cell, folder: Path, flags: list[str], number: int, count: int) -> None:
+    """Evaluate one of ``count`` parts of a cell's images, beside the others; :func:`run_cell` joins them.
+
+    Raises:
+        UserError, Left: as :func:`run_cell`.
+    """
+    out = part_of(folder, number, count)
+    if not (out / "metrics.json").is_file():
+        command = ["evaluate", *cell.flags, f"--out={out}", f"--part={number}/{count}", *flags]
+        run_command(command, f"{cell.row}, {cell.column}")
+
+
+def part_of(folder: Path, number: int, count: int) -> Path:
+    """Where a part of a cell's images is: as ``configs/slurm/evaluate_array.sbatch`` names it."""
+    return folder / EVALUATION / f"part-{number}-of-{count}"
 
 
 def run_command(command: list[str], name: str) -> None:

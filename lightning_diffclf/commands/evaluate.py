@@ -10,11 +10,6 @@ from lightning_diffclf.cli import DiffClfCLI, test_arguments
 
 def evaluate_command(given: Namespace) -> None:
     """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
-    DiffClfCLI(_of_evaluation(given))
-
-
-def _of_evaluation(given: Namespace) -> list[str]:
-    """The arguments of ``diffclf evaluate`` as those of ``test``."""
     part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
     kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
     own = [
@@ -22,7 +17,7 @@ def _of_evaluation(given: Namespace) -> list[str]:
         *(["--classifier.plan=true"] if given.plan else []),
         *([f"--classifier.part={given.part}"] if given.part else []),
     ]
-    return test_arguments(given, f"evaluation{part}", own)
+    DiffClfCLI(test_arguments(given, f"evaluation{part}", own))
 
 
 class _Parses(DiffClfCLI):
@@ -48,4 +43,4 @@ def check_evaluation(given: Namespace) -> None:
         SystemExit: after a message, if an argument or a configuration is not understood.
         UserError: if a checkpoint, or what it says, cannot be read.
     """
-    _Parses(_of_evaluation(given))
+    _Parses(test_arguments(given, "evaluation", []))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from jsonargparse import Namespace
@@ -16,12 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_diffclf.commands.cells import EVALUATION, folder_of, is_done, run_cell, run_command, slug
+from lightning_diffclf.commands.cells import EVALUATION, folder_of, is_done, run_cell, run_command, run_part, slug
 from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.files import read_json, write_json
 from lightning_diffclf.results.evaluation import Evaluation
-from lightning_diffclf.results.leaderboard import board
+from lightning_diffclf.results.leaderboard import Board, board
 from lightning_diffclf.results.paper import Cell
 
 AXES = ("models", "data", "rules")
@@ -175,8 +176,37 @@ def name_of(cell: Cell) -> str:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def divided(costs: Mapping[str, float], parts: int) -> list[list[str]]:
-    """Names in ``parts`` lists of about equal cost: the dearest first, each to the list that costs least so far.
+class Piece(NamedTuple):
+    """The images of a cell, or one of ``parts`` parts of them."""
+
+    cell: str
+    number: int = 1
+    parts: int = 1
+
+
+T = TypeVar("T", str, Piece)
+
+FEWEST = 20  # images of a piece, about: parts are made by a hash of ids, and none may be empty
+
+
+def pieces(plans: Mapping[str, Mapping[str, Any]], parts: int) -> dict[Piece, float]:
+    """Cells with their planned network calls; those above half of a part's share in pieces that are not.
+
+    Example:
+        >>> pieces({"a": {"nfe": 90, "images": 500}, "b": {"nfe": 10, "images": 500}}, 2)
+        {Piece(cell='a', number=1, parts=4): 22.5, ..., Piece(cell='b', number=1, parts=1): 10.0}
+    """
+    most = sum(plan["nfe"] for plan in plans.values()) / parts / 2
+    found: dict[Piece, float] = {}
+    for name, plan in plans.items():
+        wanted = math.ceil(plan["nfe"] / most) if most and parts > 1 else 1
+        count = max(1, min(wanted, plan["images"] // FEWEST))
+        found |= {Piece(name, number, count): plan["nfe"] / count for number in range(1, count + 1)}
+    return found
+
+
+def divided(costs: Mapping[T, float], parts: int) -> list[list[T]]:
+    """Names or pieces in ``parts`` lists of about equal cost: the dearest first, each where least is yet.
 
     No list costs more than 4/3 of the best division's dearest (Graham 1969). It depends on names and costs only.
 
@@ -184,7 +214,7 @@ def divided(costs: Mapping[str, float], parts: int) -> list[list[str]]:
         >>> divided({"a": 5, "b": 3, "c": 3, "d": 1}, 2)
         [['a', 'd'], ['b', 'c']]
     """
-    lists: list[list[str]] = [[] for _ in range(parts)]
+    lists: list[list[T]] = [[] for _ in range(parts)]
     sums = [0.0] * parts
     for name in sorted(costs, key=lambda one: (-costs[one], one)):
         least = min(range(parts), key=lambda i: (sums[i], len(lists[i]), i))
@@ -193,12 +223,12 @@ def divided(costs: Mapping[str, float], parts: int) -> list[list[str]]:
     return lists
 
 
-def _part(suite: Suite, text: str, file: str) -> list[Cell]:
-    """The cells of one part."""
+def _part(suite: Suite, text: str, file: str) -> list[Piece]:
+    """The pieces of one part."""
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise UserError(f"part: {text!r}, expected i/n with i in 1 … n, such as 3/8")
-    costs = {}
+    plans = {}
     for cell in suite.cells:
         plan = planned(suite, cell)
         if plan is None:
@@ -209,9 +239,8 @@ def _part(suite: Suite, text: str, file: str) -> list[Cell]:
                 f"part: {name_of(cell)}: nobody knows how many images it has (tar shards, for one), so cells cannot be "
                 "divided by cost; run the suite whole, or its cells as arrays of `diffclf evaluate --part`"
             )
-        costs[name_of(cell)] = float(plan["nfe"])
-    mine = divided(costs, int(count))[int(number) - 1]
-    return [cell for cell in suite.cells if name_of(cell) in mine]
+        plans[name_of(cell)] = plan
+    return divided(pieces(plans, int(count)), int(count))[int(number) - 1]
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -243,14 +272,20 @@ def suite_command(given: Namespace) -> None:
     suite = Suite.read(given.file)
     if given.out is not None:
         suite = Suite(Path(given.out), suite.cells)
-    mine = suite.cells if given.part is None else _part(suite, given.part, given.file)
-    left = [cell for cell in mine if not is_done(cell, folder_of(suite.out, RUNS, cell))]
+    mine = [Piece(name_of(cell)) for cell in suite.cells]
+    if given.part is not None:
+        mine = _part(suite, given.part, given.file)
+    cells = {name_of(cell): cell for cell in suite.cells}
+    left = [piece for piece in mine if not _ended(suite, cells[piece.cell])]
     if given.plan:
-        left = [cell for cell in mine if planned(suite, cell) is None]
+        left = [piece for piece in mine if planned(suite, cells[piece.cell]) is None]
+    work = {name: cells[name] for name in dict.fromkeys(piece.cell for piece in left)}
+    failed: dict[str, str] = {}
     if not given.dry_run:
-        _check(left, given.flags)
-    failed = [] if given.dry_run else _each(suite, left, given.flags, plans=given.plan)
-    Console(soft_wrap=True).print(to_table(suite, mine, failed))
+        _check(list(work.values()), given.flags)
+        failed = _each(suite, [(cells[piece.cell], piece) for piece in left], given.flags, plans=given.plan)
+    shown = [cells[name] for name in dict.fromkeys(piece.cell for piece in mine)]
+    Console(soft_wrap=True).print(to_table(suite, shown, failed))
     if not (given.dry_run or given.plan or given.part):
         from lightning_diffclf.commands.results import show_boards
 
@@ -261,15 +296,18 @@ def suite_command(given: Namespace) -> None:
         raise UserError("suite: " + "; ".join(failed.values()))
 
 
-def _each(suite: Suite, cells: Sequence[Cell], flags: list[str], plans: bool) -> dict[str, str]:
+def _each(suite: Suite, work: Sequence[tuple[Cell, Piece]], flags: list[str], plans: bool) -> dict[str, str]:
     """Compute or plan cells; returns what went wrong, by name. One that fails does not stop the others."""
     failed = {}
-    for cell in cells:
+    for cell, piece in work:
+        folder = folder_of(suite.out, RUNS, cell)
         try:
             if plans:
                 _measure(suite, cell, flags)
+            elif piece.parts > 1:
+                run_part(cell, folder, flags, piece.number, piece.parts)
             else:
-                run_cell(cell, folder_of(suite.out, RUNS, cell), flags)
+                run_cell(cell, folder, flags)
         except UserError as error:
             failed[name_of(cell)] = str(error)
     return failed
@@ -291,12 +329,13 @@ def _check(cells: Sequence[Cell], flags: list[str]) -> None:
             raise UserError(f"suite: {name_of(cell)}: {error}") from error
 
 
-def _boards(suite: Suite) -> Any:
+def _boards(suite: Suite) -> Iterator[Board]:
     """A leaderboard for each data set, of the cells that are done."""
     for data in dict.fromkeys(cell.column for cell in suite.cells):
+        title = "" if data == "data" else data  # the file says of no data
         folders = {c.row: folder_of(suite.out, RUNS, c) for c in suite.cells if c.column == data and _ended(suite, c)}
         if folders:
-            yield board({row: Evaluation.read(folder / EVALUATION) for row, folder in folders.items()}, data)
+            yield board({row: Evaluation.read(folder / EVALUATION) for row, folder in folders.items()}, title)
 
 
 def _ended(suite: Suite, cell: Cell) -> bool:

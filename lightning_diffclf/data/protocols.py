@@ -148,6 +148,15 @@ class Decided(Protocol):
 
 
 @runtime_checkable
+class HasGroups(Protocol):
+    """Asked by the evaluation where batches do not say ``group``: images of a patient, frames of a film, say."""
+
+    def group_of(self, image_id: int | str) -> int | str | None:
+        """What an image belongs to with others that are like it, so that intervals know; None if it stands alone."""
+        ...
+
+
+@runtime_checkable
 class NeedsEveryDraw(Protocol):
     """Asked by the evaluation before it begins."""
 

@@ -337,7 +337,11 @@ def disagreement(counts: pd.DataFrame) -> Chart:
 
 
 def leaderboard(frame: pd.DataFrame) -> Chart:
-    """Accuracy with its interval against network calls, of several runs: ``run``, ``nfe``, ``accuracy``, ends."""
+    """Accuracy with its interval against network calls, of several runs by rank.
+
+    Args:
+        frame: ``rank``, ``nfe``, ``accuracy``, ``low`` and ``high``.
+    """
     base = alt.Chart(frame).encode(
         x=alt.X("nfe:Q", title="network calls per image", scale=alt.Scale(type="log", nice=False, padding=20))
     )
@@ -345,8 +349,8 @@ def leaderboard(frame: pd.DataFrame) -> Chart:
     points = base.mark_circle(size=60, opacity=1).encode(
         y=alt.Y("accuracy:Q", axis=PERCENT, scale=alt.Scale(zero=False))
     )
-    names = base.mark_text(align="left", dx=7, dy=-7, limit=NAME_PIXELS).encode(y="accuracy:Q", text="run:N")
-    return _finished(alt.layer(bars, points, names), "Accuracy by cost", "with 95 % intervals")
+    ranks = base.mark_text(align="left", dx=7, dy=-7).encode(y="accuracy:Q", text="rank:N")  # names would not fit
+    return _finished(alt.layer(bars, points, ranks), "Accuracy by cost", "runs by their rank, with 95 % intervals")
 
 
 def robustness(models: pd.DataFrame, line: pd.DataFrame, runs: pd.DataFrame) -> Chart:

@@ -266,7 +266,7 @@ def _pictures(one: Board) -> dict[str, str] | None:
         return None
     lines = [
         {
-            "run": s.run,
+            "rank": s.rank,
             "nfe": s.nfe_per_image,
             "accuracy": s.accuracy.value,
             "low": s.accuracy.low,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -55,7 +55,7 @@ class Measurement:
     nfe_images: int
     search_nfe_sum: int = 0
     kept_sum: int = 0
-    one_call: bool = False
+    one_call: bool = field(default=False, kw_only=True)
 
     @property
     def exhaustive_nfe(self) -> int:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lightning_diffclf.commands import cells, main, run
 from lightning_diffclf.commands.cells import commands_of, folder_of, is_done, run_command, slug
-from lightning_diffclf.commands.suite import RUNS, Suite, divided, name_of, planned
+from lightning_diffclf.commands.suite import RUNS, Suite, divided, name_of, pieces, planned
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.paper import Cell
@@ -93,9 +93,10 @@ def test_files_that_are_none(tmp_path):
             Suite.read(tmp_path / "x.yaml")
 
 
-@given(
-    st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.integers(0, 10**9), max_size=30), st.integers(1, 9)
-)
+NAMES = st.text("abcdef", min_size=1, max_size=4)
+
+
+@given(st.dictionaries(NAMES, st.integers(0, 10**9), max_size=30), st.integers(1, 9))
 def test_parts_are_disjoint_complete_balanced_and_the_same_for_all(costs, parts):
     lists = divided(costs, parts)
     assert sorted(name for one in lists for name in one) == sorted(costs)
@@ -107,6 +108,49 @@ def test_parts_are_disjoint_complete_balanced_and_the_same_for_all(costs, parts)
     assert max(loads) - min(loads) <= max(costs.values(), default=0)
     for one, load in zip(lists, loads, strict=True):
         assert load - min((costs[name] for name in one), default=0) <= min(loads)
+
+
+PLANNED = st.fixed_dictionaries({"nfe": st.integers(0, 10**9), "images": st.integers(1, 10**5)})
+
+
+@given(st.dictionaries(NAMES, PLANNED, min_size=1, max_size=20), st.integers(1, 9))
+def test_a_dear_cell_is_divided_by_its_images(plans, parts):
+    found = pieces(plans, parts)
+    total = sum(plan["nfe"] for plan in plans.values())
+    for name, plan in plans.items():
+        own = [piece for piece in found if piece.cell == name]
+        assert sorted(piece.number for piece in own) == list(range(1, own[0].parts + 1))  # each image in one of them
+        assert sum(found[piece] for piece in own) == pytest.approx(plan["nfe"])
+        assert len(own) == 1 or len(own) <= plan["images"] / 20
+    lists = divided(found, parts)
+    assert sorted(piece for one in lists for piece in one) == sorted(found)
+    loads = [sum(found[piece] for piece in one) for one in lists]
+    if all(plan["images"] >= 40 * 9 * len(plans) for plan in plans.values()):  # enough to divide
+        assert max(loads) <= 1.5 * total / parts + 1e-6
+
+
+def test_parts_of_a_cell_are_joined_before_it_is_finished(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(cells, "run_command", lambda command, name: ran.append((command, name)))
+    cell = Cell("a", "b", None, ("--config=x.yaml",))
+    cells.run_part(cell, tmp_path, ["--y=1"], 2, 3)
+    part = f"{tmp_path}/evaluation/part-2-of-3"
+    assert ran == [(["evaluate", "--config=x.yaml", f"--out={part}", "--part=2/3", "--y=1"], "a, b")]
+    for number in (1, 2):
+        folder = cells.part_of(tmp_path, number, 3)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").touch()
+        (folder / "predictions.parquet").touch()
+    cells.part_of(tmp_path, 3, 3).mkdir()  # claimed, nothing decided yet
+    cells.run_part(cell, tmp_path, [], 2, 3)  # done
+    assert len(ran) == 1
+    cells.run_cell(cell, tmp_path, [])
+    out = f"--out={tmp_path}/evaluation"
+    assert [command for command, _ in ran[1:]] == [
+        ["merge", f"{tmp_path}/evaluation/part-1-of-3", part, out],
+        ["evaluate", "--config=x.yaml", out],
+    ]
+    assert json.loads((tmp_path / cells.CELL).read_text())["flags"] == ["--config=x.yaml"]
 
 
 def tiny(folder: Path, **changes) -> str:
@@ -258,10 +302,13 @@ def test_a_suite_from_the_plan_to_the_leaderboard(tmp_path, monkeypatch, capsys)
     run("suite", [path, "--plan"])
     suite = Suite.read(path)
     assert [planned(suite, cell)["nfe_per_image"] for cell in suite.cells] == [1, 20]
-    run("suite", [path, "--part", "1/2"])
-    done = [is_done(cell, folder_of(suite.out, RUNS, cell)) for cell in suite.cells]
-    assert done == [False, True]  # the dearest is the first part's
+    for part in ("1/2", "2/2"):
+        run("suite", [path, "--part", part])
+    clip, sd = (folder_of(suite.out, RUNS, cell) for cell in suite.cells)
+    assert is_done(suite.cells[0], clip)
+    assert len(list(sd.glob("evaluation/part-*-of-4/metrics.json"))) == 4  # 20 times as dear: divided by images
     run("suite", [path])
+    assert json.loads((sd / "evaluation" / "metrics.json").read_text())["metrics"]["images"] == 120
     assert "SD, few" in (tmp_path / "out" / "leaderboard.html").read_text()
     capsys.readouterr()
     run("suite", [path])

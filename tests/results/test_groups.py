@@ -1,15 +1,20 @@
 """Images that come in groups: their intervals in reports, comparisons and metrics."""
 
+import json
 from dataclasses import replace
 
+import lightning as L
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from lightning_diffclf import DiffusionClassifierCallback
 from lightning_diffclf.results import headline
 from lightning_diffclf.results.compare import compare, to_table
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.groups import Grouped
 from lightning_diffclf.results.statistics import Clusters, wilson
+from tests.gaussians import Gaussians, loader
 from tests.results.made_up import made_up_rows, made_up_run
 
 
@@ -35,6 +40,28 @@ def test_intervals_are_those_of_groups(rows, tmp_path):
     assert "of 15 groups of images" in line.note
     low, high = (f"{100 * end:.1f}" for end in expected.share()[1:])
     assert f"(95 % interval {low} to {high} %)" in headline.sentence(run)
+
+
+class Films(L.LightningDataModule):
+    """Images of films of four frames."""
+
+    def test_dataloader(self):
+        return loader(12)
+
+    def group_of(self, image_id):
+        return image_id // 4
+
+
+def test_a_data_module_says_groups(tmp_path):
+    callback = DiffusionClassifierCallback(draws=2, output_dir=str(tmp_path), error_maps=0)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    L.Trainer(accelerator="cpu", callbacks=[callback], **quiet).test(Gaussians(), Films(), verbose=False)
+    rows = pq.read_table(tmp_path / "predictions.parquet").to_pydict()
+    assert rows["group"] == [str(int(one) // 4) for one in rows["id"]]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    right = np.array(rows["prediction"]) == np.array(rows["label"])
+    expected = Clusters.of(right, rows["group"]).share()
+    assert (metrics["groups"], metrics["accuracy_low"]) == (3, pytest.approx(expected.low))
 
 
 def test_without_groups_nothing_changes(rows, tmp_path):
