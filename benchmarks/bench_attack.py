@@ -23,12 +23,12 @@ from lightning_diffclf.results.statistics import Interval
 
 DRAWS = "2"
 BALLS = (("linf", "0.03"), ("linf", "0.1"), ("linf", "0.2"), ("l2", "0.5"))
-APGD = ["--steps", "50", "--limit", "100"]
+APGD = ["--steps", "25", "--limit", "50"]
 FRESH = ["--eps", "0.1", "--randomness", "fresh", "--seeds", "3", "--steps", "20", "--limit", "25"]
 AUTO_OF_TIMM = ["--auto", "--batch_size", "200", "--data.eval_batch_size", "200", "--limit", "200"]
 AUTO_OF_DIT = (("linf", "0.2", "200"), ("linf", "0.1", "25"), ("l2", "0.5", "25"))  # and how many digits
 SIGMAS = ("0.12", "0.25")
-SMOOTHING = ["--n0", "50", "--n", "200", "--radii", "0,0.1,0.2,0.3,0.5", "--limit", "50"]
+SMOOTHING = ["--n0", "20", "--n", "100", "--radii", "0,0.1,0.2,0.3", "--limit", "25"]
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 
 
