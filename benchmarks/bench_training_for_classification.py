@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, action="append", help="may be repeated (default: 0)")
     parser.add_argument("--images", type=int, default=500, help="test images to classify")
+    parser.add_argument("--draws", type=int, nargs="*", help=f"of all candidates (default: {DRAWS})")
+    parser.add_argument("--ruled", type=int, nargs="*", help=f"most draws of LikelihoodRatio (default: {RULES})")
     parser.add_argument("--samples", type=int, default=500, help="0: do not look at samples, which are of pairs only")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="changes all variants")
     parser.add_argument("--validate", action="store_true", help="training images in place of the test images")
@@ -71,13 +73,15 @@ def main() -> None:
         f"{date.today()}, {platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"Python {platform.python_version()}; {task}, {args.rows} rows in batches of {args.batch}; {changes or ''}"
     )
+    exhaustive = DRAWS[task] if args.draws is None else args.draws
+    ruled = RULES[task] if args.ruled is None else args.ruled
     data = TASKS[task].data()
     data.setup()
     source = (data.train if args.validate else data.test).parts
     images, labels, ids = (source[name][: args.images] for name in ("image", "label", "id"))
     ids, truth, train = ids.tolist(), labels.numpy(), data.train.parts["image"][:2000]
-    every = [f"{draws} draw{'s' * (draws > 1)}" for draws in DRAWS[task]]
-    rules = [f"≤ {draws} draws, rule" for draws in RULES[task]]
+    every = [f"{draws} draw{'s' * (draws > 1)}" for draws in exhaustive]
+    rules = [f"≤ {draws} draws, rule" for draws in ruled]
     table("network", "seed", "steps", "CPU s", *every, *rules, "NFE", "loss", "Fréchet", "read as asked", "McNemar p")
 
     def right(module: ClassConditionalDiT, **settings: Any) -> tuple[np.ndarray, float]:
@@ -90,8 +94,8 @@ def main() -> None:
         steps = steps_of(settings, args.batch, args.rows, data.num_classes)
         tag = "".join(f"-{key}-{value:g}" for key, value in settings.items())
         module, seconds = trained(name, steps, args.batch, seed, args.folder / (task + tag), task, settings)
-        found = [right(module, draws=Draws(draws), elimination=None)[0] for draws in DRAWS[task]]
-        found_rules = [right(module, draws=Draws(draws), elimination=RULE) for draws in RULES[task]]
+        found = [right(module, draws=Draws(draws), elimination=None)[0] for draws in exhaustive]
+        found_rules = [right(module, draws=Draws(draws), elimination=RULE) for draws in ruled]
         found += [one for one, _ in found_rules]
         quality = ["–", "–"]
         if args.samples and task == "digit_pairs":

@@ -81,7 +81,8 @@ class _Adapted(ZeroShotStableDiffusion):
     def _losses(self, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Denoising loss of each image (B,), float32."""
         x_t = self.schedule.add_noise(x0, noise, t)
-        output = self.predict(*self.schedule.network_rows(x_t, t), labels)[:, : x0.shape[1]].float()
+        rows, time = self.schedule.network_rows(x_t, t)
+        output = self.predict(rows, time, labels)[:, : x0.shape[1]].float()
         loss: Tensor = (output - self.schedule.target(x0, noise, t)).square().flatten(1).mean(1)
         return loss
 

@@ -51,7 +51,7 @@ def network_of(settings: Mapping[str, Any]) -> DiT:
     size = settings["input_size"]
     if not isinstance(size, int) and len(size) != 2:
         raise UserError(f"input_size: {size}, expected a number, or height and width")
-    shared = {"input_size": size if isinstance(size, int) else tuple(size)}
+    shared: dict[str, Any] = {"input_size": size if isinstance(size, int) else tuple(size)}
     names = ("in_channels", "mlp_ratio", "class_dropout_prob", "num_classes", "learn_sigma")
     shared |= {name: settings[name] for name in names}
     if settings["model"]:
