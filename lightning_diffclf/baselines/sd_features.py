@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextvars import Context
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -283,7 +284,9 @@ def unconditional(pretrained: str, revision: str | None, dtype: str) -> Uncondit
     index = path / "model_index.json"
     is_dit = index.is_file() and read_json(index, "pretrained").get("_class_name") == "DiTPipeline"
     if is_dit or path.is_file() or path.suffix in (".ckpt", ".pt", ".safetensors"):
-        return UnconditionalDiT(network_of(pretrained, None, "linear"))
+        # In a context of its own: Lightning's command line says there what the module in the making was given, and a
+        # module that is made within it would take that for its own arguments.
+        return UnconditionalDiT(Context().run(network_of, pretrained, None, "linear"))
     chosen = torch.float16 if torch.cuda.is_available() else torch.float32
     return UnconditionalPipeline(load(pretrained, revision, chosen if dtype == "auto" else DTYPES[dtype]))
 

@@ -61,9 +61,9 @@ def reproduce_command(given: Namespace) -> None:
         if not given.dry_run and not lacks and not done:
             run_cell(cell, folder, given.flags)
         rows.append(outcome(cell, folder) | ({"missing": [one.what for one in lacks]} if lacks and not done else {}))
+    ablated = ablated_by(ABLATED.get(given.table), out, given)
     console = Console(soft_wrap=True)
     console.print(to_table(given.table, rows))
-    ablated = ablated_by(ABLATED.get(given.table), out, given)
     if ablated is not None:
         console.print(of_ablations(ablated))
     for one in lacking:

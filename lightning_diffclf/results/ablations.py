@@ -64,8 +64,10 @@ class Ablated(NamedTuple):
         classes = [k for k, name in enumerate(names) if name != null]
         distances = None
         if null in names and stored.has_distances:
-            pairs, at = list(zip(*np.triu_indices(len(names), 1), strict=True)), names.index(null)
-            columns = [pairs.index((min(k, at), max(k, at))) for k in classes]
+            first, second = np.triu_indices(len(names), 1)
+            place = {(int(a), int(b)): pair for pair, (a, b) in enumerate(zip(first, second, strict=True))}
+            at = names.index(null)
+            columns = [place[min(k, at), max(k, at)] for k in classes]
             found = [one.distances_SP[order][:, columns] for one in images if one.distances_SP is not None]
             distances = np.stack(found).astype(np.float64)
         labels = np.array([one.label for one in images])

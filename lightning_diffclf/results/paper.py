@@ -128,8 +128,10 @@ def _zero_shot(row: str, values: tuple[float, ...], model: str, *flags: str) -> 
 
 
 WORDS = "zero,one,two,three,four,five,six,seven,eight,nine"
-DRAWING = ("--model=assets/sd_digits", f"--labels={WORDS}", "--prompts=a photo of a {}", "--per_class=150")
-DRAWING = (*DRAWING, "--guidance_scale=1", "--steps=20", "--batch_size=128")
+DRAWING = (
+    *("--model=assets/sd_digits", f"--labels={WORDS}", "--prompts=a photo of a {}", "--per_class=150"),
+    *("--guidance_scale=1", "--steps=20", "--batch_size=128"),
+)
 
 PIXELS = ("--classifier.elimination=LikelihoodRatio", "--classifier.elimination.alpha=0.01")
 

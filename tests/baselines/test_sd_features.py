@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from lightning_diffclf import ClassConditionalDiT, NoiseSchedule
 from lightning_diffclf.baselines.feature_cache import FeatureCache
 from lightning_diffclf.baselines.sd_features import DenoiserFeatures, Extractor, as_map, resnet_head, unconditional
+from lightning_diffclf.commands import main
 from lightning_diffclf.data.batch import content_ids
 from lightning_diffclf.data.digit_scenes import DigitScenesDataModule
 from lightning_diffclf.data.digits import DigitsDataModule
@@ -179,6 +180,25 @@ def test_what_cannot_be_done_is_said(tmp_path):
         DenoiserFeatures("nothing.ckpt", num_classes=10)
     with pytest.raises(ValueError, match="num_classes: 9, but the data have 10 classes"):
         evaluate(tmp_path / "out", DenoiserFeatures(dit(tmp_path), num_classes=9), DigitsDataModule())
+
+
+def test_features_of_a_checkpoint_are_trained_on_from_the_command_line(tmp_path, monkeypatch):
+    """Where the module is made while Lightning keeps the arguments of another."""
+    monkeypatch.chdir(tmp_path)
+    given = ["--model.num_classes=null", "--model.layer=net.blocks.0", f"--model.pretrained={dit(tmp_path)}"]
+    small = [
+        "--trainer.max_steps=1",
+        "--trainer.limit_val_batches=0",
+        "--trainer.accelerator=cpu",
+        "--data.batch_size=8",
+    ]
+    main(
+        ["fit", "--config=sd_features_digits.yaml", "--config=on_pixel_digits.yaml", *given, *small, "--run_dir=runs/f"]
+    )
+    assert len(list((tmp_path / "runs" / "f" / "features").glob("*.safetensors"))) == 1
+    main(["evaluate", "--ckpt=runs/f/checkpoints/last.ckpt", "--trainer.limit_test_batches=1"])
+    report = json.loads((tmp_path / "runs" / "f" / "evaluation" / "metrics.json").read_text())
+    assert report["metrics"]["images"] == 60
 
 
 def test_the_index_says_what_features_are_of(tmp_path):
