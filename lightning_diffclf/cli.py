@@ -330,7 +330,7 @@ def test_arguments(given: Namespace, folder: str, own: Sequence[str]) -> list[st
         own: Further arguments, which the user's flags may override.
     """
     ckpt = None if given.ckpt is None else str(local_file(given.ckpt))
-    configs = [evaluation_config(ckpt, given.trust_checkpoint)] if not given.config else given.config
+    configs = given.config or [evaluation_config(str(ckpt), given.trust_checkpoint)]  # --config or --ckpt is there
     run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(ckpt, configs)
     out = given.out or f"{run_dir / folder}"
     return [

@@ -228,7 +228,7 @@ class TrialCallback(L.Callback):
         Raises:
             UserError: if they have no labels, or some of no candidate, or are no pixels in [-1, 1].
         """
-        images, labels, ids, lists, _ = unpack(batch)
+        images, labels, ids, lists, *_ = unpack(batch)
         count = len(images) if self._left is None else min(len(images), self._left)
         if labels is None or lists is not None:
             found = "no labels" if labels is None else "candidates of their own"
