@@ -18,7 +18,7 @@ from lightning_diffclf.commands.cells import EVALUATION, folder_of, is_done, run
 from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import read_json, write_json
-from lightning_diffclf.results import charts
+from lightning_diffclf.results import charts, charts_of_runs
 from lightning_diffclf.results.ablations import ablations
 from lightning_diffclf.results.errors import ERRORS, StoredErrors
 from lightning_diffclf.results.paper import ABLATED, TABLES, Cell, Needs
@@ -87,7 +87,7 @@ def ablated_by(cell: Cell | None, out: Path, given: Namespace) -> pd.DataFrame |
             return None
         run_cell(cell, folder, given.flags)
     found = ablations(StoredErrors(errors))
-    charts.save(charts.specs(charts.ablations(found)), out / given.table / "figures")
+    charts.save(charts.specs(charts_of_runs.ablations(found)), out / given.table / "figures")
     return found
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import write_json
-from lightning_diffclf.results import charts
+from lightning_diffclf.results import charts, charts_of_runs
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.robustness import Counted, read_timm, robustness
 from lightning_diffclf.results.statistics import Interval
@@ -38,7 +38,7 @@ def robustness_command(given: Namespace) -> None:
     if given.out is not None:
         x = np.linspace(found.models["ordinary"].min(), found.models["ordinary"].max(), 50).clip(1e-4, 1 - 1e-4)
         line = pd.DataFrame({"ordinary": x, "shifted": found.line.expected(x)})
-        chart = charts.robustness(found.models, line, found.runs)
+        chart = charts_of_runs.robustness(found.models, line, found.runs)
         charts.save(charts.specs({"robustness": chart}), Path(given.out))
         numbers = {"line": found.line._asdict(), "runs": found.runs.to_dict("records")}
         write_json(numbers, Path(given.out) / "robustness.json", indent=2, what="robustness")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results import charts, tables
+from lightning_diffclf.results import charts, charts_of_runs, tables
 from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.groups import Grouped
@@ -224,7 +224,7 @@ def save_plots(first: Evaluation, second: Evaluation, found: Comparison, folder:
     figures: dict[str, charts.Chart] = {}
     if found.labelled:
         frame = pd.DataFrame({"what": list(counts), "images": list(counts.values())})
-        figures["disagreement"] = charts.disagreement(frame)
+        figures["disagreement"] = charts_of_runs.disagreement(frame)
         both = zip(names, (first, second), strict=True)
         figures["cost"] = charts.by_cost(pd.concat([tables.costs(run.costs).assign(run=name) for name, run in both]))
     charts.save(charts.specs(figures), folder)

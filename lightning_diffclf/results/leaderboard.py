@@ -13,7 +13,7 @@ import pandas as pd
 
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import write_text
-from lightning_diffclf.results import charts, headline
+from lightning_diffclf.results import charts, charts_of_runs, headline
 from lightning_diffclf.results.compare import Paired, answers
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.report import templates
@@ -274,6 +274,6 @@ def _pictures(one: Board) -> dict[str, str] | None:
         }
         for s in one.standings
     ]
-    [spec] = charts.specs({"leaderboard": charts.leaderboard(pd.DataFrame(lines))}).values()
+    [spec] = charts.specs({"leaderboard": charts_of_runs.leaderboard(pd.DataFrame(lines))}).values()
     pictures = {"light": charts.svg(spec, charts.LIGHT), "dark": charts.svg(spec, charts.DARK)}
     return {name: f"data:image/svg+xml;base64,{b64encode(text.encode()).decode()}" for name, text in pictures.items()}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_diffclf import Candidates, DiffusionClassifier, Draws, LikelihoodRatio
-from lightning_diffclf.results import charts
+from lightning_diffclf.results import charts, charts_of_runs
 from lightning_diffclf.results.ablations import GUIDANCE, Ablated, ablations
 from lightning_diffclf.results.errors import ErrorsInfo, ErrorsWriter, StoredErrors
 from tests.classifier.toys import Toy, some_images
@@ -106,7 +106,7 @@ def test_what_ablations_need(tmp_path):
 
 
 def test_a_chart_for_each(tmp_path):
-    found = charts.ablations(ablations(stored(tmp_path / "e.parquet")))
+    found = charts_of_runs.ablations(ablations(stored(tmp_path / "e.parquet")))
     assert list(found) == ["one-draw", "timesteps", "draws", "guidance"]
     files = charts.save({"draws": charts.specs(found)["draws"]}, tmp_path, ["svg"])
     assert "Shared or own draws" in files[0].read_text()
