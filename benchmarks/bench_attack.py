@@ -7,8 +7,8 @@ RUNS has both, trained on the same digits (a minute or two each on two idle core
 
 With 2 draws, the DiT is about as accurate as the ViT. Each row is a run of `diffclf attack` or `diffclf certify` into
 RUNS/trust, which goes on where it was stopped. AutoAttack on the DiT takes a minute or two for a digit that it does not
-fool, and two seconds for others: so it is run on few digits where many are left. All distances are in units of images in [0, 1];
-l2 of 8 x 8 pixels.
+fool, and two seconds for others: so it is run on few digits where many are left. All distances are in units of images
+in [0, 1]; l2 of 8 x 8 pixels.
 """
 
 import argparse
