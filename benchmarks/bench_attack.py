@@ -6,9 +6,9 @@ RUNS has both, trained on the same digits (a minute or two each on two idle core
     python train.py --config timm_digits.yaml --run_dir RUNS/timm_digits
 
 With 2 draws, the DiT is about as accurate as the ViT. Each row is a run of `diffclf attack` or `diffclf certify` into
-RUNS/trust, which goes on where it was stopped. AutoAttack on the DiT takes a minute for a digit that it does not fool,
-and a second for others: so it is run on few digits where many are left. All distances are in units of images in [0, 1];
-l2 of 8 x 8 pixels.
+RUNS/trust, which goes on where it was stopped. AutoAttack on the DiT takes a minute or two for a digit that it does not
+fool, and two seconds for others: so it is run on few digits where many are left. All distances are in units of images
+in [0, 1]; l2 of 8 x 8 pixels.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BALLS = (("linf", "0.03"), ("linf", "0.1"), ("linf", "0.2"), ("l2", "0.5"))
 APGD = ["--steps", "25", "--limit", "50"]
 FRESH = ["--eps", "0.1", "--randomness", "fresh", "--seeds", "3", "--steps", "20", "--limit", "25"]
 AUTO_OF_TIMM = ["--auto", "--batch_size", "200", "--data.eval_batch_size", "200", "--limit", "200"]
-AUTO_OF_DIT = (("linf", "0.2", "200"), ("linf", "0.1", "25"), ("l2", "0.5", "25"))  # and how many digits
+AUTO_OF_DIT = (("linf", "0.2", "200"), ("linf", "0.1", "50"), ("l2", "0.5", "25"))  # and how many digits
 SIGMAS = ("0.12", "0.25")
 SMOOTHING = ["--n0", "20", "--n", "100", "--radii", "0,0.1,0.2,0.3", "--limit", "25"]
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

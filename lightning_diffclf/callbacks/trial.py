@@ -64,26 +64,32 @@ class Group(NamedTuple):
 
 
 class Trial(Protocol):
-    """What is tried.
-
-    Attributes:
-        kind: Which rows come of it: one of :data:`~lightning_diffclf.results.stored.SCHEMAS`.
-        doing: What the progress bar calls it.
-        draws: Draws of the denoiser; :data:`DRAWS` if None.
-        together: Images of a group at most.
-        whole_groups: Whether what is found of an image depends on its group, so that a group is tried as a whole even
-            where some of it is known already.
-    """
-
-    kind: str
-    doing: str
-    draws: int | None
+    """What is tried."""
 
     @property
-    def together(self) -> int: ...
+    def kind(self) -> str:
+        """Which rows come of it: one of :data:`~lightning_diffclf.results.stored.SCHEMAS`."""
+        ...
 
     @property
-    def whole_groups(self) -> bool: ...
+    def doing(self) -> str:
+        """What the progress bar calls it."""
+        ...
+
+    @property
+    def draws(self) -> int | None:
+        """Draws of the denoiser; :data:`DRAWS` if None."""
+        ...
+
+    @property
+    def together(self) -> int:
+        """Images of a group at most."""
+        ...
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether what is found of an image depends on its group, which then is tried again as a whole."""
+        ...
 
     def check(self, classifier: Classifier) -> None:
         """Raise ValueError where it cannot be tried on a classifier."""
