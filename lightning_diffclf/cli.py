@@ -315,7 +315,7 @@ def train(args: Sequence[str] | None = None) -> None:
 def evaluate_command(given: Namespace) -> None:
     """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
     ckpt = None if given.ckpt is None else str(local_file(given.ckpt))
-    configs = [evaluation_config(ckpt, given.trust_checkpoint)] if not given.config else given.config
+    configs = [evaluation_config(str(ckpt), given.trust_checkpoint)] if not given.config else given.config
     part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
     run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(ckpt, configs)
     out = given.out or f"{run_dir / 'evaluation'}{part}"
