@@ -23,7 +23,6 @@ from lightning_diffclf.errors import MissingFile, UserError, WrongType
 from lightning_diffclf.hub import local_file
 from lightning_diffclf.models.published import is_published
 from lightning_diffclf.modules.checkpoints import module_of, read_checkpoint
-from lightning_diffclf.modules.class_conditional_dit import ClassConditionalDiT
 from lightning_diffclf.modules.conditions import chosen_classes
 from lightning_diffclf.modules.published_network import PublishedNetwork
 from lightning_diffclf.zero_shot import LATENT_INFLATION, ZeroShotClassifier, placed
@@ -67,14 +66,14 @@ class ClassNetwork:
     """A network with classes of its own, ready to be asked about photos.
 
     Attributes:
-        module: A ConditionalDenoiser whose candidates are its classes.
+        module: A ConditionalDenoiser whose candidates are its classes: a ClassConditionalDiT or a PublishedNetwork.
         recipe: What it was evaluated with in training; the default one where that is not known.
         size: Height and width in pixels of what it sees.
         channels: Channels of that, 1 or 3.
         inflation: Of :class:`LikelihoodRatio`: residuals of latents are correlated.
     """
 
-    module: ClassConditionalDiT | PublishedNetwork
+    module: Any
     recipe: Recipe
     size: tuple[int, int]
     channels: int

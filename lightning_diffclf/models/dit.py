@@ -211,8 +211,8 @@ class DiT(nn.Module):
         for layer in ("0", "2"):
             nn.init.normal_(self.t_embedder.mlp.get_parameter(f"{layer}.weight"), std=0.02)
         for part in (*self.blocks, self.final_layer):
-            nn.init.zeros_(part.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+            nn.init.zeros_(part.get_parameter("adaLN_modulation.1.weight"))
+        nn.init.zeros_(self.final_layer.get_parameter("linear.weight"))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None) -> Tensor:
         """Predict the noise in ``x`` and, with ``learn_sigma``, where its variance lies in the allowed range.

@@ -76,8 +76,9 @@ def _renamed(name: str, value: Tensor, levels: int) -> tuple[str, Tensor]:
     name = re.sub(r"\bdown\.(\d+)\.block\.", r"down_blocks.\1.resnets.", name)
     name = re.sub(r"\bdown\.(\d+)\.attn\.", r"down_blocks.\1.attentions.", name)
     name = re.sub(r"\bdown\.(\d+)\.", r"down_blocks.\1.", name)
-    for theirs, ours in (("block.", "resnets."), ("attn.", "attentions."), ("", "")):
-        name = re.sub(rf"\bup\.(\d+)\.{theirs}", lambda m, o=ours: f"up_blocks.{levels - 1 - int(m[1])}.{o}", name)
+    if up := re.match(r"decoder\.up\.(\d+)\.", name):
+        rest = name[up.end() :].replace("block.", "resnets.", 1).replace("attn.", "attentions.", 1)
+        name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{rest}"
     for theirs, ours in PLAIN.items():
         name = name.replace(theirs, ours)
     if ".attentions." in name:

@@ -80,7 +80,7 @@ class AsksAboutClasses:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         return state | {"_conditions": None}  # found anew: they know a data module
 
     def asked(self, device: torch.device | None = None) -> Conditions:

@@ -131,6 +131,7 @@ def save(specs: dict[str, dict[str, Any]], folder: Path, kinds: Iterable[str] = 
 
 
 def finished(chart: Chart, title: str, subtitle: str) -> Chart:
+    """A chart of the usual size, with its titles."""
     words = alt.TitleParams(title, subtitle=subtitle)
     return chart.properties(width=WIDTH, height=HEIGHT, title=words)
 

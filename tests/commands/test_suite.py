@@ -188,12 +188,14 @@ def test_what_is_done_is_skipped_and_shown(tmp_path, capsys, monkeypatch):
     assert "| 1 | CLIP |" in (suite.out / "leaderboard.md").read_text()
 
 
-def test_other_flags_are_another_cell(tmp_path):
+def test_other_flags_are_another_cell(tmp_path, monkeypatch):
     cell = Cell("a", "b", None, ("--config=x.yaml",))
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "metrics.json").write_text("{}")
     assert is_done(cell, tmp_path)  # nobody says by which
-    (tmp_path / cells.CELL).write_text(json.dumps({"training": [], "flags": ["--config=x.yaml"]}))
+    monkeypatch.setattr(cells, "run_command", lambda command, name: None)
+    cells.run_cell(cell, tmp_path, ["--trainer.devices=2"])
+    assert json.loads((tmp_path / cells.CELL).read_text())["flags"] == ["--config=x.yaml"]
     assert is_done(cell, tmp_path)
     assert not is_done(cell._replace(flags=("--config=y.yaml",)), tmp_path)
     assert not is_done(cell._replace(training=("--config=x.yaml",)), tmp_path)
