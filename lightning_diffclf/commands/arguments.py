@@ -106,6 +106,12 @@ def classify(args: Sequence[str]) -> Namespace:
     parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit of the repository")
     parser.add_argument("--top", type=int, default=5, help="labels to show")
     parser.add_argument("--draws", type=int, default=100, help="(t, noise) pairs for each image at most")
+    parser.add_argument(
+        "--grid",
+        type=int | None,
+        default=None,
+        help="even grid of timesteps that draws are the first of (default: as many as draws)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="key of the noise")
     parser.add_argument("--loss", type=str, default="l2", help="l2, l1, huber, kl, nll, or several joined by +")
     parser.add_argument(
