@@ -74,7 +74,7 @@ def test_a_network_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("flag", ["--plan", "--classifier.part=1/2", "--classifier.corruption=gaussian_noise/3"])
 def test_what_only_evaluations_do_is_refused(flag, runs):
     name = flag.strip("-").rpartition(".")[2].partition("=")[0]
-    with pytest.raises(SystemExit, match=f"^error: {name}: .* is of evaluations, expected none here"):
+    with pytest.raises(SystemExit, match=rf"^error: classifier\.{name}: .* is of evaluations, expected none here"):
         cli.main(["attack", "--ckpt", str(runs / "timm_digits" / "checkpoints" / "last.ckpt"), flag, *CPU])
 
 
