@@ -7,8 +7,9 @@ under. Weights are averaged, kept in runs/training_for_classification/, and used
 
 The table: accuracy on the test images with 1, 5 and 25 draws of all candidates (of pairs, 25 and 100 draws of
 LikelihoodRatio(0.002), with its network calls), with Wilson's interval, each network's images also compared with the
-control's by McNemar's exact test; the denoising loss on the test images; and sample quality as in
-bench_training_for_search.py. `--validate` takes training images in place of the test images: to choose weights by.
+control's by McNemar's exact test (images that only it, and only the control, gets right); the denoising loss on the
+test images; and sample quality as in bench_training_for_search.py. `--validate` takes training images in place of the
+test images: to choose weights by.
 """
 
 import argparse
@@ -104,7 +105,8 @@ def main() -> None:
         p = "–"
         if control is not None:
             pairs = zip(found, control, strict=True)
-            p = ", ".join(f"{mcnemar(int((a & ~b).sum()), int((b & ~a).sum())):.2g}" for a, b in pairs)
+            only = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in pairs]
+            p = ", ".join(f"{mcnemar(*counts):.2g} ({counts[0]} : {counts[1]})" for counts in only)
         row(
             name,
             "–" if name == "shipped" else seed,
