@@ -100,6 +100,8 @@ def decisions(
         "search_nfe": np.zeros(images, dtype=int),
         "dropped_draws": np.zeros(images, dtype=int),
         "trail": trails(rng, candidates_BK[:, :CLASSES]),
+        "group": pa.nulls(images),
+        "reused": np.zeros(images, dtype=int),
     }
     assert list(columns) == SCHEMA.names, "what is stored has changed"
     arrays = [

@@ -48,12 +48,12 @@ def timestep_at(schedule: Any, share: float) -> float:
     return float(grid[int(share * len(grid))])
 
 
-def layer_output(denoiser: Any, layer: nn.Module, x0: Tensor, timestep: float) -> Tensor:
+def layer_output(denoiser: Any, layer: tuple[str, nn.Module], x0: Tensor, timestep: float) -> Tensor:
     """What a layer makes of clean inputs, scaled as at a timestep but without noise: they depend on the image alone.
 
     Args:
         denoiser: A :class:`~lightning_diffclf.denoiser.ConditionalDenoiser`; it is told its first candidate.
-        layer: A part of its network.
+        layer: A part of its network, as :func:`layer_named` has it.
         x0: What ``denoiser.encode`` gives (B, C, h, w), float32.
         timestep: Timestep of its schedule.
 
@@ -67,7 +67,8 @@ def layer_output(denoiser: Any, layer: nn.Module, x0: Tensor, timestep: float) -
     t = torch.full((len(x0),), timestep, device=x0.device).to(schedule.timesteps(1).dtype)
     x_t = schedule.add_noise(x0, torch.zeros_like(x0), t)
     found: list[Any] = []
-    hook = layer.register_forward_hook(lambda layer, inputs, output: found.append(output))
+    name, part = layer
+    hook = part.register_forward_hook(lambda layer, inputs, output: found.append(output))
     try:
         first = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)  # one condition for all
         denoiser.predict(*schedule.network_rows(x_t, t), first)
@@ -75,5 +76,7 @@ def layer_output(denoiser: Any, layer: nn.Module, x0: Tensor, timestep: float) -
         hook.remove()
     if not found or not isinstance(found[0], Tensor) or found[0].ndim < 2 or len(found[0]) != len(x0):
         shape = tuple(getattr(found[0], "shape", ())) or type(found[0]).__name__ if found else "nothing"
-        raise UserError(f"layer: it gives {shape} for {len(x0)} images, expected a row for each; name another layer")
+        raise UserError(
+            f"layer: {name!r} gives {shape} for {len(x0)} images, expected a row for each; name another layer"
+        )
     return found[0]

@@ -181,7 +181,8 @@ class Extractor:
                 raise UserError(f"timestep: {timestep}, expected 0 … {last} of the network's schedule")
         self.denoiser = denoiser
         self.timestep = timestep_at(schedule, EARLY) if timestep is None else float(timestep)
-        self.layer, self._part = layer_named(denoiser.network, layer)
+        self.layer, part = layer_named(denoiser.network, layer)
+        self._layer = self.layer, part
         self.channels: int = self(denoiser.blank()).shape[1]
 
     def identity(self) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class Extractor:
         """
         with torch.autocast(images.device.type, enabled=False):
             x0 = self.denoiser.encode(images).float()
-            output = layer_output(self.denoiser, self._part, x0, self.timestep)
+            output = layer_output(self.denoiser, self._layer, x0, self.timestep)
         return as_map(output.float(), x0).half().float()
 
 

@@ -80,9 +80,9 @@ class LinearProbe(Search):
         """Raise ValueError if ``denoiser`` has no such layer."""
         self._layer_of(denoiser)
 
-    def _layer_of(self, denoiser: Any) -> nn.Module:
+    def _layer_of(self, denoiser: Any) -> tuple[str, nn.Module]:
         try:
-            return layer_named(denoiser, self.layer)[1]
+            return layer_named(denoiser, self.layer)
         except UserError as error:
             raise UserError(f"probe: {error}") from error
 

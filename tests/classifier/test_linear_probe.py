@@ -240,8 +240,8 @@ def test_bad_probes():
 
     other.hidden = nn.Sequential(Pair())
     other.predict = lambda x_t, t, candidate: other.hidden(x_t)[0]
-    with pytest.raises(ValueError, match=r"layer 'hidden' gives tuple for 2 images, expected a row for each"):
+    with pytest.raises(ValueError, match=r"layer: 'hidden' gives tuple for 2 images, expected a row for each"):
         LinearProbe("hidden").features(other, some_images(2))
     other.predict = lambda x_t, t, candidate: x_t
-    with pytest.raises(ValueError, match=r"layer 'hidden' gives nothing for 2 images"):
+    with pytest.raises(ValueError, match=r"layer: 'hidden' gives nothing for 2 images"):
         LinearProbe("hidden").features(other, some_images(2))
