@@ -43,7 +43,7 @@ class Slow(Toy):
 def test_speed_and_operations_of_a_known_network():
     network = Slow()
     m = measure(DiffusionClassifier(network, Draws(10), microbatch=20), some_images(3), range(3), seconds=0.2)
-    assert 600 < m.rows_per_second < 1000  # sleep takes at least as long as asked for
+    assert 100 < m.rows_per_second < 1000  # sleep takes at least as long as asked for, on a busy machine much longer
     assert m.flops_per_row == 2 * 32 * 32
     assert (m.num_candidates, m.draws, m.microbatch, m.exhaustive_nfe) == (4, 10, 20, 40)
     assert (m.nfe_sum, m.nfe_images) == (40, 1)  # known without trying
