@@ -183,7 +183,7 @@ class Evaluation:
         others = np.flatnonzero(~known_B | sure.right)
         wrong = wrong[np.argsort(-sure.margin[wrong], kind="stable")][: most * 3 // 4]
         others = others[np.argsort(sure.margin[others], kind="stable")][: most - len(wrong)]
-        shown = [sure.ids[int(i)].as_py() for i in (*wrong, *others)]
+        shown = sure.ids.take(pa.array(np.concatenate([wrong, others]))).to_pylist()
         found = {row.id: row for chunk in self.chunks(SCHEMA.names, shown) for row in from_table(chunk)}
         return [found[image_id] for image_id in shown]
 

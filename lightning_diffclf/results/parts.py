@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +29,10 @@ CHUNK_BYTES = 2**23  # what is read at a time, about; a few times as much is in 
 ROW_GROUP_BYTES = 2**23  # of a file that is written: what its readers have to hold
 
 CHECKED_TOGETHER = 64  # rows that are in several files
+
+AHEAD_BYTES = 2 * CHUNK_BYTES  # read before they are asked for
+
+BATCH_BYTES = CHUNK_BYTES // 4  # read in one go: to change threads takes longer than to read a small part
 
 READERS = 2  # threads that read and decode: for most of that, Arrow lets others work
 
@@ -104,7 +109,8 @@ class Parts:
     ) -> None:
         self._groups: list[_Group] = []
         sizes, ids = [0], []
-        for path, file in zip(paths, ahead(_look_into, paths), strict=True):
+        looks = ahead(_look_into, paths, repeat(CHUNK_BYTES / 256))  # ids, and what a file says of itself
+        for path, file in zip(paths, looks, strict=True):
             check(path, file.schema)
             if schema is None and (any(map(len, file.ids)) or path == paths[-1]):
                 schema = file.schema
@@ -112,7 +118,7 @@ class Parts:
             for some in file.ids:
                 sizes.append(len(some))
                 ids += some.cast(pa.string()).chunks
-        self.schema, self._starts = schema or pa.schema([]), np.cumsum(sizes)
+        self.schema, self._sizes, self._starts = schema or pa.schema([]), sizes[1:], np.cumsum(sizes)
         encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode("encode")
         self.ids = encoded.dictionary
         image_of = encoded.indices.to_numpy()  # of each row, numbered in the order in which they come first
@@ -136,7 +142,11 @@ class Parts:
         rows = self._rows if chosen is None else self._rows[chosen]
         cuts = np.searchsorted(rows, self._starts)
         read = np.flatnonzero(np.diff(cuts)).tolist()
-        for number, table in zip(read, ahead(lambda number: self._read(number, columns), read), strict=True):
+        size_of = [
+            self._groups[number].row_bytes * (self._starts[number + 1] - self._starts[number]) for number in read
+        ]
+        tables = ahead(lambda number: self._read(number, columns), read, size_of)
+        for number, table in zip(read, tables, strict=True):
             here = rows[cuts[number] : cuts[number + 1]] - self._starts[number]
             yield table if len(here) == len(table) else table.take(pa.array(here))
 
@@ -269,16 +279,42 @@ def _row_bytes(group: pq.RowGroupMetaData) -> float:
     return sum(sizes) / max(1, group.num_rows)
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """``work`` of each item, in their order; that of the next begins in another thread before it is asked for."""
+def ahead(work: Callable[[T], R], items: Iterable[T], sizes: Iterable[float]) -> Iterator[R]:
+    """``work`` of each item, in their order; that of the next ones begins in other threads before it is asked for.
+
+    Small parts of a run are many: threads do a batch of them at a time, and the next batches while what is there is
+    counted. If one of a batch fails, none of it is given.
+
+    Args:
+        work: What is done.
+        items: With what.
+        sizes: Bytes of each result, about: of what nobody has asked for yet, there are :data:`AHEAD_BYTES` at most, or
+            one batch.
+    """
     with ThreadPoolExecutor(READERS) as pool:
-        begun = deque[Future[R]]()
-        for item in items:
-            begun.append(pool.submit(work, item))
-            if len(begun) == READERS:
-                yield begun.popleft().result()
-        for future in begun:
-            yield future.result()
+        begun, waiting = deque[tuple[Future[list[R]], float]](), 0.0
+        for batch, size in _batches(items, sizes):
+            while begun and waiting + size > AHEAD_BYTES:
+                future, released = begun.popleft()
+                waiting -= released
+                yield from future.result()
+            begun.append((pool.submit(lambda batch: [work(item) for item in batch], batch), size))
+            waiting += size
+        for future, _ in begun:
+            yield from future.result()
+
+
+def _batches(items: Iterable[T], sizes: Iterable[float]) -> Iterator[tuple[list[T], float]]:
+    """Items in lists of :data:`BATCH_BYTES` about, and the sum of their sizes."""
+    batch, total = list[T](), 0.0
+    for item, size in zip(items, sizes, strict=False):
+        batch.append(item)
+        total += size
+        if total >= BATCH_BYTES:
+            yield batch, total
+            batch, total = [], 0.0
+    if batch:
+        yield batch, total
 
 
 def together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
