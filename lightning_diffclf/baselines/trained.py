@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.data.batch import unpack
-from lightning_diffclf.data.protocols import HasClassNames, HasNumClasses
+from lightning_diffclf.data.protocols import HasClassNames
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
-from lightning_diffclf.modules.conditions import Conditions, conditions
+from lightning_diffclf.modules.conditions import Conditions, check_trains_all, conditions
 from lightning_diffclf.modules.training import optimization
 
 
@@ -38,8 +38,8 @@ class TrainedClassifier(ByArguments, L.LightningModule):
         """Check the data module against the network, before long work."""
         data: object = getattr(self._trainer, "datamodule", None)
         num_classes = self.hparams["num_classes"]
-        if stage == "fit" and isinstance(data, HasNumClasses) and data.num_classes not in (None, num_classes):
-            raise UserError(f"num_classes: {num_classes}, but the training data have {data.num_classes} classes")
+        if stage == "fit":
+            check_trains_all(data, num_classes)
         names = list(data.class_names or []) if isinstance(data, HasClassNames) else []
         if names and len(names) != num_classes and getattr(data, "network_classes", None) is None:
             raise UserError(

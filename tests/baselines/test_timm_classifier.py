@@ -101,5 +101,11 @@ def test_settings_that_contradict_each_other():
         TimmFromScratch("resnet10t", depth=3)
     with pytest.raises(ValueError, match="num_classes: 9, but the training data have 10 classes"):
         trainer(max_steps=1).fit(TimmFromScratch(**VIT | {"num_classes": 9}), DigitsDataModule())
+
+    class Shifted(DigitsDataModule):  # to validate on some of the classes: labels would be those of others
+        network_classes = ((3,), (7,))
+
+    with pytest.raises(ValueError, match="data: 2 classes to validate on, expected 10 as in training"):
+        trainer(max_steps=1).fit(TimmFromScratch(**VIT), Shifted())
     with pytest.raises(ValueError, match=r"images: shape \(1, 3, 8, 8\), expected \(B, 1, H, W\)"):
         TimmFromScratch(**VIT).logits(torch.zeros(1, 3, 8, 8))
