@@ -30,7 +30,7 @@ def user_error(error: BaseException | None) -> UserError | None:
 
 
 def check_at_least(least: int, **numbers: int | None) -> None:
-    """Raise UserError unless each of ``numbers`` that is not None is ``least`` or more; names the first that is not.
+    """Raise UserError unless each of ``numbers`` that is not None is whole, and ``least`` or more; names the first.
 
     Example:
         >>> check_at_least(1, batch_size=0)
@@ -38,6 +38,8 @@ def check_at_least(least: int, **numbers: int | None) -> None:
         lightning_diffclf.errors.UserError: batch_size: 0, expected at least 1
     """
     for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise WrongType(f"{name}: {value!r}, expected a whole number, at least {least}")
         if value is not None and value < least:
             raise UserError(f"{name}: {value}, expected at least {least}")
 

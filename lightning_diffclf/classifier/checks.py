@@ -22,6 +22,9 @@ def check_images(images: Tensor, ids: Sequence[int | str]) -> None:
         raise UserError(f"images: shape {tuple(images.shape)}, expected at least one channel, row and column")
     if len(ids) != len(images):
         raise UserError(f"ids: {len(ids)} for {len(images)} images")
+    for one in ids:
+        if not isinstance(one, (int, str, np.integer)):
+            raise WrongType(f"ids: {one!r}, expected an integer or a string for each image")
     finite_B = images.isfinite().flatten(1).all(1)
     if not bool(finite_B.all()):
         bad = [ids[i] for i in (~finite_B).nonzero().flatten().tolist()]
@@ -56,16 +59,17 @@ def resolve_candidates(
         return [np.arange(known)] * num_images
     if isinstance(candidates, Tensor):
         candidates = candidates.tolist()
-    nested = len(candidates) > 0 and not isinstance(candidates[0], (int, np.integer))
+    nested = len(candidates) > 0 and np.ndim(candidates[0]) > 0
     if nested and len(candidates) != num_images:
         raise UserError(f"{name}: {len(candidates)} lists for {num_images} images")
     lists = [np.asarray(c) for c in (candidates if nested else [candidates])]
     for one in lists:
-        if one.ndim != 1 or len(one) == 0:
+        if one.size == 0:
             raise UserError(f"{name}: none given for an image, expected at least one")
-        known_only = np.issubdtype(one.dtype, np.integer) and one.min() >= 0 and one.max() < known  # a mask is refused
+        listed = one.ndim == 1 and np.issubdtype(one.dtype, np.integer)  # a mask is refused
+        known_only = listed and one.min() >= 0 and one.max() < known
         if not known_only or len(np.unique(one)) < len(one):
-            raise UserError(f"{name}: {one.tolist()}, expected distinct indices in 0 … {known - 1}")
+            raise UserError(f"{name}: {one.tolist()!r}, expected distinct indices in 0 … {known - 1}")
     lists = [one.astype(np.int64) for one in lists]
     return lists if nested else lists * num_images
 

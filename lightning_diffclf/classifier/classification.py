@@ -13,7 +13,7 @@ from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.classifier.conformal import Conformal, nonconformity
 from lightning_diffclf.classifier.contest import Contest
 from lightning_diffclf.classifier.posterior import Posterior, class_differences
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import check_at_least
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ class Classification:
         Raises:
             ValueError: if ``k`` is below 1.
         """
-        if k < 1:
-            raise UserError(f"top: {k}, expected at least 1")
+        check_at_least(1, top=k)
         names, known = self.candidates.class_names, self._classes_K.unique().tolist()
         place = {c: rank for rank, c in reversed(list(enumerate(self._classes_K[self.ranking].tolist())))}
         likely = sorted(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_diffclf.errors import UserError, WrongType
+from lightning_diffclf.errors import UserError, WrongType, check_at_least
 from lightning_diffclf.noise import KeyedNoise
 from lightning_diffclf.schedule import NoiseSchedule
 
@@ -70,8 +70,7 @@ class Draws:
     grid: int | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f"draws: {self.count}, expected at least 1")
+        check_at_least(1, draws=self.count, grid=self.grid)
         for name, given in (("timesteps", self.timesteps), ("noise", self.noise)):
             if given is not None and not (isinstance(given, Tensor) and given.ndim > 0):
                 raise WrongType(f"draws: {name} are a {type(given).__name__}, expected a tensor of {self.count}")

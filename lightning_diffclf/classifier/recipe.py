@@ -14,7 +14,7 @@ from lightning_diffclf.classifier.elimination import Elimination
 from lightning_diffclf.classifier.posterior import Posterior
 from lightning_diffclf.classifier.score import Loss
 from lightning_diffclf.classifier.search import Search
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.identity import identity_of
 
 Proposal = Search | Callable[[Tensor], Any]
@@ -86,11 +86,8 @@ class Recipe:
             raise UserError(f"seed: {self.seed}, but draws have the seed {self.draws.seed}; expected one of them")
         elif self.draws is not None and self.grid not in (None, self.draws.grid):
             raise UserError(f"grid: {self.grid}, but draws have the grid {self.draws.grid}; expected one of them")
-        if self.grid is not None and self.grid < 1:
-            raise UserError(f"grid: {self.grid}, expected at least 1")
         Loss(self.loss)
-        if self.budget is not None and self.budget < 1:
-            raise UserError(f"budget: {self.budget}, expected at least 1")
+        check_at_least(1, grid=self.grid, budget=self.budget)
         if not self.abstain >= 0:
             raise UserError(f"abstain: {self.abstain}, expected a margin in nats, 0 or more")
         if self.ensemble not in ("best", "mean"):

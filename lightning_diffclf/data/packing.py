@@ -12,7 +12,7 @@ import numpy as np
 import webdataset as wds
 
 from lightning_diffclf.data.shards import INDEX, ShardIndex
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.files import read_json, remove_temporaries, replacing, write_json
 
 
@@ -39,8 +39,7 @@ def plan_shards(
     Raises:
         ValueError: if ``images_per_shard`` is below 1.
     """
-    if images_per_shard < 1:
-        raise UserError(f"images_per_shard: {images_per_shard}, expected at least 1")
+    check_at_least(1, images_per_shard=images_per_shard)
     order = np.arange(len(files)) if seed is None else np.random.default_rng(seed).permutation(len(files))
     plans = []
     for number, begin in enumerate(range(0, len(files), images_per_shard)):

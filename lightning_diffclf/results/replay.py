@@ -24,7 +24,7 @@ from lightning_diffclf.classifier.draws import nested_order
 from lightning_diffclf.classifier.known import distances_between, pair_of
 from lightning_diffclf.classifier.score import timestep_weights
 from lightning_diffclf.classifier.sequential import inflation_of
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.results.errors import ErrorsInfo, StoredErrors, StoredImage
 
 
@@ -123,8 +123,7 @@ def replay(
     weights = info.weights if weights is None else weights
     if len(errors) == 0:
         raise UserError(f"errors: {str(errors.path)!r} holds no image")
-    if budget is not None and budget < 1:
-        raise UserError(f"budget: {budget}, expected at least 1")
+    check_at_least(1, budget=budget)
     rule.check(info.loss)
     if rule.needs == "distances" and not errors.has_distances:
         raise UserError(

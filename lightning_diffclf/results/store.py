@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
+from lightning_diffclf.errors import FailedWrite, MissingFile, UserError, check_at_least
 from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
 from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
@@ -143,8 +143,7 @@ class Store:
         errors: ErrorsInfo | None = None,
         distances: bool = False,
     ) -> None:
-        if flush_every < 1:
-            raise UserError(f"flush_every: {flush_every}, expected at least 1")
+        check_at_least(1, flush_every=flush_every)
         self.folder, self.settings, self.rank, self.flush_every = folder, settings, rank, flush_every
         self.before = Stored(folder, settings)
         self.finished = Ids(self.before.ids)

@@ -101,6 +101,8 @@ def test_given_timesteps_are_kept():
     ("make", "message"),
     [
         (lambda: Draws(0), "draws: 0, expected at least 1"),
+        (lambda: Draws(2.5), "draws: 2.5, expected a whole number, at least 1"),
+        (lambda: Draws("10"), "draws: '10', expected a whole number, at least 1"),
         (lambda: Draws(3, timesteps=torch.arange(4)), "count is 3 but 4 timesteps are given"),
         (lambda: Draws(3, noise=torch.zeros(2, 1, 2, 2)), "count is 3 but 2 noise are given"),
         (lambda: Draws(2000).visit(NoiseSchedule.linear()), "2000 draws: the schedule allows 1 … 1000"),
