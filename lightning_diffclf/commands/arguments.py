@@ -48,7 +48,7 @@ def configs(args: Sequence[str]) -> Namespace:
     parser = Parser(
         prog="diffclf configs",
         description="The configurations that come with this package: each is a whole experiment, which --config takes "
-        "by its name.",
+        "by its name; suites for `diffclf suite`, and jobs for SLURM, both to be copied first.",
     )
     parser.add_argument("--copy", metavar="NAME", type=str | None, default=None, help="write one to a file, to edit it")
     parser.add_argument("--out", type=str | None, default=None, help="the file (default: NAME, in this folder)")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_diffclf.baselines.synthetic_data import TextToImage
 from lightning_diffclf.commands.running import on_first_process, progress
+from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.files import read_json, replacing, write_json
 from lightning_diffclf.identity import digest_of_weights, identity_of
@@ -126,7 +127,7 @@ def of_pipeline(given: Namespace) -> Source:
         FileNotFoundError: if there is no such file of prompts.
     """
     prompts = given.prompts or ["a photo of a {}."]
-    labels = [label.strip() for label in given.labels.split(",")] if given.labels else None
+    labels = labels_of(given.labels) if given.labels else None
     asked = make_prompts(prompts[0] if len(prompts) == 1 else prompts, labels)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(given.precision, torch.float32)
     drawer = TextToImage(load(given.model, dtype=dtype), asked)
@@ -137,6 +138,19 @@ def of_pipeline(given: Namespace) -> Source:
         drawer.to,
         lambda some: drawer.sample(some, given.guidance_scale, given.steps, given.seed),
     )
+
+
+def labels_of(text: str) -> list[str]:
+    """Labels with commas between them; ``@NAME``, or ``@NAME:ROOT``: what the classes of a public data set are called.
+
+    Raises:
+        FileNotFoundError: if the data set is not there.
+        ValueError: if there is none of that name.
+    """
+    if not text.startswith("@"):
+        return [label.strip() for label in text.split(",")]
+    name, _, root = text[1:].partition(":")
+    return ZeroShotDataModule(name, root or "data").class_names
 
 
 def prepare_folder(out: Path, settings: dict[str, object]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_diffclf.data.batch import check_pixels
 from lightning_diffclf.data.protocols import HasLatents
-from lightning_diffclf.data.zero_shot import IMAGENET_NAMES
+from lightning_diffclf.data.public_sets import IMAGENET_NAMES
 from lightning_diffclf.denoiser import ConditionVectors
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments

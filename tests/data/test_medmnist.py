@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_diffclf.baselines.clip import ZeroShotCLIP
 from lightning_diffclf.data.medmnist import CLASSES, MedMNISTDataModule, MedMNISTImages
@@ -28,6 +29,11 @@ def test_a_file_says_it_all(name, shape, tmp_path):
     assert report["settings"]["class_names"] == list(CLASSES[name.partition("_")[0]])
     np.testing.assert_array_equal(np.asarray(data.source[3][0]), arrays["test_images"][3])
     assert MedMNISTImages(path, "val")[0][1] == 0
+    batch = next(iter(MedMNISTDataModule(path, size=28, batch_size=5, num_workers=0).train_dataloader()))
+    assert sorted(batch["id"]) == list(range(5))
+    if len(shape) == 2:  # as large as asked for: nothing is resized
+        first = torch.from_numpy(arrays["train_images"][0]).expand(3, -1, -1)
+        assert torch.equal(batch["image"][batch["id"].index(0)], first / 127.5 - 1)
 
 
 def test_names_of_other_files(tmp_path):
