@@ -131,7 +131,7 @@ def copied(name: str, out: Path) -> str:
         FileNotFoundError: if there is none of this name.
         ValueError: if the place is taken.
     """
-    names = [name for group in listing().values() for name in group]
+    names = sorted(name for group in listing().values() for name in group)
     if name not in names:
         raise MissingFile(f"copy: no configuration {name!r}, expected one of {', '.join(names)}")
     try:

@@ -103,7 +103,7 @@ def ablated_by(figure: Figure, out: Path, given: Namespace, run: bool) -> pd.Dat
     found = ablations(StoredErrors(errors))
     found = found[found["ablation"].isin(figure.shown or found["ablation"])]
     keys = zip(found["ablation"], found["setting"], found["x"].round(2), strict=True)
-    found = found.assign(paper=[figure.paper.get(key) for key in keys])
+    found = found.assign(paper=pd.Series([figure.paper.get(key) for key in keys], found.index, dtype=object))
     place = out / given.table / "figures"
     if not cell.network:
         place /= slug(cell.row)

@@ -103,8 +103,8 @@ def reproduce(args: Sequence[str]) -> Namespace:
     own = argparse.ArgumentParser(
         prog="diffclf reproduce",
         description="A table or figure of the paper: its values beside ours, with intervals, network calls and time. "
-        "Runs the cells that this machine has data and weights for, goes on where it was stopped, and says what is missing. Of "
-        "`digits`, everything is here.",
+        "Runs the cells that this machine has data and weights for, goes on where it was stopped, and says what is "
+        "missing. Of `digits`, everything is here.",
         epilog="All other flags are those of `diffclf evaluate`, such as --trainer.accelerator cpu.",
         allow_abbrev=False,
     )

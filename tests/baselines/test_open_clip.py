@@ -65,7 +65,7 @@ def test_it_is_open_clips_own_zero_shot(clip, tmp_path):
     with torch.no_grad():
         images, texts, scale = model.eval()(torch.stack([transform(Image.open(path)) for path in files]), tokens)
     logits = (scale * images @ texts.T).numpy()
-    assert len(set(logits.argmax(1))) > 1  # random, but not blind
+    assert logits.std(0).min() > 0.01  # random, but not blind
     assert np.allclose(-np.array(rows["scores_K"]), logits, atol=1e-4)
     assert rows["prediction"] == logits.argmax(1).tolist()
     assert report["metrics"]["nfe_per_image"] == 1
