@@ -102,13 +102,12 @@ def ablated_by(figure: Figure, out: Path, given: Namespace, run: bool) -> pd.Dat
         run_cell(cell, folder, given.flags)
     found = ablations(StoredErrors(errors))
     found = found[found["ablation"].isin(figure.shown or found["ablation"])]
-    keys = zip(found["ablation"], found["setting"], found["x"].round(2), strict=True)
-    found = found.assign(paper=pd.Series([figure.paper.get(key) for key in keys], found.index, dtype=object))
     place = out / given.table / "figures"
     if not cell.network:
         place /= slug(cell.row)
     charts.save(charts.specs(charts_of_runs.ablations(found)), place)
-    return found
+    keys = zip(found["ablation"], found["setting"], found["x"].round(2), strict=True)
+    return found.assign(paper=pd.Series([figure.paper.get(key) for key in keys], found.index, dtype=object))
 
 
 def of_ablations(cell: Cell, found: pd.DataFrame) -> Table:

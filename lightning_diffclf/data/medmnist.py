@@ -153,7 +153,7 @@ class MedMNISTDataModule(ZeroShotDataModule):
             batch_size=batch_size,
             flip=flip,
         )
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # class_names is an argument of networks too, and may differ
         self.split = split
 
     def _open_training(self) -> MedMNISTImages:

@@ -260,7 +260,7 @@ class ParquetDataModule(ZeroShotDataModule):
             batch_size=batch_size,
             flip=flip,
         )
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # class_names is an argument of networks too, and may differ
         self._where = source, split, config, revision
         self._columns = image, label
 

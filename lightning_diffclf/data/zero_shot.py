@@ -139,7 +139,7 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
         check_at_least(0, num_workers=num_workers)
         if per_class is not None and (per_class < 1 or subset is not None):
             raise UserError(f"per_class: {per_class}, expected at least 1, and no subset file beside it")
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # class_names is an argument of networks too, and may differ
         self.name: str = name
         self.root, self._given_size = root, (size, size) if isinstance(size, int) else size
         self.eval_batch_size, self.num_workers, self.download = eval_batch_size, num_workers, download
