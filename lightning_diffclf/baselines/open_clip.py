@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,7 +20,7 @@ from lightning_diffclf.hub import HF, local_file
 from lightning_diffclf.models.weight_files import read_file
 
 CONFIG = "open_clip_config.json"  # beside the weights: the network and the preparation of images
-WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+SAFE, PICKLED = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 OTHERS = ("custom_text", "hf_model_name", "hf_tokenizer_name", "timm_model_name")  # towers of other libraries, by name
 
 
@@ -102,17 +103,15 @@ def from_place(place: str, revision: str | None, dtype: torch.dtype) -> OpenCLIP
     said = read_json(file(CONFIG), "pretrained")
     if not isinstance(said, dict) or not isinstance(said.get("model_cfg"), dict):
         raise UserError(f"pretrained: {CONFIG} of {place!r} has no model_cfg, expected the sizes of the network")
-    weights = None
-    for name in WEIGHTS:
-        try:
-            weights = file(name)
-        except MissingFile:
-            continue
+    prepared = said.get("preprocess_cfg") or {}
+    with suppress(MissingFile):  # of the Hub, which then is asked for the other one
+        weights = file(SAFE)
         if weights.is_file():
-            break
-    if weights is None or not weights.is_file():
-        raise MissingFile(f"pretrained: no weights in {place!r}, expected one of {', '.join(WEIGHTS)}")
-    return towers(said["model_cfg"], said.get("preprocess_cfg") or {}, weights, place, dtype)
+            return towers(said["model_cfg"], prepared, weights, place, dtype)
+    weights = file(PICKLED)
+    if not weights.is_file():
+        raise MissingFile(f"pretrained: no weights in {place!r}, expected {SAFE} or {PICKLED}")
+    return towers(said["model_cfg"], prepared, weights, place, dtype)
 
 
 def from_file(architecture: str, path: str, dtype: torch.dtype) -> OpenCLIPTowers:
@@ -144,7 +143,7 @@ def towers(
     clip = library()
     try:
         settings = clip.transform.merge_preprocess_dict(dataclasses.asdict(clip.transform.PreprocessCfg()), prepared)
-        model = clip.CLIP(**sizes)
+        model = clip.CLIP(**{name: one for name, one in sizes.items() if name not in OTHERS})
         settings = clip.transform.PreprocessCfg(**settings | {"size": model.visual.image_size})
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"pretrained: {CONFIG} of {where!r} describes no CLIP ({first_line(error)})") from error

@@ -109,7 +109,7 @@ def test_folders_that_are_refused(clip, tmp_path, change, message):
 
 def test_what_is_missing(clip, tmp_path, monkeypatch):
     write(tmp_path, SIZES)
-    with pytest.raises(UserError, match=r"no weights in .*, expected one of open_clip_model.safetensors"):
+    with pytest.raises(UserError, match=r"no weights in .*, expected open_clip_model.safetensors or open_clip"):
         _ = ZeroShotCLIP(str(tmp_path)).model
     with pytest.raises(UserError, match="architecture: 'RN5', expected one that open_clip has"):
         _ = ZeroShotCLIP("x.pt", architecture="RN5").model

@@ -306,7 +306,8 @@ def test_a_suite_from_the_plan_to_the_leaderboard(tmp_path, monkeypatch):
     path = write(
         tmp_path,
         out=str(tmp_path / "out"),
-        flags={"trainer.accelerator": "cpu", "trainer.enable_progress_bar": False, "trainer.limit_test_batches": 2},
+        flags={"trainer.accelerator": "cpu", "trainer.enable_progress_bar": False, "trainer.limit_test_batches": 2}
+        | {"data.eval_batch_size": 20},
         models={"CLIP": {"config": "clip_digits.yaml"}, "SD": {"config": "sd_digits.yaml"}},
         data=None,
         rules={"few": {"classifier.draws": 2}, "one": None},
@@ -319,11 +320,11 @@ def test_a_suite_from_the_plan_to_the_leaderboard(tmp_path, monkeypatch):
         run("suite", [path, "--part", part])
     clip, sd = (folder_of(suite.out, RUNS, cell) for cell in suite.cells)
     assert is_done(suite.cells[0], clip)
-    assert len(list(sd.glob("evaluation/part-*-of-4/metrics.json"))) == 4  # 20 times as dear: divided by images
+    assert len(list(sd.glob("evaluation/part-*-of-2/metrics.json"))) == 2  # 20 times as dear: divided by images
     run("suite", [path])
-    assert json.loads((sd / "evaluation" / "metrics.json").read_text())["metrics"]["images"] == 120
+    assert json.loads((sd / "evaluation" / "metrics.json").read_text())["metrics"]["images"] == 40
     assert "SD, few" in (tmp_path / "out" / "leaderboard.html").read_text()
-    assert sorted(command[0] for command in ran) == [*["evaluate"] * 8, "merge"]
+    assert sorted(command[0] for command in ran) == [*["evaluate"] * 6, "merge"]
     ran.clear()
     run("suite", [path])
     assert ran == []
