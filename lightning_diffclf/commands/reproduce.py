@@ -59,6 +59,7 @@ def reproduce_command(given: Namespace) -> None:
     """``diffclf reproduce``: runs what can be run, prints a table and writes it."""
     if given.table not in TABLES:
         raise UserError(unknown("table", given.table, TABLES))
+    figures = FIGURES.get(given.table, []) if given.errors is None else own_figures(given.table, given.errors)
     out, rows, lacking = Path(given.out), [], dict[Needs, None]()
     for cell in TABLES[given.table]:
         folder = folder_of(out, given.table, cell)
@@ -71,41 +72,66 @@ def reproduce_command(given: Namespace) -> None:
     console, ablated = Console(soft_wrap=True), []
     if rows:
         console.print(to_table(given.table, rows))
-    for figure in FIGURES.get(given.table, []):
-        lacks = missing(figure.cell.needs)
+    for figure in figures:
+        lacks = missing(figure.cell.needs) if given.errors is None else []
         lacking |= dict.fromkeys(lacks)
-        found = ablated_by(figure, out, given, run=not given.dry_run and not lacks)
-        if found is None:
+        errors = errors_of(figure.cell, out, given, run=not given.dry_run and not lacks)
+        if errors is None:
             console.print(f"{figure.cell.row}, {figure.cell.column}: {'missing' if lacks else 'not run'}")
-        else:
-            console.print(of_ablations(figure.cell, found))
-            ablated += found.assign(run=figure.cell.row).to_dict("records")
+            continue
+        found = ablated_by(figure, errors, out / given.table / "figures")
+        console.print(of_ablations(figure.cell, found))
+        ablated += found.assign(run=figure.cell.row).to_dict("records")
     for one in lacking:
         console.print(escape(f"missing: {one.what}: {one.get}"))
     written = {"table": given.table, "cells": rows} | ({"ablations": ablated} if ablated else {})
     write_json(written, out / given.table / "reproduction.json", 2, "reproduce")
 
 
-def ablated_by(figure: Figure, out: Path, given: Namespace, run: bool) -> pd.DataFrame | None:
-    """The ablations of a figure from the errors of one run, which is run where it is not there; their charts.
+def own_figures(table: str, errors: str) -> list[Figure]:
+    """The figures of a table from the errors of an evaluation of one's own.
 
-    Returns:
-        As :func:`~lightning_diffclf.results.ablations.ablations`, with ``paper``, in percent or none; None where the
-        run is neither there nor to be run.
+    Raises:
+        UserError: if the table has none.
     """
-    cell = figure.cell
+    shown = {name for figure in FIGURES.get(table, []) for name in figure.shown}
+    if not shown:
+        known = ", ".join(name for name, figures in FIGURES.items() if any(one.shown for one in figures))
+        raise UserError(f"errors: {errors!r} means nothing for {table}; expected one of {known}")
+    return [Figure(Cell(errors, "own", None, ()), tuple(shown))]
+
+
+def errors_of(cell: Cell, out: Path, given: Namespace, run: bool) -> Path | None:
+    """The file of all errors of a run, which is run where it is not there; None if it is not to be."""
+    if given.errors is not None:
+        return Path(given.errors) / ERRORS
     folder = folder_of(out, given.table if cell.network else "figures", cell)  # one run is there for several figures
-    errors = folder / EVALUATION / ERRORS
-    if not errors.is_file() or not is_done(cell, folder):
+    if not is_done(cell, folder) or not (folder / EVALUATION / ERRORS).is_file():
         if not run:
             return None
         run_cell(cell, folder, given.flags)
+    return folder / EVALUATION / ERRORS
+
+
+def ablated_by(figure: Figure, errors: Path, place: Path) -> pd.DataFrame:
+    """The ablations of a figure from the errors of a run, and their charts.
+
+    Returns:
+        As :func:`~lightning_diffclf.results.ablations.ablations`, with ``paper``, in percent or none.
+
+    Raises:
+        UserError: if these errors do not say what the figure shows.
+    """
     found = ablations(StoredErrors(errors))
     found = found[found["ablation"].isin(figure.shown or found["ablation"])]
-    place = out / given.table / "figures"
-    if not cell.network:
-        place /= slug(cell.row)
-    charts.save(charts.specs(charts_of_runs.ablations(found)), place)
+    if found.empty:
+        raise UserError(
+            f"errors: {str(errors)!r} says nothing of {', '.join(figure.shown)}; expected an evaluation with "
+            "--model.none_of_these true --keep-errors distances --classifier.loss l2"
+        )
+    charts.save(
+        charts.specs(charts_of_runs.ablations(found)), place if not figure.shown else place / slug(figure.cell.row)
+    )
     keys = zip(found["ablation"], found["setting"], found["x"].round(2), strict=True)
     return found.assign(paper=pd.Series([figure.paper.get(key) for key in keys], found.index, dtype=object))
 

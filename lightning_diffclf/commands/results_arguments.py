@@ -112,6 +112,9 @@ def reproduce(args: Sequence[str]) -> Namespace:
         "table", help="table1, table3, table4, table5, table8, table9, table10, fig3, fig4, fig8 or digits"
     )
     own.add_argument("--out", default="runs/reproduce", help="folder for the runs and the table")
+    own.add_argument(
+        "--errors", metavar="RUN", help="fig3, fig4, fig8: of an evaluation of yours with --keep-errors, on any data"
+    )
     own.add_argument("--dry-run", action="store_true", help="run nothing: show what is there and what is missing")
     known, flags = own.parse_known_args(list(args))
     return Namespace(**vars(known), flags=flags)

@@ -15,6 +15,7 @@ from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.results.errors import ERRORS
 from lightning_diffclf.results.paper import FIGURES, TABLES, Cell, Figure
 from tests.baselines.evaluation import evaluate
+from tests.classifier.toys import Toy
 from tests.data.test_corruptions import Counting
 from tests.results.test_ablations import NULL, WithNull, stored
 
@@ -159,6 +160,12 @@ def test_a_figure_is_drawn_from_the_errors_of_one_run(tmp_path, monkeypatch, cap
     assert [one["paper"] for one in told if one["x"] == 0] == [86.0]
     assert (tmp_path / "fig8" / "figures" / "toy" / "guidance.svg").is_file()
     assert NULL not in printed
+    run("reproduce", ["fig3", f"--errors={folder}", f"--out={tmp_path}/own"])  # of any evaluation
+    assert "one draw" in capsys.readouterr().out
+    stored(tmp_path / ERRORS, Toy())
+    for table, message in (("fig8", "says nothing of guidance; expected"), ("table1", "means nothing for table1")):
+        with pytest.raises(SystemExit, match=f"error: errors: .*{message}"):
+            main(["reproduce", table, f"--errors={tmp_path}", f"--out={tmp_path}/own"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lightning_diffclf.commands.reproduce.find_spec", lambda name: None)
