@@ -39,7 +39,6 @@ class Towers(Protocol):
         std: What each is divided by then.
         limit: Tokens that it reads of a prompt.
         tokenizer: Gives ``input_ids`` of a prompt, and decodes them.
-        preparation: RGB to (3, H, W) in [-1, 1]; has an identity.
     """
 
     model: Any
@@ -48,7 +47,10 @@ class Towers(Protocol):
     std: Sequence[float]
     limit: int
     tokenizer: Any
-    preparation: Callable[[Image.Image], Tensor]
+
+    @property
+    def preparation(self) -> Callable[[Image.Image], Tensor]:
+        """RGB to (3, H, W) in [-1, 1]; has an identity."""
 
     def images(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, D) of normalised pixels (B, 3, side, side)."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_diffclf.data.images import covering_crop, published_crop, stacked, to_tensor
 from lightning_diffclf.data.latents import Latents
+from lightning_diffclf.data.public_sets import FolderImages
 from lightning_diffclf.data.shards import ShardImages, Shards, ShardStream, Tally
 from lightning_diffclf.data.stream import Share, evaluation_loader, next_step, some_images, training_loader
 from lightning_diffclf.errors import UserError
@@ -34,7 +35,7 @@ class LabelledImages(Protocol):
         ...
 
 
-Source = LabelledImages | Shards | Latents
+Source = FolderImages | Shards | Latents
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class _Take:
 
 
 def labelled_training_loader(
-    source: Source,
+    source: Source | LabelledImages,
     form: Form,
     batch_size: int,
     trainer: L.Trainer | None = None,
