@@ -25,7 +25,6 @@ TOPS = {
     "edm2_512.yaml",
     "on_digit_scenes.yaml",
     "on_pixel_digits.yaml",
-    "on_test_set.yaml",
     "on_imagenet_r.yaml",
     "on_imagenet_sketch.yaml",
 }

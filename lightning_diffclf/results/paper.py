@@ -157,7 +157,7 @@ def _sd_features(values: tuple[float, ...]) -> list[Cell]:
     for data, paper in zip(ZERO_SHOT, values, strict=True):
         needs = (FOLDERS[data], *([IMAGENET_TRAINING] if data in SHIFTS else []), _hub(SD))
         if data == "objectnet":
-            flags = (*_config("on_objectnet.yaml"), "--data.per_class=null")
+            flags = (*_data(data), "--data.per_class=null")
             cells.append(Cell(row, data, paper, flags, needs, network=row, network_of="imagenet"))
             continue
         long = ["--trainer.max_steps=160000"] if data == "imagenet" else []  # of 80,000 in a pass
@@ -173,7 +173,7 @@ def _synthetic(values: tuple[float, ...]) -> list[Cell]:
         labels = f"@{data}:{FOLDERS[data].what if data in SHIFTS else 'data'}"
         drawing = (f"--model={SD}", f"--labels={labels}", f"--prompts={data}", "--per_class=10000")
         training = (*_config("synthetic.yaml"), "--data.root={folder}/drawn")
-        flags = (*_config("synthetic.yaml", "on_test_set.yaml"), *_data(data))
+        flags = ("--data=ZeroShotDataModule", *_data(data), "--data.size=224", "--model.class_names=null")
         needs = (FOLDERS[data], _hub(SD))
         cells.append(Cell("Synthetic SD Data", data, paper, flags, needs, training=training, drawing=drawing))
     return cells

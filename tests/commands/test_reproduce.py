@@ -117,7 +117,8 @@ def test_baselines_of_table_1_are_drawn_trained_and_evaluated(tmp_path):
     draw, fit, evaluation = commands_of(cells["Synthetic SD Data", "imagenet"], folder, [])
     assert {"--labels=@imagenet:data/imagenet/val", "--prompts=imagenet", f"--out={folder}/drawn"} < set(draw)
     assert f"--data.root={folder}/drawn" in fit
-    assert {"--config=on_test_set.yaml", "--data.name=imagenet", "--data.per_class=2"} < set(evaluation)
+    assert f"--ckpt={folder}/checkpoints/last.ckpt" in evaluation
+    assert {"--data=ZeroShotDataModule", "--data.name=imagenet", "--data.per_class=2"} < set(evaluation)
     objectnet = cells["SD Features", "objectnet"]
     [command] = commands_of(objectnet, folder_of(tmp_path, "table1", objectnet), [])
     trained = folder_of(tmp_path, "table1", cells["SD Features", "imagenet"])
@@ -137,7 +138,7 @@ def test_what_they_are_asked_to_do_is_understood(row, column, tmp_path, monkeypa
             train([*cell.training, "--model.num_classes=37", "--print_config"])
         assert ended.value.code in (0, None)
         assert "max_steps: 20000" in capsys.readouterr().out
-    if cell.flags:
+    else:
         check_evaluation(arguments.evaluate(list(cell.flags)))
 
 
