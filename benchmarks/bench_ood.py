@@ -24,10 +24,10 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_diffclf import DiffusionClassifierCallback
+from lightning_diffclf.candidates import NONE_OF_THESE
 from lightning_diffclf.cli import read_checkpoint
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.modules.checkpoints import module_of
-from lightning_diffclf.modules.conditions import NONE_OF_THESE
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.ood import compare_with_foreign
 

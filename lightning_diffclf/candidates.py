@@ -8,6 +8,7 @@ from typing import Any
 from lightning_diffclf.errors import UserError, WrongType
 
 MAX_CLASSES = 10_000_000
+NONE_OF_THESE = "none of these"  # what a candidate without a condition is called: the null label, the empty prompt
 
 
 class Candidates:

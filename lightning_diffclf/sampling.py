@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.noise import KeyedNoise
-from lightning_diffclf.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
+from lightning_diffclf.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""Noisy inputs (B, C, H, W) and a time value, as ``schedule.network_time`` gives it (), to outputs (B, C, H, W)."""
+"""What ``schedule.network_input`` makes of noisy inputs (B, C, H, W), and a time value, as ``schedule.network_time``
+gives it (), to outputs (B, C, H, W)."""
 
 
 def initial_noise(shape: Sequence[int], ids: Sequence[int | str], seed: int = 0) -> Tensor:
@@ -31,11 +32,11 @@ def initial_noise(shape: Sequence[int], ids: Sequence[int | str], seed: int = 0)
 
 
 def denoise(predict: Predict, schedule: NoiseSchedule, noise: Tensor, steps: int = 50, clip: bool = False) -> Tensor:
-    """Images or latents (B, C, H, W): by DDIM (Song et al. 2021), or Euler's method along the straight line of a flow.
+    """Images or latents (B, C, H, W): by DDIM (Song et al. 2021), or Euler's method along the path of a flow or of EDM.
 
     Args:
         predict: The network, float32 to float32.
-        schedule: What its output means: a discrete schedule, or a flow that predicts velocities.
+        schedule: What its output means: a discrete schedule, a flow that predicts velocities, or EDM's preconditioning.
         noise: Where to begin (B, C, H, W), float32.
         steps: Calls of ``predict``.
         clip: Clip what DDIM takes for the image to [-1, 1] at each step: for pixels.
@@ -49,8 +50,10 @@ def denoise(predict: Predict, schedule: NoiseSchedule, noise: Tensor, steps: int
         return _by_flow(predict, schedule, noise, steps)
     if isinstance(schedule, DiscreteSchedule):
         return _by_ddim(predict, schedule, noise, steps, clip)
+    if isinstance(schedule, EDMSchedule) and schedule.prediction == "edm":
+        return _by_edm(predict, schedule, noise, steps)
     found = f"a {type(schedule).__name__} that predicts {schedule.prediction!r}"
-    raise UserError(f"sampling from {found}, expected a discrete schedule, or a flow with 'velocity'")
+    raise UserError(f"sampling from {found}, expected a discrete schedule, a flow with 'velocity', or one with 'edm'")
 
 
 def _by_ddim(predict: Predict, schedule: DiscreteSchedule, x_t: Tensor, steps: int, clip: bool) -> Tensor:
@@ -78,4 +81,15 @@ def _by_flow(predict: Predict, schedule: FlowSchedule, x_t: Tensor, steps: int) 
         # The scheduler's velocity is along sigma, which falls with time where noise is at 0.
         t, sign = (sigma, 1) if schedule.noise_at else (1 - sigma, -1)
         x_t = scheduler.step(sign * predict(x_t, schedule.network_time(t)), time, x_t).prev_sample
+    return x_t
+
+
+def _by_edm(predict: Predict, schedule: EDMSchedule, noise: Tensor, steps: int) -> Tensor:
+    from diffusers import EDMEulerScheduler  # slow to import
+
+    scheduler = EDMEulerScheduler(schedule.sigma_min, schedule.sigma_max, schedule.sigma_data, rho=schedule.rho)
+    scheduler.set_timesteps(steps)  # its times are ln(sigma) / 4 already, as the network's are
+    x_t = noise * schedule.sigma_max
+    for time in scheduler.timesteps:
+        x_t = scheduler.step(predict(scheduler.scale_model_input(x_t, time), time), time, x_t).prev_sample
     return x_t

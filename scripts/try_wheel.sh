@@ -20,6 +20,9 @@ cd "$folder/empty"
 set -x
 diffclf configs
 diffclf configs --copy dit_digits.yaml --out mine.yaml
+diffclf configs --copy slurm/train.sbatch
+diffclf configs --copy suites/digits.yaml
+diffclf suite digits.yaml --dry-run
 diffclf demo --trainer.max_steps 20 --trainer.val_check_interval 20 --checkpoint.every_n_train_steps 20 --classifier.draws 3
 test -s runs/dit_digits/evaluation/report.html
 diffclf evaluate --config sd_digits.yaml --classifier.draws 2 --trainer.limit_test_batches 1

@@ -77,7 +77,7 @@ def test_what_cannot_be_sampled_from_is_refused():
         (NoiseSchedule.linear(), 0, "steps: 0, expected 1 … 1000"),
         (NoiseSchedule.linear(), 1001, "steps: 1001"),
         (NoiseSchedule.rectified_flow(prediction="epsilon"), 2, "a FlowSchedule that predicts 'epsilon'"),
-        (NoiseSchedule.edm(), 2, "a EDMSchedule that predicts 'edm'"),
+        (NoiseSchedule.edm(prediction="sample"), 2, "a EDMSchedule that predicts 'sample'"),
     ):
         with pytest.raises(ValueError, match=message):
             denoise(lambda x, t: x, schedule, noise, steps)

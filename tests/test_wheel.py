@@ -42,9 +42,10 @@ def files_of(folder: Path) -> set[str]:
 
 def test_it_has_all_files_and_no_others(installed):
     package = files_of(ROOT / "lightning_diffclf")
-    configs = {f"configs/{path.name}" for path in CONFIGS.glob("*.yaml")}
+    configs = {f"configs/{name}" for name in files_of(CONFIGS)}
     assets = {f"assets/{name}" for name in files_of(ROOT / "assets")}
     assert {"__init__.pyi", "py.typed", "results/report.html.j2"} <= package
+    assert {"configs/suites/digits.yaml", "configs/slurm/train.sbatch"} <= configs
     assert files_of(installed / "lightning_diffclf") == package | configs | assets
     assert {path.name.partition("-")[0] for path in installed.iterdir()} == {"lightning_diffclf"}
 
@@ -55,6 +56,9 @@ from lightning_diffclf.commands import main
 from lightning_diffclf.commands.configs import find
 from lightning_diffclf.shipped import shipped
 main(["configs", "--copy", "dit_digits.yaml", "--out", "mine.yaml"])
+main(["configs", "--copy", "slurm/train.sbatch"])
+main(["configs", "--copy", "suites/digits.yaml", "--out", "suite.yaml"])
+main(["suite", "suite.yaml", "--dry-run"])
 print(shipped("assets/sd_digits"), find("sd_digits.yaml"), sep="\\n")
 """
     environment = os.environ | {"PYTHONPATH": str(installed)}
@@ -62,6 +66,10 @@ print(shipped("assets/sd_digits"), find("sd_digits.yaml"), sep="\\n")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-3000:]
     package = installed / "lightning_diffclf"
-    found = done.stdout.splitlines()[1:]
+    assert done.stdout.count("to do") == 6
+    found = done.stdout.splitlines()[-2:]
     assert found == [str(package / "assets" / "sd_digits"), str(package / "configs" / "sd_digits.yaml")]
     assert (tmp_path / "mine.yaml").read_bytes() == (ROOT / "configs" / "dit_digits.yaml").read_bytes()
+    job = (tmp_path / "train.sbatch").read_text()
+    assert job == (ROOT / "configs" / "slurm" / "train.sbatch").read_text()
+    assert "train.py" not in job  # which an installed package has not

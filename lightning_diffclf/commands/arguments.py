@@ -48,7 +48,7 @@ def configs(args: Sequence[str]) -> Namespace:
     parser = Parser(
         prog="diffclf configs",
         description="The configurations that come with this package: each is a whole experiment, which --config takes "
-        "by its name.",
+        "by its name; suites for `diffclf suite`, and jobs for SLURM, both to be copied first.",
     )
     parser.add_argument("--copy", metavar="NAME", type=str | None, default=None, help="write one to a file, to edit it")
     parser.add_argument("--out", type=str | None, default=None, help="the file (default: NAME, in this folder)")
@@ -240,7 +240,7 @@ def export(args: Sequence[str]) -> Namespace:
         prog="diffclf export",
         description="Write a trained DiT as a DiTPipeline folder of diffusers, to publish or to sample from.",
     )
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of a training")
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of a training, or published weights of DiT")
     parser.add_argument("--out", type=str, required=True, help="folder for the pipeline; new or empty")
     parser.add_argument(
         "--vae", type=str | None, default=None, help=f"autoencoder (default: the network's own, else {AUTOENCODER})"
@@ -295,7 +295,10 @@ def sample(args: Sequence[str]) -> Namespace:
         "folder, the same command resumes where it was stopped; a classifier can be trained on it (docs/baselines.md).",
     )
     parser.add_argument(
-        "--ckpt", type=str | None, default=None, help="checkpoint (its averaged weights), or published ones"
+        "--ckpt",
+        type=str | None,
+        default=None,
+        help="checkpoint (its averaged weights), or published ones: DiT, SiT, REPA-E, LightningDiT, EDM2",
     )
     parser.add_argument(
         "--model",
@@ -303,7 +306,12 @@ def sample(args: Sequence[str]) -> Namespace:
         default=None,
         help="in its place, a folder or Hub repository of a text-to-image pipeline of diffusers",
     )
-    parser.add_argument("--labels", type=str | None, default=None, help='classes of --model: "cat,dog,horse"')
+    parser.add_argument(
+        "--labels",
+        type=str | None,
+        default=None,
+        help='classes of --model: "cat,dog,horse"; @pets: those of a public set in data/, @NAME:ROOT: in ROOT',
+    )
     parser.add_argument(
         "--prompts",
         type=str,

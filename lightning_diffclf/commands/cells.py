@@ -47,7 +47,8 @@ def commands_of(cell: Cell, folder: Path, flags: list[str]) -> list[list[str]]:
     if cell.training:
         training = [flag.replace("{folder}", str(folder)) for flag in cell.training]
         commands.append(["fit", *training, f"--run_dir={folder}"])
-    trained = folder.parent.parent / slug(cell.network) / folder.name if cell.network else folder
+    column = slug(cell.network_of) or folder.name
+    trained = folder.parent.parent / slug(cell.network) / column if cell.network else folder
     checkpoint = [f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}"] if cell.training or cell.network else []
     return [*commands, ["evaluate", *checkpoint, *cell.flags, f"--out={folder / EVALUATION}", *flags]]
 

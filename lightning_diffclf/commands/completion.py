@@ -13,7 +13,7 @@ import shtab
 from jsonargparse import Namespace
 
 from lightning_diffclf.commands import COMMANDS, run
-from lightning_diffclf.commands.configs import CONFIGS
+from lightning_diffclf.commands.configs import CONFIGS, listing
 
 TAKES_THOSE_OF = {"demo": "fit", **dict.fromkeys(("evaluate", "attack", "certify"), "test")}  # beside its own options
 
@@ -67,7 +67,7 @@ def parser_of(names: Iterable[str]) -> argparse.ArgumentParser:
     for name in names:
         about = COMMANDS[name].summary
         parser = commands.add_parser(name, help=about, description=about, add_help=False)
-        seen = {"--config": configs, "--copy": configs}
+        seen = {"--config": configs, "--copy": [name for group in listing().values() for name in group]}
         shown = help_of(name) + (help_of(TAKES_THOSE_OF[name]) if name in TAKES_THOSE_OF else "")
         for option in options_in(shown):
             if option.names[-1] in parser._option_string_actions:

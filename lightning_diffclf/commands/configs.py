@@ -14,6 +14,7 @@ from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
 from lightning_diffclf.shipped import shipped
 
 CONFIGS = shipped("configs")
+OTHERS = {"Suites (diffclf suite)": "suites/*.yaml", "Jobs of SLURM (sbatch)": "slurm/*.sbatch"}  # to be copied
 
 EXTENDS = "extends"
 
@@ -91,17 +92,21 @@ LAYER = "A layer"  # how those begin that are no whole experiment
 
 def summary(path: Path) -> str:
     """What the first line of a file says, a comment."""
-    with path.open(encoding="utf-8") as file:
-        return file.readline().removeprefix("#").strip()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return lines[lines[0].startswith("#!")].removeprefix("#").strip()
+
+
+def _summaries(pattern: str) -> dict[str, str]:
+    return {path.relative_to(CONFIGS).as_posix(): summary(path) for path in sorted(CONFIGS.glob(pattern))}
 
 
 def listing() -> dict[str, dict[str, str]]:
-    """All configurations: under a title for experiments and one for layers, the summary of each by its name."""
-    summaries = {path.name: summary(path) for path in sorted(CONFIGS.glob("*.yaml"))}
-    return {
-        title: {name: text for name, text in summaries.items() if text.startswith(LAYER) == layer}
+    """All that can be copied: under a title for each kind, the summary of each file by its name."""
+    found = {
+        title: {name: text for name, text in _summaries("*.yaml").items() if text.startswith(LAYER) == layer}
         for title, layer in (("Experiments", False), ("Layers, to be given after them", True))
     }
+    return found | {title: _summaries(pattern) for title, pattern in OTHERS.items()}
 
 
 def configs_command(given: Namespace) -> None:
@@ -126,7 +131,7 @@ def copied(name: str, out: Path) -> str:
         FileNotFoundError: if there is none of this name.
         ValueError: if the place is taken.
     """
-    names = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+    names = sorted(name for group in listing().values() for name in group)
     if name not in names:
         raise MissingFile(f"copy: no configuration {name!r}, expected one of {', '.join(names)}")
     try:
@@ -136,4 +141,7 @@ def copied(name: str, out: Path) -> str:
         raise UserError(f"out: {str(out)!r} is there already, expected a new file") from error
     except OSError as error:
         raise FailedWrite(f"out: {str(out)!r} cannot be written ({error.strerror})") from error
-    return f"{out}: edit it, then give --config {out}"
+    use = {"suites": f"diffclf suite {out}", "slurm": f"sbatch {out} …"}.get(
+        Path(name).parts[0], f"give --config {out}"
+    )
+    return f"{out}: edit it, then {use}"

@@ -12,8 +12,8 @@ from lightning_diffclf.data.encoding import chunk_ends, encode
 from lightning_diffclf.data.imagenet import classes_of, network_classes_of, open_source
 from lightning_diffclf.data.latents import Latents, LatentsIndex, LatentsWriter
 from lightning_diffclf.data.packing import pack, plan_shards
+from lightning_diffclf.data.public_sets import FolderImages
 from lightning_diffclf.data.shards import ShardIndex
-from lightning_diffclf.data.zero_shot import FolderImages
 from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.models.autoencoder import Autoencoder
 

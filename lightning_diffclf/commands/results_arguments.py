@@ -102,14 +102,19 @@ def reproduce(args: Sequence[str]) -> Namespace:
     """Of ``diffclf reproduce``: its own, and ``flags``, which are those of ``evaluate``."""
     own = argparse.ArgumentParser(
         prog="diffclf reproduce",
-        description="A table of the paper: its values beside ours, with intervals, network calls and time. Runs the "
-        "cells that this machine has data and weights for, goes on where it was stopped, and says what is missing. Of "
-        "`digits`, everything is here.",
+        description="A table or figure of the paper: its values beside ours, with intervals, network calls and time. "
+        "Runs the cells that this machine has data and weights for, goes on where it was stopped, and says what is "
+        "missing. Of `digits`, everything is here.",
         epilog="All other flags are those of `diffclf evaluate`, such as --trainer.accelerator cpu.",
         allow_abbrev=False,
     )
-    own.add_argument("table", help="table1, table3, table4, table5, table8, table9, table10 or digits")
+    own.add_argument(
+        "table", help="table1, table3, table4, table5, table8, table9, table10, fig3, fig4, fig8 or digits"
+    )
     own.add_argument("--out", default="runs/reproduce", help="folder for the runs and the table")
+    own.add_argument(
+        "--errors", metavar="RUN", help="fig3, fig4, fig8: of an evaluation of yours with --keep-errors, on any data"
+    )
     own.add_argument("--dry-run", action="store_true", help="run nothing: show what is there and what is missing")
     known, flags = own.parse_known_args(list(args))
     return Namespace(**vars(known), flags=flags)

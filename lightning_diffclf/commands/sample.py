@@ -14,12 +14,17 @@ from torch import Tensor
 
 from lightning_diffclf.baselines.synthetic_data import TextToImage
 from lightning_diffclf.commands.running import on_first_process, progress
+from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.files import read_json, replacing, write_json
+from lightning_diffclf.hub import local_file
 from lightning_diffclf.identity import digest_of_weights, identity_of
+from lightning_diffclf.models.families import families_in
 from lightning_diffclf.models.pipeline import load
+from lightning_diffclf.models.published import is_published
 from lightning_diffclf.modules.checkpoints import network_of
 from lightning_diffclf.modules.conditions import chosen_classes
+from lightning_diffclf.modules.published_network import PublishedNetwork
 from lightning_diffclf.modules.zero_shot_sd import make_prompts
 from lightning_diffclf.results.figures import save_image_grid
 from lightning_diffclf.results.settings import differences
@@ -97,12 +102,15 @@ def sample_command(given: Namespace) -> None:
 
 
 def of_checkpoint(given: Namespace) -> Source:
-    """A class-conditional network.
+    """A class-conditional network: of a training, or published.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it cannot be read.
     """
+    path = local_file(given.ckpt)
+    if path.is_file() and is_published(path) and "dit" not in families_in(path):
+        return of_family(given)
     module = network_of(given.ckpt, given.vae, given.schedule).eval()
     latents = module.hparams["latents"]
     networks = [module.net, *([module.autoencoder.vae] if latents else [])]  # fails here if not there
@@ -118,6 +126,30 @@ def of_checkpoint(given: Namespace) -> Source:
     return Source(module.candidates.names, settings | {"guided_channels": given.guided_channels}, module.to, draw)
 
 
+def of_family(given: Namespace) -> Source:
+    """Published weights of a family that says more than weights do: LightningDiT, REPA, REPA-E, EDM2.
+
+    Raises:
+        FileNotFoundError: if a file is not there.
+        ValueError: if parts do not belong together, or another schedule than the family's is asked for.
+    """
+    if given.schedule != "linear":
+        raise UserError(
+            f"schedule: {given.schedule!r}, but the family of {given.ckpt!r} has one of its own; expected none"
+        )
+    module = PublishedNetwork(given.ckpt, vae=given.vae).eval()
+    own = module.autoencoder
+    weights = {"weights": digest_of_weights(module.published.net), "autoencoder": identity_of(own)}
+
+    def draw(some: list[tuple[int, int]]) -> Tensor:
+        labels = torch.tensor([c for c, _ in some], device=module.device)
+        ids = [f"{c}/{number}" for c, number in some]
+        return module.sample(labels, given.guidance_scale, given.steps, given.seed, given.guided_channels, ids)
+
+    settings = {"ckpt": given.ckpt, **weights, "schedule": identity_of(module.schedule)}
+    return Source(module.candidates.names, settings | {"guided_channels": given.guided_channels}, module.to, draw)
+
+
 def of_pipeline(given: Namespace) -> Source:
     """A text-to-image model and prompts.
 
@@ -126,7 +158,7 @@ def of_pipeline(given: Namespace) -> Source:
         FileNotFoundError: if there is no such file of prompts.
     """
     prompts = given.prompts or ["a photo of a {}."]
-    labels = [label.strip() for label in given.labels.split(",")] if given.labels else None
+    labels = labels_of(given.labels) if given.labels else None
     asked = make_prompts(prompts[0] if len(prompts) == 1 else prompts, labels)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(given.precision, torch.float32)
     drawer = TextToImage(load(given.model, dtype=dtype), asked)
@@ -137,6 +169,19 @@ def of_pipeline(given: Namespace) -> Source:
         drawer.to,
         lambda some: drawer.sample(some, given.guidance_scale, given.steps, given.seed),
     )
+
+
+def labels_of(text: str) -> list[str]:
+    """Labels with commas between them; ``@NAME``, or ``@NAME:ROOT``: what the classes of a public data set are called.
+
+    Raises:
+        FileNotFoundError: if the data set is not there.
+        ValueError: if there is none of that name.
+    """
+    if not text.startswith("@"):
+        return [label.strip() for label in text.split(",")]
+    name, _, root = text[1:].partition(":")
+    return ZeroShotDataModule(name, root or "data").class_names
 
 
 def prepare_folder(out: Path, settings: dict[str, object]) -> None:

@@ -1,11 +1,12 @@
-"""SugarCrepe and ARO: images with two captions, a right one and one that is wrong in a detail.
+"""SugarCrepe and ARO: images with a right caption and one that is wrong in a detail, or several in another order.
 
-Unlike Winoground's, a pair has one image: what counts is which of its two captions fits it better.
+Unlike Winoground's, a pair has one image: what counts is which of its captions fits it best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +29,8 @@ from lightning_diffclf.identity import ByArguments
 RIGHT, WRONG = "right caption", "wrong caption"
 
 CAPTIONS = (("caption", "negative_caption"), ("true_caption", "false_caption"))  # of SugarCrepe, of ARO
+OPTIONS = "caption_options"  # of ARO's orders: a list, the right one first
+IMAGES = ("filename", "image_path", "image")
 
 
 class Pair(NamedTuple):
@@ -36,17 +39,19 @@ class Pair(NamedTuple):
     id: str
     image: Path
     right: str
-    wrong: str
+    wrong: tuple[str, ...]
     tag: str
     box: tuple[int, int, int, int] | None = None
 
 
 def read_pairs(source: str | Path, images: str | Path) -> list[Pair]:
-    """Pairs of a JSON file, or of all in a folder, in the form of SugarCrepe or of ARO's relations and attributes.
+    """Pairs of a JSON file, or of all in a folder, in the form of SugarCrepe or of ARO.
 
     SugarCrepe's files are objects of ``filename``, ``caption`` and ``negative_caption``; the file's name is the tag.
     ARO's are lists of ``image_path``, ``true_caption``, ``false_caption`` and a box (``bbox_x``, ``bbox_y``,
-    ``bbox_w``, ``bbox_h``); the tag is ``relation_name``, or the file's name.
+    ``bbox_w``, ``bbox_h``); the tag is ``relation_name``, or the file's name. ARO's orders of words (COCO,
+    Flickr30k) are lists of ``image`` and ``caption_options``, of which the first is right; a wrong one that is the same
+    as another is left out.
 
     Args:
         source: The file, or folder of files.
@@ -74,20 +79,30 @@ def _of_file(file: Path, folder: Path) -> list[Pair]:
     pairs = []
     for key, row in rows:
         try:
-            right, wrong = next((row[a], row[b]) for a, b in CAPTIONS if a in row and b in row)
-            name = row["filename"] if "filename" in row else row["image_path"]
+            right, *wrong = _captions_of(row)
+            name = next(row[one] for one in IMAGES if one in row)
             corner = [int(row[f"bbox_{side}"]) for side in "xywh"] if "bbox_x" in row else None
-            texts = [right, wrong, name, row.get("relation_name", file.stem)]
+            texts = [right, *wrong, name, row.get("relation_name", file.stem)]
             if not all(isinstance(one, str) and one.strip() for one in texts):
                 raise TypeError(f"{texts} are not all texts")
+            wrong = [one for one in dict.fromkeys(wrong) if one != right]
+            if not wrong:
+                raise ValueError("no caption differs from the right one")
         except (StopIteration, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"captions: {str(file)!r}, pair {key}: {repr(error)[:200]}, expected filename, caption and "
-                "negative_caption, or image_path, true_caption and false_caption"
+                "negative_caption; image_path, true_caption and false_caption; or image and caption_options"
             ) from error
         box = None if corner is None else (corner[0], corner[1], corner[0] + corner[2], corner[1] + corner[3])
-        pairs.append(Pair(f"{file.stem}/{key}", _image(folder, name), right, wrong, texts[3], box))
+        pairs.append(Pair(f"{file.stem}/{key}", _image(folder, name), right, tuple(wrong), texts[-1], box))
     return pairs
+
+
+def _captions_of(row: Any) -> list[Any]:
+    """The right one first."""
+    if OPTIONS in row:
+        return list(row[OPTIONS])
+    return next([row[a], row[b]] for a, b in CAPTIONS if a in row and b in row)
 
 
 def _image(folder: Path, name: str) -> Path:
@@ -100,10 +115,11 @@ def _image(folder: Path, name: str) -> Path:
 
 
 class _Images(Dataset[dict[str, Any]]):
-    """The image of pair i at position i."""
+    """The image of pair i at position i; its captions come after those of the pairs before it."""
 
     def __init__(self, pairs: Sequence[Pair], prepare: Callable[[Image.Image], Tensor], root: str) -> None:
         self.pairs, self.prepare, self.root = pairs, prepare, root
+        self._first = [0, *accumulate(1 + len(pair.wrong) for pair in pairs)]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -117,7 +133,7 @@ class _Images(Dataset[dict[str, Any]]):
             "image": self.prepare(image),
             "label": 0,  # the right caption
             "id": pair.id,
-            "candidates": [2 * index, 2 * index + 1],
+            "candidates": list(range(self._first[index], self._first[index + 1])),
         }
 
 
@@ -132,14 +148,16 @@ def _inside(pair: Pair, image: Image.Image) -> tuple[int, int, int, int]:
 
 
 class CaptionPairsDataModule(ByArguments, L.LightningDataModule):
-    """SugarCrepe (Hsieh et al. 2023) or ARO (Yuksekgonul et al. 2023): which of two captions fits an image better.
+    """SugarCrepe (Hsieh et al. 2023) or ARO (Yuksekgonul et al. 2023): which of its captions fits an image best.
 
-    There are two classes, the right caption and the wrong one, and each image is asked about its own two captions: so
-    accuracy is the share of images told right, where chance is 50 %. Rules may drop a caption early, unlike for
+    There are two classes, right captions and wrong ones, and each image is asked about its own captions, of which one
+    is right: so accuracy is the share of images told right, where chance is 50 %, or 20 % in ARO's orders, which have
+    four wrong captions. Rules may drop a caption early, unlike for
     Winoground. Prompts are embedded beforehand: 100,000 take some ten gigabytes, so choose a file, tags or ``limit``.
 
     Args:
-        source: JSON file, or folder of them: SugarCrepe's ``swap_att.json``, …; ARO's ``visual_genome_relation.json``.
+        source: JSON file, or folder of them: SugarCrepe's ``swap_att.json``, …; ARO's ``visual_genome_relation.json``;
+            its orders of COCO and Flickr, as lists of ``image`` and ``caption_options``.
         images: Folder of the images: COCO's ``val2017``, Visual Genome's.
         tags: Only pairs of these tags: SugarCrepe's files, ARO's relations.
         limit: At most so many pairs of each tag, the first ones.
@@ -194,10 +212,11 @@ class CaptionPairsDataModule(ByArguments, L.LightningDataModule):
 
     @property
     def prompt_set(self) -> PromptSet:
-        """The right and the wrong caption of each pair."""
-        prompts = [caption for pair in self.pairs for caption in (pair.right, pair.wrong)]
-        names = [f"{pair.id}: {caption}" for pair in self.pairs for caption in (pair.right, pair.wrong)]
-        return PromptSet(Candidates(names, [0, 1] * len(self.pairs), [RIGHT, WRONG]), prompts)
+        """The right caption and the wrong ones of each pair."""
+        prompts = [caption for pair in self.pairs for caption in (pair.right, *pair.wrong)]
+        names = [f"{pair.id}: {caption}" for pair in self.pairs for caption in (pair.right, *pair.wrong)]
+        classes = [c for pair in self.pairs for c in (0, *(1 for _ in pair.wrong))]
+        return PromptSet(Candidates(names, classes, [RIGHT, WRONG]), prompts)
 
     @property
     def class_names(self) -> list[str]:
@@ -221,9 +240,9 @@ class CaptionPairsDataModule(ByArguments, L.LightningDataModule):
         return evaluation_loader(self.test, self.eval_batch_size, self.trainer, self.num_workers, stacked)
 
     def score(self, rows: Sequence[Decided]) -> dict[str, float]:
-        """Share of images that fit their right caption better, overall and by tag, with Wilson's 95 % intervals.
+        """Share of images that fit their right caption best, overall and by tag, with Wilson's 95 % intervals.
 
-        Of a caption that a rule dropped, the one that stayed is better, whatever the means over different draws say.
+        Of a caption that a rule dropped, one that stayed is better, whatever the means over different draws say.
         """
         tag_of = {pair.id: pair.tag for pair in self.pairs}
         right: dict[str, list[bool]] = {}
@@ -240,10 +259,10 @@ class CaptionPairsDataModule(ByArguments, L.LightningDataModule):
 
 
 def _is_right(row: Decided) -> bool:
-    """Whether the right caption, which has the even number, saw more draws, or as many with a lower error."""
-    order = np.argsort(row.candidates_K % 2)
+    """Whether the right caption, which has the lowest number, saw more draws than each other, or has a lower error."""
+    order = np.argsort(row.candidates_K)
     draws, scores = row.draws_K[order], row.scores_K[order]
-    finite = np.isfinite(scores)
-    if not finite.all():
-        return bool(finite[0] and not finite[1])
-    return bool(draws[0] > draws[1] or (draws[0] == draws[1] and scores[0] < scores[1]))
+    if not np.isfinite(scores[0]):
+        return False
+    beaten = ~np.isfinite(scores[1:]) | (draws[0] > draws[1:]) | ((draws[0] == draws[1:]) & (scores[0] < scores[1:]))
+    return bool(beaten.all())

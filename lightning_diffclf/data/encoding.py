@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from lightning_diffclf.data.images import published_crop, stacked, to_tensor
 from lightning_diffclf.data.latents import LatentsWriter
+from lightning_diffclf.data.public_sets import FolderImages
 from lightning_diffclf.data.shards import Shards
-from lightning_diffclf.data.zero_shot import FolderImages
 from lightning_diffclf.errors import UserError
 
 CHUNK = 1024  # images of a folder that are finished together: what a stop may cost

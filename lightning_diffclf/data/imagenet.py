@@ -18,8 +18,8 @@ from lightning_diffclf.data.labelled import (
     labelled_training_loader,
 )
 from lightning_diffclf.data.latents import Latents, is_latents
+from lightning_diffclf.data.public_sets import IMAGENET_NAMES, FolderImages, ImageNetFolders
 from lightning_diffclf.data.shards import Shards, is_remote
-from lightning_diffclf.data.zero_shot import IMAGENET_NAMES, FolderImages, ImageNetFolders
 from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.identity import ByArguments
 

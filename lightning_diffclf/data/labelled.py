@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
@@ -15,10 +15,25 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_diffclf.data.images import covering_crop, published_crop, stacked, to_tensor
 from lightning_diffclf.data.latents import Latents
+from lightning_diffclf.data.public_sets import FolderImages
 from lightning_diffclf.data.shards import ShardImages, Shards, ShardStream, Tally
 from lightning_diffclf.data.stream import Share, evaluation_loader, next_step, some_images, training_loader
-from lightning_diffclf.data.zero_shot import FolderImages
 from lightning_diffclf.errors import UserError
+
+
+class LabelledImages(Protocol):
+    """Images in RGB with their labels, such as :class:`~.public_sets.FolderImages`."""
+
+    root: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+    def id_of(self, index: int) -> int | str:
+        """What an image is called."""
+        ...
+
 
 Source = FolderImages | Shards | Latents
 
@@ -55,7 +70,7 @@ class Form:
 class _Photos(Dataset[dict[str, Any]]):
     """Images of folders to evaluate."""
 
-    def __init__(self, source: FolderImages, form: Form) -> None:
+    def __init__(self, source: LabelledImages, form: Form) -> None:
         self.source, self.form, self.root = source, form, source.root
 
     def __len__(self) -> int:
@@ -69,7 +84,7 @@ class _Photos(Dataset[dict[str, Any]]):
 class _Take:
     """Makes training batches of a finite source; see :class:`~lightning_diffclf.data.stream.Endless`."""
 
-    def __init__(self, source: FolderImages | Latents, form: Form, flip: bool, seed: int, skip_bad: float) -> None:
+    def __init__(self, source: LabelledImages | Latents, form: Form, flip: bool, seed: int, skip_bad: float) -> None:
         self.source, self.form, self.flip, self.seed = source, form, flip, seed
         self.tally = Tally(skip_bad)
 
@@ -84,7 +99,7 @@ class _Take:
             samples.append({"image": tensor, "label": label, "id": self.source.id_of(index)})
         return stacked(samples)
 
-    def _readable(self, source: FolderImages, index: int) -> tuple[int, Image.Image, int]:
+    def _readable(self, source: LabelledImages, index: int) -> tuple[int, Image.Image, int]:
         """An image, or the next one that can be read: steps are of the same number of images."""
         while True:
             try:
@@ -98,7 +113,7 @@ class _Take:
 
 
 def labelled_training_loader(
-    source: Source,
+    source: Source | LabelledImages,
     form: Form,
     batch_size: int,
     trainer: L.Trainer | None = None,

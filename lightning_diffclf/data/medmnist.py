@@ -109,7 +109,10 @@ class MedMNISTDataModule(ZeroShotDataModule):
         eval_batch_size: Images in a batch of one process.
         num_workers: Processes that prepare images.
         per_class: So many images of each class, chosen by ``seed``.
-        seed: For ``per_class``.
+        seed: For ``per_class``, and for the order of training images.
+        batch_size: Images in one optimizer step of a training on those of ``train``, prepared as those of ``split``.
+            To validate on others than are tested: ``split: val`` in training, ``test`` in the evaluation.
+        flip: Mirror every other training image.
 
     Raises:
         FileNotFoundError: later, if there is no such file.
@@ -121,6 +124,8 @@ class MedMNISTDataModule(ZeroShotDataModule):
         "split": "its images are in `source`",
         "eval_batch_size": "results do not depend on how images are batched",
         "num_workers": "nor on how fast they are read",
+        "batch_size": "of training",
+        "flip": "of training",
     }
 
     def __init__(
@@ -133,6 +138,8 @@ class MedMNISTDataModule(ZeroShotDataModule):
         num_workers: int = 2,
         per_class: int | None = None,
         seed: int = 0,
+        batch_size: int = 64,
+        flip: bool = False,
     ) -> None:
         super().__init__(
             "folder",
@@ -143,9 +150,14 @@ class MedMNISTDataModule(ZeroShotDataModule):
             class_names=class_names,
             per_class=per_class,
             seed=seed,
+            batch_size=batch_size,
+            flip=flip,
         )
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # class_names is an argument of networks too, and may differ
         self.split = split
+
+    def _open_training(self) -> MedMNISTImages:
+        return MedMNISTImages(self.root, "train")
 
     def _open(self) -> MedMNISTImages:
         source = MedMNISTImages(self.root, self.split)

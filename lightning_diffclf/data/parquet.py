@@ -28,6 +28,7 @@ from lightning_diffclf.errors import MissingFile, UserError, first_line
 
 MAX_ROWS = 50_000_000  # a few bytes may claim any number
 MAX_GROUP = 2**35  # bytes of a row group, as it says itself
+TRAINING = "train"  # the split that is trained on
 BATCH = 16  # rows that are in memory at once
 
 FEATURES = b"huggingface"  # where ``datasets`` says in a file what its columns are
@@ -191,7 +192,10 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
 
 
 class ParquetDataModule(ZeroShotDataModule):
-    """A data set of the Hub in Parquet, or a folder of such files, to be classified.
+    """A data set of the Hub in Parquet, or a folder of such files: to be classified, or to train on.
+
+    Training reads images of the split ``train`` in any order, and for each its row group from the beginning:
+    ``datasets`` writes row groups of 100 images; of much larger ones it would take long.
 
     Args:
         source: ``OWNER/NAME`` of a data set on the Hub, a folder of ``.parquet`` files, or one file.
@@ -206,8 +210,10 @@ class ParquetDataModule(ZeroShotDataModule):
         num_workers: Processes that read images.
         subset: File with the positions to use, one in each line.
         per_class: So many images of each class, chosen by ``seed``.
-        seed: For ``per_class``.
+        seed: For ``per_class``, and for the order of training images.
         crop: ``covering`` or ``published``.
+        batch_size: Images in one optimizer step of a training on those of ``train``, prepared as those of the test set.
+        flip: Mirror every other training image.
 
     Raises:
         ValueError: if a number is out of range; later, if a file cannot be read, or classes have no names.
@@ -217,6 +223,8 @@ class ParquetDataModule(ZeroShotDataModule):
     CANNOT_CHANGE_RESULTS: ClassVar[dict[str, str]] = {
         "eval_batch_size": "results do not depend on how images are batched",
         "num_workers": "nor on how fast they are read",
+        "batch_size": "of training",
+        "flip": "of training",
     }
 
     def __init__(
@@ -235,6 +243,8 @@ class ParquetDataModule(ZeroShotDataModule):
         per_class: int | None = None,
         seed: int = 0,
         crop: Literal["covering", "published"] = "covering",
+        batch_size: int = 64,
+        flip: bool = False,
     ) -> None:
         super().__init__(
             "folder",
@@ -247,10 +257,20 @@ class ParquetDataModule(ZeroShotDataModule):
             per_class=per_class,
             seed=seed,
             crop=crop,
+            batch_size=batch_size,
+            flip=flip,
         )
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # class_names is an argument of networks too, and may differ
         self._where = source, split, config, revision
         self._columns = image, label
+
+    def _open_training(self) -> ParquetImages:
+        source, _, config, revision = self._where
+        if Path(source).is_file():
+            raise UserError(
+                f"data: {source!r} is one file, expected a folder or repository with one for {TRAINING!r} too"
+            )
+        return ParquetImages(find_parquet(source, TRAINING, config, revision), *self._columns)
 
     def _open(self) -> ParquetImages:
         source = ParquetImages(find_parquet(*self._where), *self._columns)

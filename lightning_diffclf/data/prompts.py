@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_diffclf.candidates import Candidates
+from lightning_diffclf.candidates import NONE_OF_THESE, Candidates
 from lightning_diffclf.errors import MissingFile, UserError, WrongType
 
 TEMPLATES: Mapping[str, str] = {
@@ -67,6 +67,14 @@ def from_names(class_names: Sequence[str], templates: str | Sequence[str] = "a p
     prompts = [template.replace("{}", name) for name in names for template in templates]
     classes = [c for c in range(len(names)) for _ in templates]
     return PromptSet(Candidates(names if len(templates) == 1 else prompts, classes, names), prompts)
+
+
+def with_none(asked: PromptSet) -> PromptSet:
+    """The same, and the empty prompt as a candidate and class of its own beside them: "none of these"."""
+    own, prompts = asked
+    classes = [*own.classes, len(own.class_names)]
+    names = [*own.class_names, NONE_OF_THESE]
+    return PromptSet(Candidates([*own.names, NONE_OF_THESE], classes, names), [*prompts, ""])
 
 
 def from_csv(path: str | Path) -> PromptSet:

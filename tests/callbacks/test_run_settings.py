@@ -269,7 +269,9 @@ def table(files: Path) -> dict[type, Changes]:
             {"weights": published_weights(files), "family": "sit", "num_heads": 4},
             {"class_names": ["a", "b", "c"], "none_of_these": True},
         ),
-        ZeroShotStableDiffusion: Changes({"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd),
+        ZeroShotStableDiffusion: Changes(
+            {"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd | {"none_of_these": True}
+        ),
         LoraStableDiffusion: Changes(
             {"pretrained": MODEL, "class_names": WORDS}, zero_shot_sd | {"rank": 2, "targets": ["to_k"]}
         ),

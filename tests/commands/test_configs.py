@@ -6,13 +6,14 @@ from lightning_diffclf.commands import main
 from lightning_diffclf.commands.configs import CONFIGS, LAYER, find, summary
 
 NAMES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+OTHER = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*"))
 
 
 def test_all_are_listed_with_a_line_each(capsys):
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ")]
-    assert sorted(listed) == NAMES
+    assert sorted(listed) == sorted([*NAMES, *OTHER])
     assert {"dit_digits.yaml", "sd_digits.yaml"} <= set(listed[: listed.index("compile.yaml")])
     assert {"likelihood_ratio.yaml"} <= set(listed[listed.index("compile.yaml") :])
 
@@ -21,6 +22,11 @@ WITH_RUN_DIR = {  # layers that are networks
     *("clip.yaml", "dit_256.yaml", "dit_512.yaml", "timm.yaml"),
     *("sit_256.yaml", "repa_256.yaml", "lightningdit_256.yaml", "edm2_512.yaml"),
 }
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_others_say_what_they_are(name):
+    assert 20 < len(summary(CONFIGS / name).partition(". ")[0]) <= 130
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,6 +47,11 @@ def test_a_copy_is_the_file_and_comes_before_it(tmp_path, monkeypatch, capsys):
     assert find("dit_digits.yaml").resolve() == tmp_path / "dit_digits.yaml"
     main(["configs", "--copy", "sd_digits.yaml", "--out", "mine.yaml"])
     assert (tmp_path / "mine.yaml").is_file()
+    main(["configs", "--copy", "slurm/suite_array.sbatch"])
+    main(["configs", "--copy", "suites/digits.yaml", "--out", "suite.yaml"])
+    printed = capsys.readouterr().out
+    assert "suite_array.sbatch: edit it, then sbatch suite_array.sbatch" in printed
+    assert "suite.yaml: edit it, then diffclf suite suite.yaml" in printed
 
 
 @pytest.mark.parametrize(

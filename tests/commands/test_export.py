@@ -57,6 +57,12 @@ def checkpoint(tmp_path_factory, vae):
     return fit(tmp_path_factory.mktemp("run") / "last.ckpt", vae=vae, class_names=names)
 
 
+def test_published_weights_of_a_dit_are_written_too(checkpoint, tmp_path):
+    main(["export", f"--ckpt={checkpoint}", f"--out={tmp_path / 'one'}"])
+    main(["export", f"--ckpt={tmp_path / 'one'}", f"--out={tmp_path / 'two'}"])
+    assert_holds(tmp_path / "two", torch.load(checkpoint, weights_only=True)["state_dict"])
+
+
 def assert_holds(folder, weights):
     found = read_published(folder)
     assert {f"net.{name}" for name in found} == weights.keys()
@@ -108,7 +114,7 @@ def test_mistakes_are_told_in_one_line(checkpoint, vae, tmp_path):
     torch.save({"state_dict": {"weight": torch.ones(1)}}, tmp_path / "other.ckpt")
     assert "is of no ClassConditionalDiT" in error_of(["export", f"--ckpt={tmp_path / 'other.ckpt'}", out])
     torch.save({"weight": torch.ones(1)}, tmp_path / "weights.pt")
-    assert "has no 'state_dict'" in error_of(["export", f"--ckpt={tmp_path / 'weights.pt'}", out])
+    assert "has no weights of a DiT" in error_of(["export", f"--ckpt={tmp_path / 'weights.pt'}", out])
     pixels = fit(tmp_path / "pixels.ckpt", in_channels=1, latents=False)
     assert "works on pixels" in error_of(["export", f"--ckpt={pixels}", out])
     flow = fit(tmp_path / "flow.ckpt", schedule="sit", learn_sigma=False)

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lightning_diffclf import ClassConditionalDiT
+from lightning_diffclf import ClassConditionalDiT, PublishedNetwork
 from lightning_diffclf.commands import run
+from lightning_diffclf.commands.sample import labels_of
+from lightning_diffclf.data.public_sets import PUBLIC_SETS, PublicSet
 from lightning_diffclf.models.export import to_diffusers
 from lightning_diffclf.models.published import config_of
 from lightning_diffclf.modules.checkpoints import network_of
 from lightning_diffclf.modules.conditions import chosen_classes
+from lightning_diffclf.sampling import initial_noise
 from tests.conftest import GOLDEN
+from tests.models import published_twins as twins
 from tests.photos import autoencoder
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +131,55 @@ def test_processes_share_the_work(digits, tmp_path):
     both = {str(p.relative_to(tmp_path / "both")): p.read_bytes() for p in (tmp_path / "both").glob("*/*.png")}
     assert both == alone
     assert sum("12 images of 4 classes" in text for text in said) == 1
+
+
+def shown(folder, c, number=0):
+    return (
+        torch.from_numpy(np.array(Image.open(folder / f"{c:04d}" / f"{number:05d}.png"))).permute(2, 0, 1) / 127.5 - 1
+    )
+
+
+def test_a_lightning_dit_is_sampled_along_its_flow_and_decoded(tmp_path):
+    """Against the loop written out: velocities from noise at 0 to data at 1, guided away from the null label."""
+    w = twins.transformer(classes=3, side=4, rms=True, swiglu=True, rope=True)
+    save_file(w, tmp_path / "w.safetensors")
+    torch.save(twins.ldm(), tmp_path / "vae.pt")
+    how = {"ckpt": tmp_path / "w.safetensors", "vae": tmp_path / "vae.pt", "steps": 2, "per_class": 1, "classes": 1}
+    sample(tmp_path, guidance_scale=1.5, **how)
+    x, label, null = initial_noise((4, 4, 4), ["1/0"]), torch.tensor([1]), torch.tensor([3])
+    for t in (0.0, 0.5):
+        given, nothing = (twins.transformer_forward(w, x, torch.tensor([t]), y) for y in (label, null))
+        x = x + 0.5 * (nothing + 1.5 * (given - nothing))
+    own = PublishedNetwork(str(tmp_path / "w.safetensors"), vae=str(tmp_path / "vae.pt")).autoencoder
+    expected = twins.ldm_decoded(twins.ldm(), x / own.scaling + own.shift)[0].clamp(-1, 1)
+    np.testing.assert_allclose(shown(tmp_path / "out", 1), expected, atol=0.01)
+    with pytest.raises(ValueError, match=r"schedule: 'sit', but the family of .* has one of its own"):
+        sample(tmp_path, "sit", schedule="sit", **how)
+    with pytest.raises(ValueError, match=r"export: .* has weights of lightningdit, of which diffusers has no pipeline"):
+        run("export", [f"--ckpt={tmp_path / 'w.safetensors'}", f"--out={tmp_path / 'pipeline'}"])
+
+
+def test_an_edm2_is_sampled_by_eulers_method(tmp_path):
+    """Against equations 3 to 5 of Karras et al. 2022, on pixels."""
+    w = twins.edm2(classes=3, side=16, channels=3, widths=(64, 64))
+    save_file(w, tmp_path / "w.safetensors")
+    how = {"ckpt": tmp_path / "w.safetensors", "steps": 3, "per_class": 1, "classes": 2}
+    sample(tmp_path, guidance_scale=1.0, **how)
+    grid = [(80 ** (1 / 7) + i / 2 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(3)]
+    x = 80 * initial_noise((3, 16, 16), ["2/0"])
+    for now, after in zip(grid, [*grid[1:], 0.0], strict=True):
+        denoised = twins.edm2_denoised(w, x, torch.tensor([now]), torch.tensor([2]))
+        x = x + (after - now) * (x - denoised) / now
+    np.testing.assert_allclose(shown(tmp_path / "out", 2), x[0].clamp(-1, 1), atol=0.01)
+    with pytest.raises(ValueError, match=r"guidance_scale: 4\.0, but the network has no null label; expected 1"):
+        sample(tmp_path, "guided", **how)
+
+
+def test_labels_of_a_public_set(monkeypatch):
+    monkeypatch.setitem(PUBLIC_SETS, "pets", PublicSet(lambda root, get: root, lambda root: [f"{root} cat", "dog"]))
+    assert labels_of("@pets") == ["data cat", "dog"]
+    assert labels_of("@pets:there") == ["there cat", "dog"]
+    assert labels_of("a, b") == ["a", "b"]
 
 
 def test_a_grid(digits, tmp_path):

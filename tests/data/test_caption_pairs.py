@@ -74,6 +74,30 @@ def test_aro_crops_its_images(files):
     assert data.test[1]["candidates"] == [2, 3]
 
 
+def test_the_orders_of_words_have_four_wrong_captions(files, tmp_path):
+    """The right one is first; the same words again are no candidate of their own."""
+    options = ["a red cat sits", "a cat red sits", "sits a red cat", "red a cat sits", "a red sits cat"]
+    order = [{"image": "a.png", "caption_options": options}]
+    order.append({"image": "b.png", "caption_options": ["two dogs", "dogs two", "two dogs", "dogs two", "dogs two"]})
+    order.append({"image": "b.png", "caption_options": options[::-1]})
+    (files / "coco_order.json").write_text(json.dumps(order))
+    data = CaptionPairsDataModule(str(files / "coco_order.json"), str(files / "images"), num_workers=0)
+    module = ZeroShotCLIP(write_clip(tmp_path / "clip"))
+    rows, report = evaluate(tmp_path / "out", module, data)
+    assert module.prompt_set.prompts == [*options, "two dogs", "dogs two", *options[::-1]]
+    assert module.candidates.classes == (0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1)
+    assert [one.tolist() for one in map(np.array, rows["candidates_K"])] == [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11]]
+    right = {}
+    for item in (data.test[i] for i in range(3)):
+        logits = module.logits(item["image"][None])[0, item["candidates"]]
+        right[item["id"]] = int(logits.argmax()) == 0
+    assert dict(zip(rows["id"], (p == 0 for p in rows["prediction"]), strict=True)) == right
+    assert report["metrics"]["caption"] == report["metrics"]["accuracy"] == sum(right.values()) / 3
+    dropped = decided("coco_order/0", [2, 0, 1, 4, 3], [0.1, 0.5, np.nan, 0.4, 0.6], [5, 50, 50, 10, 50])
+    assert data.score([dropped])["caption"] == 1
+    assert data.score([decided("coco_order/0", [0, 1, 2], [0.5, 0.6, 0.4], [9, 9, 9])])["caption"] == 0
+
+
 def test_tags_and_limits(files):
     def ids(**how):
         data = CaptionPairsDataModule(str(files / "sugar"), str(files / "images"), **how)
@@ -116,8 +140,10 @@ def test_a_dropped_caption_is_worse_whatever_its_mean(files):
         ('[{"filename": "c.png", "caption": "a", "negative_caption": "b"}]', FileNotFoundError, "no image 'c.png'"),
         ('[{"filename": "../x.png", "caption": "a", "negative_caption": "b"}]', ValueError, "is not in the folder"),
         ('[{"filename": "/etc/passwd", "caption": "a", "negative_caption": "b"}]', ValueError, "is not in the folder"),
+        ('[{"image": "a.png", "caption_options": ["a", "a"]}]', ValueError, "no caption differs from the right one"),
+        ('[{"image": "a.png", "caption_options": 3}]', ValueError, "pair 0: TypeError"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_files_of_another_form(content, error, message, files):
     (files / "bad.json").write_text(content)

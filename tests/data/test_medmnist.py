@@ -1,9 +1,13 @@
 """Tiny files in the form of MedMNIST's."""
 
+import lightning as L
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_diffclf.baselines.clip import ZeroShotCLIP
+from lightning_diffclf.baselines.timm_classifier import TimmFromScratch
 from lightning_diffclf.data.medmnist import CLASSES, MedMNISTDataModule, MedMNISTImages
 from tests.baselines.evaluation import evaluate
 from tests.baselines.tiny_clip import write_clip
@@ -28,6 +32,11 @@ def test_a_file_says_it_all(name, shape, tmp_path):
     assert report["settings"]["class_names"] == list(CLASSES[name.partition("_")[0]])
     np.testing.assert_array_equal(np.asarray(data.source[3][0]), arrays["test_images"][3])
     assert MedMNISTImages(path, "val")[0][1] == 0
+    batch = next(iter(MedMNISTDataModule(path, size=28, batch_size=5, num_workers=0).train_dataloader()))
+    assert sorted(batch["id"]) == list(range(5))
+    if len(shape) == 2:  # as large as asked for: nothing is resized
+        first = torch.from_numpy(arrays["train_images"][0]).expand(3, -1, -1)
+        assert torch.equal(batch["image"][batch["id"].index(0)], first / 127.5 - 1)
 
 
 def test_names_of_other_files(tmp_path):
@@ -63,3 +72,14 @@ def test_files_that_are_damaged_or_missing(tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(ValueError, match="expected test_images and test_labels"):
         MedMNISTImages(tmp_path / "other.npz")
+
+
+def test_a_network_is_trained_whose_classes_have_names_of_their_own(tmp_path):
+    """Lightning refuses modules and data modules that log the same argument with different values."""
+    path, _ = write(tmp_path / "pneumoniamnist.npz", count=6)
+    data = MedMNISTDataModule(path, size=16, batch_size=6, eval_batch_size=3, num_workers=0)
+    module = TimmFromScratch("test_vit", input_size=16, num_classes=2, class_names=["well", "ill"], patch_size=8)
+    before = {name: value.clone() for name, value in module.net.state_dict().items()}
+    quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    L.Trainer(accelerator="cpu", max_steps=2, logger=CSVLogger(tmp_path), **quiet).fit(module, data)
+    assert any(not torch.equal(value, before[name]) for name, value in module.net.state_dict().items())

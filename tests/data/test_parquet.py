@@ -58,6 +58,14 @@ def test_images_labels_and_names_come_with_the_data(root, tmp_path):
     assert len(ParquetDataModule(str(root), per_class=1)._positions()) == 3
 
 
+def test_training_takes_the_split_for_it(root):
+    batch = next(iter(ParquetDataModule(str(root), size=8, batch_size=2, num_workers=0).train_dataloader()))
+    assert batch["label"].tolist() == [0, 0]  # the only one, in two passes
+    assert batch["image"].shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="is one file, expected a folder or repository with one for 'train' too"):
+        ParquetDataModule(str(root / "data/test-00000-of-00002.parquet"), size=8).train_dataloader()
+
+
 def test_rows_in_any_order_and_in_workers(root, monkeypatch):
     monkeypatch.setattr(parquet, "BATCH", 1)  # row groups have two rows
     source = ParquetImages(find_parquet(str(root), "test"))

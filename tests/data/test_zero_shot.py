@@ -8,7 +8,8 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision import datasets
 
-from lightning_diffclf.data.zero_shot import CATS, PUBLIC_SETS, ZeroShotDataModule
+from lightning_diffclf.data.public_sets import CATS, PUBLIC_SETS
+from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.modules.conditions import conditions
 
 
@@ -223,3 +224,29 @@ def test_the_size_is_the_modules_own_unless_given(tmp_path):
 def test_the_identity_has_the_size(size, said, tmp_path):
     data = ZeroShotDataModule(root=folder(tmp_path, ["a"]), size=size)
     assert data.identity()["size"] == said
+
+
+def test_training_images_are_those_of_the_set_prepared_as_its_test_images(tmp_path):
+    """ImageNet's are beside its validation set; an optimizer step is the same however it is divided."""
+    wordnet = ImageNetInfo().label_names()
+    folder(tmp_path / "train", wordnet[3:5], each=5)
+    root = folder(tmp_path / "val", wordnet[3:5], each=2)
+    data = module(root, name="imagenet", batch_size=5, flip=True)
+    assert (data.num_classes, data.image_shape) == (2, (3, 8, 8))
+    batches = iter(data.train_dataloader())
+    seen = [next(batches), next(batches)]
+    assert sorted(i for batch in seen for i in batch["id"]) == list(range(10))  # one pass
+    trained = module(str(tmp_path / "train"), name="imagenet").test
+    mirrored = 0
+    for batch in seen:
+        for image, label, i in zip(batch["image"], batch["label"], batch["id"], strict=True):
+            own = trained[i]["image"]
+            assert label == trained[i]["label"]
+            mirrored += not torch.equal(image, own)
+            assert torch.allclose(image, own, atol=1e-6) or torch.allclose(image, own.flip(-1), atol=0.02)
+    assert 0 < mirrored < 10
+    with pytest.raises(ValueError, match=r"ZeroShotDataModule has no training images of 'folder' in .*, or a set that"):
+        module(root).train_dataloader()
+    (tmp_path / "train" / wordnet[4]).rename(tmp_path / "train" / wordnet[5])
+    with pytest.raises(ValueError, match=r"data: training images of classes \['tiger shark', 'electric ray'\], but"):
+        data.train_dataloader()

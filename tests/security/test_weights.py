@@ -371,8 +371,19 @@ def pickled_clip(folder: Path, pickled) -> None:
     _ = ZeroShotCLIP(str(folder), class_names=["a", "b"]).model
 
 
+def pickled_open_clip(folder: Path, pickled) -> None:
+    pytest.importorskip("open_clip")
+    vision = {"image_size": 8, "patch_size": 4, "layers": 1, "width": 8, "head_width": 4}
+    text = {"context_length": 8, "vocab_size": 10, "width": 8, "heads": 2, "layers": 1}
+    folder.mkdir()
+    told = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}}
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    pickled(folder / "open_clip_pytorch_model.bin")
+    _ = ZeroShotCLIP(str(folder)).model
+
+
 @pytest.mark.parametrize("name", PICKLES)
-@pytest.mark.parametrize("load_one", [pickled_timm, pickled_clip])
+@pytest.mark.parametrize("load_one", [pickled_timm, pickled_clip, pickled_open_clip])
 def test_pickles_of_other_classifiers_run_nothing(load_one, name):
     with pytest.raises(UserError, match="evil"):
         load_one(Path("evil"), PICKLES[name])
