@@ -38,7 +38,10 @@ class Settings:
     def check_evaluation(self, what: str) -> None:
         """Raise ValueError unless the run is an evaluation; ``what`` names it."""
         if self.kind != EVALUATION:
-            raise UserError(f"run: {what} holds results of the kind {self.kind!r}, expected an evaluation")
+            raise UserError(
+                f"run: {what} holds results of the kind {self.kind!r}, expected an evaluation; what it came to is in its "
+                "metrics.json"
+            )
 
     @property
     def digest(self) -> str:
