@@ -1,4 +1,4 @@
-"""Does fine-tuning a text-to-image model on a labelled folder help it classify? python benchmarks/bench_adapters.py OUT.
+"""Does fine-tuning a text-to-image model on a labelled folder help? python benchmarks/bench_adapters.py OUT.
 
 The tiny model that comes with the package, and a folder of scenes of one digit each, with a folder for each class
 (zero, one, …), written to OUT. LoRA (`sd_lora.yaml`) and soft prompts for each class (`sd_soft_prompts.yaml`) are
