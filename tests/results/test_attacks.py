@@ -13,7 +13,7 @@ from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.predictions import to_table
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.statistics import wilson
-from lightning_diffclf.results.store import Store, claim, finish
+from lightning_diffclf.results.store import Store, claim, finish, merge
 from lightning_diffclf.results.stored import read_table, scan
 
 # label, decided by two seeds without attack, and with it
@@ -100,6 +100,9 @@ def test_runs_are_merged_and_say_what_they_come_to(run, tmp_path, capsys):
     found = read_json(tmp_path / "whole" / "metrics.json")
     assert found["metrics"] == attacks.numbers(scan(folder))
     assert found["settings"]["attack"] == {"eps": 0.1}
+    evaluation = claim(tmp_path / "evaluation", Settings({}))
+    with pytest.raises(UserError, match=r"^settings: .* of the kind 'evaluation', expected 'attack'$"):
+        merge([folder, evaluation], tmp_path / "mixed")
     untold = Settings(settings.identity)
     with pytest.raises(UserError, match=r"settings\.json of the kind 'attack' does not say 'title'"):
         trials.to_table(untold, found["metrics"])
