@@ -13,9 +13,10 @@ eight, which gives the error without a condition.
 
 `--separation 0.5` asks whether the separation loss helps: each network is trained on with it and, as the control, with
 the denoising loss alone, anew for each `--seed`, until it has seen `--rows` images in training, those that classes are
-compared for included: equal cost. Weights are averaged, kept in RUNS, and used again. The table has the AUROC of the
-digits left out by both and its paired difference, with DeLong's intervals; then, of each number, the mean difference
-over networks, with Student's interval, in which networks of one split count as a group.
+compared for included: equal cost; or with `--equal steps`, for as many optimizer steps, which cost the separation loss
+more. Weights are averaged, kept in RUNS, and used again. The table has the AUROC of the digits left out by both and its
+paired difference, with DeLong's intervals; then, of each number, the mean difference over networks, with Student's
+interval, in which networks of one split count as a group.
 """
 
 import argparse
@@ -85,9 +86,13 @@ def evaluate(
     return {name: Evaluation.read(folder / name) for name in names}
 
 
-def ask_separation(runs: Sequence[Path], weight: float, seeds: Sequence[int], rows: int, draws: int) -> None:
+def ask_separation(
+    runs: Sequence[Path], weight: float, seeds: Sequence[int], rows: int, draws: int, equal: str
+) -> None:
     """Print what the separation loss does to the AUROC of digits left out."""
-    print(f"separation {weight:g}, {rows} rows in batches of {BATCH}, rate {LR:g}; seeds {list(seeds)}\n")
+    print(
+        f"separation {weight:g}, {rows} rows in batches of {BATCH}, rate {LR:g}, equal {equal}; seeds {list(seeds)}\n"
+    )
     table("left out", "seed", "steps", "known right", "number", "AUROC, control", "AUROC, separation", "difference")
     differences: dict[str, list[float]] = {}
     splits = []
@@ -96,7 +101,8 @@ def ask_separation(runs: Sequence[Path], weight: float, seeds: Sequence[int], ro
             digits, found, steps, right = run.name.removeprefix("without_"), [], [], []
             for separation in (0.0, weight):
                 settings = {"separation": separation, "seed": seed, "lr": LR, "warmup_steps": 20, "decay": "none"}
-                steps.append(steps_of(settings, BATCH, rows, 10 - len(digits)))
+                costs = settings if equal == "rows" else settings | {"separation": weight}
+                steps.append(steps_of(costs, BATCH, rows, 10 - len(digits)))
                 data = DigitsDataModule(BATCH, left_out=list(map(int, digits)), seed=seed)
                 name = f"separation-{separation:g}-seed-{seed}-rows-{rows}"
                 module, _ = fitted(network(run, settings), data, steps[-1], seed, path_in(run, name))
@@ -132,11 +138,12 @@ def main() -> None:
     parser.add_argument("--separation", type=float, help="weight of the separation loss: ask what it changes")
     parser.add_argument("--seed", type=int, action="append", help="of that; may be repeated (default: 0)")
     parser.add_argument("--rows", type=int, default=30_000, help="of that")
+    parser.add_argument("--equal", choices=["rows", "steps"], default="rows", help="what both trainings have alike")
     args = parser.parse_args()
     runs = sorted(args.runs.glob("without_*"))
     print(f"{date.today()}, {args.draws} draws\n")
     if args.separation is not None:
-        ask_separation(runs, args.separation, args.seed or [0], args.rows, args.draws)
+        ask_separation(runs, args.separation, args.seed or [0], args.rows, args.draws, args.equal)
         return
     print("| left out | foreign | number | AUROC | FPR95 | AUPR |\n| --- | --- | --- | --- | --- | --- |", flush=True)
     for run in runs:
