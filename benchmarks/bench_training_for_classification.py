@@ -10,6 +10,10 @@ LikelihoodRatio(0.002), with its network calls), with Wilson's interval, each ne
 control's by McNemar's exact test (images that only it, and only the control, gets right); the denoising loss on the
 test images; and sample quality as in bench_training_for_search.py. `--validate` takes training images in place of the
 test images: to choose weights by.
+
+With several seeds, a second table puts them together: images that only one of the networks gets right, summed over the
+seeds, with McNemar's exact test as if all were independent; and as the same images come once for each seed, the mean
+difference of the accuracies with an interval and a t-test over images (`Clusters`: an image with all seeds is a group).
 """
 
 import argparse
@@ -27,7 +31,7 @@ from tasks import TASKS
 
 from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
 from lightning_diffclf.modules.objectives import Objectives
-from lightning_diffclf.results.statistics import mcnemar, wilson
+from lightning_diffclf.results.statistics import Clusters, mcnemar, wilson
 
 LR = 1e-3
 CONTROL = "shipped, then ordinary"
@@ -104,9 +108,9 @@ def main() -> None:
             quality = [f"{distance:.2f}", f"{share:.1%}"]
         p = "–"
         if control is not None:
-            pairs = zip(found, control, strict=True)
-            only = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in pairs]
-            p = ", ".join(f"{mcnemar(*counts):.2g} ({counts[0]} : {counts[1]})" for counts in only)
+            differences = np.stack(found).astype(int) - np.stack(control)
+            p = ", ".join(map(disputed, differences))
+            pooled.setdefault(name, []).append(differences)
         row(
             name,
             "–" if name == "shipped" else seed,
@@ -120,12 +124,25 @@ def main() -> None:
         )
         return found
 
-    names = args.variant or list(VARIANTS)
+    names, pooled = args.variant or list(VARIANTS), dict[str, list[np.ndarray]]()
     for seed in args.seed or [0]:
         control = None
         for name in [CONTROL, *names] if CONTROL not in names and len(names) > 1 else names:
             found = of_variant(name, seed, control)
             control = found if name == CONTROL else control
+    table("network", "seeds", "draws", "McNemar p, all independent", "difference, by image", "p, by image")
+    for name, of_seeds in pooled.items():
+        for column, one in zip([*every, *rules], np.stack(of_seeds, 1), strict=True):
+            means = Clusters.of(one.mean(0))
+            low, high = means.interval()[1:]
+            about = f"{means.mean:+.1%} ({low:+.1%} – {high:+.1%})"
+            row(name, len(of_seeds), column, disputed(one), about, f"{means.p_value:.2g}")
+
+
+def disputed(differences: np.ndarray) -> str:
+    """McNemar's p of differences -1, 0 and 1, with the images that only the one and only the other gets right."""
+    counts = int((differences > 0).sum()), int((differences < 0).sum())
+    return f"{mcnemar(*counts):.2g} ({counts[0]} : {counts[1]})"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ The third one, if both networks are asked for, is about the small one as Cascade
 import argparse
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,18 @@ def trained(
         module.load_state_dict(load_file(DATA / f"{task}.safetensors"))
         if variant == "shipped":
             return module.eval(), 0.0
-    folder.mkdir(parents=True, exist_ok=True)
-    ema, start = EMA(EMA_DECAY), time.process_time()
+    name = variant.replace(", ", "-").replace(" ", "_")
+    data = TASKS[task].data(batch_size=batch, seed=seed)
+    return fitted(module, data, steps, seed, lambda step: folder / f"{name}-{step}-{batch}-{seed}.safetensors")
 
-    def path_of(step: int) -> Path:
-        return folder / f"{variant.replace(', ', '-').replace(' ', '_')}-{step}-{batch}-{seed}.safetensors"
+
+def fitted(
+    module: ClassConditionalDiT, data: L.LightningDataModule, steps: int, seed: int, path_of: Callable[[int], Path]
+) -> tuple[ClassConditionalDiT, float]:
+    """A network with averaged weights, and the CPU seconds of its training; from ``path_of(steps)`` if it is there."""
+    path = path_of(steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ema, start = EMA(EMA_DECAY), time.process_time()
 
     class Keep(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -95,7 +102,6 @@ def trained(
                 spent = torch.tensor(time.process_time() - start)
                 save_file(module.state_dict() | average | {"seconds": spent}, path_of(trainer.global_step))
 
-    path = path_of(steps)
     if path.is_file():
         weights = load_file(path)
         seconds = float(weights.pop("seconds"))
@@ -111,8 +117,8 @@ def trained(
         limit_val_batches=0,
         callbacks=[ema, Keep()],
     )
-    trainer.fit(module, TASKS[task].data(batch_size=batch, seed=seed))
-    return trained(variant, steps, batch, seed, folder, task, settings)
+    trainer.fit(module, data)
+    return fitted(module, data, steps, seed, path_of)
 
 
 def validation_loss(module: ClassConditionalDiT) -> float:

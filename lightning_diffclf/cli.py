@@ -32,6 +32,7 @@ from lightning_diffclf.callbacks.network_summary import NetworkSummary
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
+from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.callbacks.training_plan import plan_training
 from lightning_diffclf.commands import evaluate, main, telling
 from lightning_diffclf.commands.configs import EXTENDS, NamedConfig, find, is_file_name, layers
@@ -332,7 +333,8 @@ def test_arguments(given: Namespace, folder: str, own: Sequence[str]) -> list[st
     ckpt = None if given.ckpt is None else str(local_file(given.ckpt))
     configs = given.config or [evaluation_config(str(ckpt), given.trust_checkpoint)]  # --config or --ckpt is there
     run_dir = Path(given.run_dir) if given.run_dir else default_run_dir(ckpt, configs)
-    out = given.out or f"{run_dir / folder}"
+    part = "-{}of{}".format(*parse_part(given.part)) if given.part else ""
+    out = given.out or f"{run_dir / (folder + part)}"
     return [
         "test",
         *[f"--config={config}" for config in configs],
@@ -340,6 +342,7 @@ def test_arguments(given: Namespace, folder: str, own: Sequence[str]) -> list[st
         *([] if given.out else ["--classifier.next_free=true"]),
         "--verbose=false",
         f"--run_dir={given.run_dir or Path(out).parent}",
+        *([f"--classifier.part={given.part}"] if given.part else []),
         *own,
         *(["--untrained"] if given.untrained else []),
         *([f"--ckpt_path={ckpt}"] if ckpt else []),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_diffclf.callbacks.trial import DRAWS, Group, calls_of
@@ -204,12 +202,7 @@ class AttackTrial:
         """Whether an image is robust."""
         return bool((row.clean_S == row.label).all() and (row.attacked_S == row.label).all())
 
-    def numbers(self, tables: Iterable[pa.Table]) -> dict[str, Any]:
-        """See :class:`~.trial.Trial`."""
-        return dict(attacks.numbers(tables))
-
-    def to_table(self, numbers: Mapping[str, Any], classifier: Classifier) -> Table:
+    def summary(self, classifier: Classifier) -> dict[str, Any]:
         """See :class:`~.trial.Trial`."""
         draws = None if isinstance(classifier, DiscriminativeClassifier) else self.draws or DRAWS
-        about = attacks.described(self.identity() | {"draws": draws})
-        return attacks.to_table(dict(numbers), about, calls_of(classifier))
+        return {"title": attacks.described(self.identity() | {"draws": draws}), "calls": calls_of(classifier)}

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import pyarrow as pa
-from rich.table import Table
 
 from lightning_diffclf.callbacks.trial import Group, calls_of
 from lightning_diffclf.classifier import DiscriminativeClassifier
@@ -102,19 +99,15 @@ class CertificationTrial:
         """Whether an image has the right answer."""
         return bool(row.prediction == row.label)
 
-    def numbers(self, tables: Iterable[pa.Table]) -> dict[str, Any]:
-        """See :class:`~.trial.Trial`."""
-        most = largest_radius(self.sigma, self.n, self.alpha)
-        return certificates.numbers(tables, [radius for radius in self.radii if radius <= most])
-
-    def to_table(self, numbers: Mapping[str, Any], classifier: Classifier) -> Table:
+    def summary(self, classifier: Classifier) -> dict[str, Any]:
         """See :class:`~.trial.Trial`."""
         calls = calls_of(classifier)
         if not isinstance(classifier, DiscriminativeClassifier):
             calls += len(classifier.candidates)  # of the step that takes the noise away
         draws = "" if isinstance(classifier, DiscriminativeClassifier) else f", {classifier.draws.count} fixed draws"
-        about = (
+        title = (
             f"certified by smoothing: l2 of images in [0, 1], sigma {self.sigma:g}, n {self.n:,}, alpha "
             f"{self.alpha:g}{draws}, {(self.n0 + self.n) * calls:,} network calls an image"
         )
-        return certificates.to_table(dict(numbers), about)
+        most = largest_radius(self.sigma, self.n, self.alpha)
+        return {"title": title, "radii": [radius for radius in self.radii if radius <= most]}

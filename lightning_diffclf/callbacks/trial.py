@@ -7,32 +7,30 @@ store are those of evaluations. What is tried is in :mod:`~.attack` and :mod:`~.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import lightning as L
-import pyarrow as pa
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.run_settings import data_identity, data_module, made_by, module_identity
 from lightning_diffclf.callbacks.run_writer import claimed
-from lightning_diffclf.callbacks.sharding import images_on_this_rank, the_loader
+from lightning_diffclf.callbacks.sharding import images_on_this_rank, in_part, parse_part, the_loader
 from lightning_diffclf.classifier import DiffusionClassifier, DiscriminativeClassifier, Recipe
 from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.discriminative import Discriminative
 from lightning_diffclf.errors import FailedWrite, UserError, WrongType, check_at_least
-from lightning_diffclf.files import FolderLock, write_json
+from lightning_diffclf.files import FolderLock
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import Store, finish
-from lightning_diffclf.results.stored import Stored
+from lightning_diffclf.results.trials import to_table, write_metrics
 
 DRAWS = 10  # of a denoiser that is tried, where nobody says how many: each costs as much as an evaluation by one
 
@@ -107,12 +105,8 @@ class Trial(Protocol):
         """Whether a row counts for the classifier, for the progress bar."""
         ...
 
-    def numbers(self, tables: Iterable[pa.Table]) -> dict[str, Any]:
-        """What stored rows come to."""
-        ...
-
-    def to_table(self, numbers: Mapping[str, Any], classifier: Classifier) -> Table:
-        """The numbers for the terminal."""
+    def summary(self, classifier: Classifier) -> dict[str, Any]:
+        """What tables of the numbers say besides: read by :mod:`~lightning_diffclf.results.trials`."""
         ...
 
 
@@ -128,6 +122,8 @@ class TrialCallback(L.Callback):
         output_dir: The folder.
         microbatch: Rows (image, candidate, draw) of one network call. Does not change results.
         limit: Only the first images, over all ranks; all if omitted.
+        part: ``i/n``: only the i-th of n parts of these, 1 … n, in a folder of its own; by the ids of images, or where
+            groups are tried as a whole, every n-th group.
         next_free: Where the folder holds other results, use the next free of ``…-2``, ``…-3``.
 
     Attributes:
@@ -146,11 +142,13 @@ class TrialCallback(L.Callback):
         *,
         microbatch: int = 256,
         limit: int | None = None,
+        part: str | None = None,
         next_free: bool = False,
     ) -> None:
         check_at_least(1, microbatch=microbatch, limit=limit)
         self.trial, self.recipe, self.output_dir = trial, recipe, output_dir
         self.microbatch, self.limit, self.next_free = microbatch, limit, next_free
+        self.part, self._part = part, None if part is None else parse_part(part)
         self.metrics: dict[str, Any] = {}
         self._lock: FolderLock | None = None
         self._store: Store | None = None
@@ -183,16 +181,16 @@ class TrialCallback(L.Callback):
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loader = the_loader(trainer, self.trial.kind)
         self._left = images_on_this_rank(loader, trainer.global_rank, trainer.world_size, self.limit)
-        settings = self._settings(trainer, pl_module, loader)
-        self.folder, self._lock = claimed(trainer, Path(self.output_dir), settings, self.next_free)
-        self._store = Store(self.folder, settings, trainer.global_rank)
+        self.settings = self._settings(trainer, pl_module, loader)
+        self.folder, self._lock = claimed(trainer, Path(self.output_dir), self.settings, self.next_free)
+        self._store = Store(self.folder, self.settings, trainer.global_rank)
         trainer.strategy.barrier("store")  # nobody writes before all have read
         if self._store.finished and trainer.is_global_zero:
             print(f"resuming {self.folder}: {len(self._store.finished)} images are finished")
         self._trained = [one for one in pl_module.parameters() if one.requires_grad]
         for weight in self._trained:  # whose gradients nobody wants
             weight.requires_grad_(False)
-        self._done = self._good = 0
+        self._done = self._good = self._groups = 0
         if self._bar(trainer) is not None:
             self._bar(trainer).start_images(self._left, self.trial.doing)
 
@@ -210,7 +208,12 @@ class TrialCallback(L.Callback):
         }
         if trial.whole_groups:
             identity["groups"] = [trial.together, getattr(loader, "batch_size", None), trainer.world_size]
-        info = made_by(trainer) | {"microbatch": self.microbatch, "class_names": list(c.candidates.class_names)}
+        info = made_by(trainer) | {
+            "part": self.part,
+            "microbatch": self.microbatch,
+            "class_names": list(c.candidates.class_names),
+            "summary": trial.summary(c),
+        }
         return Settings(trainer.strategy.broadcast(identity), info)
 
     def _bar(self, trainer: L.Trainer) -> Any:
@@ -257,7 +260,8 @@ class TrialCallback(L.Callback):
     def _try(self, trainer: L.Trainer, group: Group) -> None:
         store, trial, bar = self._store, self.trial, self._bar(trainer)
         assert store is not None
-        due = [i for i, image_id in enumerate(group.ids) if str(image_id) not in store.finished]
+        ours = self._in_part(group.ids)
+        due = [i for i, image_id in enumerate(group.ids) if ours[i] and str(image_id) not in store.finished]
         if bar is not None:
             bar.skip_images(len(group.ids) - len(due))
         if not due:
@@ -273,6 +277,16 @@ class TrialCallback(L.Callback):
                         bar.show_images(self._done, f"{trial.doing}, {self._good / self._done:.1%} right")
         store.flush()
 
+    def _in_part(self, ids: list[int | str]) -> list[bool]:
+        """Which images of the next group are in this run's part."""
+        self._groups += 1
+        if self._part is None:
+            return [True] * len(ids)
+        number, count = self._part
+        if self.trial.whole_groups:  # as they are in a run of all images
+            return [self._groups % count == number % count] * len(ids)
+        return [in_part(image_id, number, count) for image_id in ids]
+
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         store = self._store
         assert store is not None
@@ -281,10 +295,8 @@ class TrialCallback(L.Callback):
         if self._bar(trainer) is not None:
             self._bar(trainer).stop_images()
         if trainer.is_global_zero:
-            finish(self.folder, store.settings)
-            self.metrics = self.trial.numbers(Stored(self.folder, store.settings))
-            described = store.settings.identity | store.settings.info
-            write_json({"metrics": self.metrics, "settings": described}, self.folder / "metrics.json", 2, "results")
+            finish(self.folder, self.settings)
+            self.metrics = write_metrics(self.folder, self.settings)
         self._close()
 
     def _close(self) -> None:
@@ -297,7 +309,7 @@ class TrialCallback(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.metrics:
             console = Console(soft_wrap=True)
-            console.print(self.trial.to_table(self.metrics, self.classifier))  # the bar has left the terminal
+            console.print(to_table(self.settings, self.metrics))  # the bar has left the terminal
             console.print(f"results in {self.folder}", markup=False, highlight=False)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -83,7 +83,7 @@ class APGD:
         Raises:
             ValueError: if ``images`` are not in [0, 1], there are fewer than two classes, or no gradient arrives.
         """
-        check_pixels(images)
+        check_unit_range(images)
         ids = range(len(images)) if ids is None else ids
         found = self._climb(network, images, images, label_B)
         for restart in range(1, self.restarts):
@@ -183,7 +183,7 @@ def auto_attack(
             than four classes, or the package is missing.
     """
     check_eps(eps, norm)
-    check_pixels(images)
+    check_unit_range(images)
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
@@ -233,7 +233,7 @@ def loss_and_gradient(network: nn.Module, images: Tensor, label_B: Tensor, calls
     return torch.stack(losses).mean(0), torch.stack(gradients).mean(0)
 
 
-def check_pixels(images: Tensor) -> None:
+def check_unit_range(images: Tensor) -> None:
     """Raise ValueError unless images are in [0, 1], the unit of all distances here."""
     low, high = (float(end) for end in images.aminmax())
     if not (low >= 0 and high <= 1):

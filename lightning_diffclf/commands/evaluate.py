@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from jsonargparse import Namespace
 
-from lightning_diffclf.callbacks.sharding import parse_part
 from lightning_diffclf.cli import DiffClfCLI, test_arguments
 
 
 def evaluate_command(given: Namespace) -> None:
     """``diffclf evaluate``: ``test`` of a checkpoint, by default with the settings that it was trained with."""
-    part = f"-{parse_part(given.part)[0]}of{parse_part(given.part)[1]}" if given.part else ""
     kept = {None: [], True: ["errors"], "distances": ["errors", "distances"]}[given.keep_errors]
     own = [
         *[f"--classifier.keep_{what}=true" for what in kept],
         *(["--classifier.plan=true"] if given.plan else []),
-        *([f"--classifier.part={given.part}"] if given.part else []),
     ]
-    DiffClfCLI(test_arguments(given, f"evaluation{part}", own))
+    DiffClfCLI(test_arguments(given, "evaluation", own))
 
 
 class _Parses(DiffClfCLI):

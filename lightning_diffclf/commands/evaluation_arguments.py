@@ -24,11 +24,6 @@ def evaluate(args: Sequence[str]) -> Namespace:
         "evaluation",
     )
     own.add_argument(
-        "--part",
-        metavar="I/N",
-        help="classify only the I-th of N parts of the images, as the jobs of an array do; `diffclf merge` joins them",
-    )
-    own.add_argument(
         "--keep-errors",
         nargs="?",
         const=True,
@@ -127,6 +122,11 @@ def _parser(name: str, description: str, folder: str) -> argparse.ArgumentParser
     own.add_argument("--run_dir", help="folder of the run (default: the checkpoint's, or what --config says)")
     own.add_argument("--out", help=f"folder for the results (default: `{folder}` in the folder of the run)")
     own.add_argument("--untrained", action="store_true", help="take a network without --ckpt, as it was made")
+    own.add_argument(
+        "--part",
+        metavar="I/N",
+        help="only the I-th of N parts of the images, as the jobs of an array do; `diffclf merge` joins them",
+    )
     own.add_argument(
         "--trust-checkpoint",
         action="store_true",

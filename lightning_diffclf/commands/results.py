@@ -12,23 +12,30 @@ from rich.table import Table
 
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import write_json
+from lightning_diffclf.results import trials
 from lightning_diffclf.results.compare import compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.headline import details
 from lightning_diffclf.results.leaderboard import COLUMNS, Board, board, cells, names_of, write_leaderboard
 from lightning_diffclf.results.report import write_report
+from lightning_diffclf.results.settings import EVALUATION, Settings
 from lightning_diffclf.results.store import merge
 
 
 def merge_command(given: Namespace) -> None:
     """``diffclf merge``: several folders become one."""
     merge([Path(run) for run in given.runs], Path(given.out))
+    settings, console = Settings.read(Path(given.out)), Console(soft_wrap=True)
+    if settings.kind != EVALUATION:
+        console.print(trials.to_table(settings, trials.write_metrics(Path(given.out), settings)))
+        console.print(f"merged into {given.out}", markup=False, highlight=False)
+        return
     run = Evaluation.read(given.out)
     table = Table(title=escape(f"merged into {given.out}"), show_header=False)
     for name, value, note in details(run):
         table.add_row(name, value, note)
-    Console(soft_wrap=True).print(table)
+    console.print(table)
 
 
 def compare_command(given: Namespace) -> None:

@@ -14,7 +14,7 @@ from lightning_diffclf.callbacks.trial import Trial, TrialCallback
 from lightning_diffclf.cli import DiffClfCLI, test_arguments
 from lightning_diffclf.errors import UserError, check_at_least
 
-OF_EVALUATIONS = ("plan", "part", "corruption", "keep_errors", "calibration")
+OF_EVALUATIONS = ("plan", "corruption", "keep_errors", "calibration")
 """Options of the classifier that nothing else takes over."""
 
 
@@ -45,6 +45,7 @@ class TrialCLI(DiffClfCLI):
                     one.output_dir,
                     microbatch=one.microbatch,
                     limit=self._limit,
+                    part=one.part,
                     next_free=one.next_free,
                 )
         return trainer

@@ -68,21 +68,23 @@ def numbers(tables: Iterable[pa.Table], confidence: float = 0.95) -> dict[str, f
     attack: the worst of the seeds.
 
     Args:
-        tables: Records of at least one image, in parts.
+        tables: Records, in parts.
         confidence: Of the intervals of shares (Wilson 1927).
 
     Returns:
-        Numbers by name: those of metrics.json.
+        Numbers by name: those of metrics.json; only ``images`` where there are none.
     """
     right: list[np.ndarray] = []
     robust: list[np.ndarray] = []
     others: list[np.ndarray] = []
-    for table in tables:
+    for table in filter(len, tables):
         label_B = table["label"].to_numpy()[:, None]
         clean_BS, attacked_BS = (np.array(table[name].to_pylist()) == label_B for name in ("clean_S", "attacked_S"))
         right.append(clean_BS)
         robust.append(clean_BS & attacked_BS)
         others.append(np.stack([table[name].to_numpy() for name in ("distance", "queries", "seconds")], 1))
+    if not right:
+        return {"images": 0}
     right_BS, robust_BS = np.concatenate(right), np.concatenate(robust)
     distance_B, queries_B, seconds_B = np.concatenate(others).T
     images, fooled_B = len(right_BS), right_BS.all(1) & ~robust_BS.all(1)

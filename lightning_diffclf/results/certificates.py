@@ -54,19 +54,22 @@ def numbers(tables: Iterable[pa.Table], radii: Sequence[float], confidence: floa
     """Certified accuracy: the share of images with the right answer, and a radius of at least r.
 
     Args:
-        tables: Records of at least one image, in parts.
+        tables: Records, in parts.
         radii: The r to say it for, in units of images in [0, 1].
         confidence: Of the intervals (Wilson 1927), over images; that a certificate holds is not part of it.
 
     Returns:
-        Numbers by name: those of metrics.json. ``certified`` has a row for each radius.
+        Numbers by name: those of metrics.json. ``certified`` has a row for each radius. Only ``images`` where there are
+        none.
     """
     parts: list[np.ndarray] = []
-    for table in tables:
+    for table in filter(len, tables):
         answers = table["prediction"].to_pylist()
         right_B = np.array([one == label for one, label in zip(answers, table["label"].to_pylist(), strict=True)])
         answered_B = np.array([one is not None for one in answers])
         parts.append(np.stack([right_B, answered_B, table["radius"].to_numpy(), table["seconds"].to_numpy()], 1))
+    if not parts:
+        return {"images": 0}
     right_B, answered_B, radius_B, seconds_B = np.concatenate(parts).T
     images, rows = len(right_B), []
     for radius in radii:

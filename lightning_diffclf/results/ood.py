@@ -149,14 +149,24 @@ def auroc(known_B: np.ndarray, foreign_B: np.ndarray) -> Interval:
     images (Clopper-Pearson).
     """
     m, n = len(foreign_B), len(known_B)
-    ranks = rankdata(np.concatenate([foreign_B, known_B]))
-    above_m = (ranks[:m] - rankdata(foreign_B)) / n  # share of the known ones that each foreign one exceeds
-    below_n = 1 - (ranks[m:] - rankdata(known_B)) / m
+    above_m, below_n = placements(known_B, foreign_B)
     value, least = float(above_m.mean()), 0.025 ** (1 / min(m, n))
     if value in (0.0, 1.0):
         return Interval(value, least if value else 0.0, 1.0 if value else 1 - least)
     half = float(ndtri(0.975)) * math.sqrt(_variance(above_m) / m + _variance(below_n) / n)
     return Interval(value, max(0.0, value - half), min(1.0, value + half))
+
+
+def placements(known_B: np.ndarray, foreign_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What DeLong's interval is made of: both have the AUROC as their mean; their variances add up.
+
+    Returns:
+        above: Share of the known images that each foreign one exceeds, ties half.
+        below: Share of the foreign images that exceed each known one.
+    """
+    m, n = len(foreign_B), len(known_B)
+    ranks = rankdata(np.concatenate([foreign_B, known_B]))
+    return (ranks[:m] - rankdata(foreign_B)) / n, 1 - (ranks[m:] - rankdata(known_B)) / m
 
 
 def _variance(values: np.ndarray) -> float:
@@ -202,6 +212,14 @@ def compare_with_foreign(
     Raises:
         ValueError: if the runs are not by the same network and recipe, or there is no such candidate.
     """
+    ours, theirs = numbers_of(known, foreign, unconditional)
+    return {name: detect(ours[name], theirs[name]) for name in ours}
+
+
+def numbers_of(
+    known: Evaluation, foreign: Evaluation, unconditional: str | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Each number of all images (B,) of ``known`` and of ``foreign``; see :func:`compare_with_foreign`."""
     check_same_classifier(known.settings, foreign.settings.identity, f"the run of known images {str(known.path)!r}")
     names, null = known.settings.info["candidate_names"], None
     if unconditional is not None:
@@ -217,7 +235,7 @@ def compare_with_foreign(
     if len(stored) == 2 and all(one.info.elimination == repr(Exhaustive()) and not one.info.budget for one in stored):
         levels = [Levels(one, null) for one in stored]
         ours["timesteps"], theirs["timesteps"] = (one.distances(levels[0]) for one in levels)
-    return {name: detect(ours[name], theirs[name]) for name in ours}
+    return ours, theirs
 
 
 def to_dict(found: dict[str, Detection]) -> dict[str, Any]:

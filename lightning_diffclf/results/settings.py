@@ -38,7 +38,10 @@ class Settings:
     def check_evaluation(self, what: str) -> None:
         """Raise ValueError unless the run is an evaluation; ``what`` names it."""
         if self.kind != EVALUATION:
-            raise UserError(f"run: {what} holds results of the kind {self.kind!r}, expected an evaluation")
+            raise UserError(
+                f"run: {what} holds results of the kind {self.kind!r}, expected an evaluation; what it came to is in "
+                "its metrics.json"
+            )
 
     @property
     def digest(self) -> str:
@@ -76,6 +79,8 @@ class Settings:
 
     def check_same(self, other: Settings, what: str) -> None:
         """Raise ValueError, naming all differences, unless ``other`` has the same identity."""
+        if other.kind != self.kind:
+            raise UserError(f"settings: {what} holds results of the kind {other.kind!r}, expected {self.kind!r}")
         different = list(differences(other.identity, self.identity))
         if different:
             raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")

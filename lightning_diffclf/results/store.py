@@ -265,12 +265,11 @@ def merge(runs: Sequence[Path], out: Path) -> int:
     """
     runs, out = [run.resolve() for run in runs], out.resolve()
     settings = Settings.read(runs[0])
-    settings.check_evaluation(repr(str(runs[0])))
     for run in runs[1:]:
         settings.check_same(Settings.read(run), f"the run in {str(run)!r}")
     if not any(_has_images(run) for run in runs):
         raise UserError(f"merge: no image in {', '.join(map(str, runs))}")
-    place = claim(out, settings)
+    place = claim(out, Settings(settings.identity, settings.info | {"part": None}))
     with FolderLock(place):
         clean(place)
         for _ in attempts():

@@ -18,7 +18,10 @@ from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.classifier.attack import APGD, margin_loss
 from lightning_diffclf.classifier.smoothing import Denoised, certify
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.results.settings import Settings
+from lightning_diffclf.results.store import merge
 from lightning_diffclf.results.stored import read_table
+from lightning_diffclf.results.trials import to_table, write_metrics
 from tests.gaussians import CLASSES, SHAPE, Gaussians, Samples
 
 COUNT = 11
@@ -210,6 +213,32 @@ def test_certificates_are_those_of_the_method(tmp_path):
     assert [row["radius"] for row in report["metrics"]["certified"]] == [0.0, 0.1, 0.25]  # 0.27 at most
     planes, _ = tried(tmp_path / "c", CertificationTrial(0.1, n0=5, n=20), Planes(), Four())
     assert set(planes["prediction"]) <= {None, 2, 4}
+
+
+@pytest.mark.parametrize(("kind", "together"), [("attack", 2), ("attack", 3), ("certification", 4)])
+def test_parts_are_joined_to_what_one_run_finds(kind, together, tmp_path):
+    """Groups stay as they are, so that not even rounding differs; a part may have no image."""
+    if kind == "attack":
+        trial = AttackTrial(0.05, steps=2, draws=1, batch_size=together)
+    else:
+        trial = CertificationTrial(0.25, n0=3, n=9, alpha=0.1, draws=1, batch_size=together)
+    whole, report = tried(tmp_path / "whole", trial, batch_size=4)
+    parts = [tmp_path / str(number) for number in range(1, 9)]
+    found = [tried(out, trial, batch_size=4, part=f"{out.name}/8") for out in parts]
+    sizes = [len(rows["id"]) for rows, _ in found]
+    assert sum(sizes) == COUNT
+    assert 0 in sizes
+    assert found[sizes.index(0)][1]["metrics"] == {"images": 0}
+    assert merge(parts, tmp_path / "joined") == COUNT
+    joined = read_table(tmp_path / "joined").to_pydict()
+    assert {name: joined[name] for name in joined if name != "seconds"} == {
+        name: whole[name] for name in whole if name != "seconds"
+    }
+    settings = Settings.read(tmp_path / "joined")
+    metrics = write_metrics(tmp_path / "joined", settings)
+    assert metrics | {"seconds": 0} == report["metrics"] | {"seconds": 0}
+    assert settings.info["part"] is None
+    assert to_table(settings, metrics).title == to_table(settings, {"images": 0}).title.removesuffix(": no image")
 
 
 class Four(Pixels):

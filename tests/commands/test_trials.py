@@ -71,11 +71,25 @@ def test_a_network_without_weights_is_refused(tmp_path):
         cli.main(["attack", "--config=dit_digits.yaml", f"--run_dir={tmp_path}", *CPU])
 
 
-@pytest.mark.parametrize("flag", ["--plan", "--classifier.part=1/2", "--classifier.corruption=gaussian_noise/3"])
+@pytest.mark.parametrize("flag", ["--plan", "--classifier.corruption=gaussian_noise/3"])
 def test_what_only_evaluations_do_is_refused(flag, runs):
     name = flag.strip("-").rpartition(".")[2].partition("=")[0]
     with pytest.raises(SystemExit, match=rf"^error: classifier\.{name}: .* is of evaluations, expected none here"):
         cli.main(["attack", "--ckpt", str(runs / "timm_digits" / "checkpoints" / "last.ckpt"), flag, *CPU])
+
+
+def test_jobs_take_parts_that_are_merged(runs, tmp_path, capsys):
+    ckpt = str(runs / "timm_digits" / "checkpoints" / "last.ckpt")
+    command = ["attack", "--ckpt", ckpt, "--steps=1", "--limit=5", "--batch_size=2", "--eps=0.1", *CPU]
+    for number in (1, 2):
+        cli.main([*command, f"--part={number}/2"])
+    parts = [runs / "timm_digits" / f"attack-{number}of2" for number in (1, 2)]
+    assert [read_table(part).num_rows for part in parts] == [3, 2]  # groups of 2, 2 and 1
+    cli.main(["merge", *map(str, parts), "--out", str(tmp_path / "all")])
+    assert "right under attack" in capsys.readouterr().out.partition("merged into")[0].rpartition("results in")[2]
+    assert json.loads((tmp_path / "all" / "metrics.json").read_text())["metrics"]["images"] == 5
+    with pytest.raises(SystemExit, match=r"^error: .*part: '3/2', expected i/n"):
+        cli.main([*command, "--part=3/2"])
 
 
 def test_numbers_may_be_fractions(capsys):

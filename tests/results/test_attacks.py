@@ -2,8 +2,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_diffclf.commands import main
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results import attacks, certificates
+from lightning_diffclf.files import read_json
+from lightning_diffclf.results import attacks, certificates, trials
 from lightning_diffclf.results.attacks import AttackedImage
 from lightning_diffclf.results.certificates import CertifiedImage
 from lightning_diffclf.results.conformal import CalibrationRun
@@ -60,7 +62,7 @@ def test_certified_accuracy_is_of_right_answers_with_that_radius():
 @pytest.fixture
 def run(tmp_path):
     """An attack that was killed after three images, and gone on with."""
-    settings = Settings({"kind": "attack", "attack": {"eps": 0.1}})
+    settings = Settings({"kind": "attack", "attack": {"eps": 0.1}}, {"summary": {"title": "an attack", "calls": 40}})
     folder = claim(tmp_path / "run", settings)
     store = Store(folder, settings, flush_every=1)
     for number in (4, 1, 0):
@@ -89,13 +91,29 @@ def test_rows_are_stored_as_those_of_evaluations(run):
         read_table(folder)
 
 
+def test_runs_are_merged_and_say_what_they_come_to(run, tmp_path, capsys):
+    folder, settings = run
+    main(["merge", str(folder), "--out", str(tmp_path / "whole")])
+    printed = capsys.readouterr().out
+    assert "an attack" in printed
+    assert "7.0 an image, of 40 network calls each" in printed
+    found = read_json(tmp_path / "whole" / "metrics.json")
+    assert found["metrics"] == attacks.numbers(scan(folder))
+    assert found["settings"]["attack"] == {"eps": 0.1}
+    evaluation = claim(tmp_path / "evaluation", Settings({}))
+    with pytest.raises(UserError, match=r"^settings: .* of the kind 'evaluation', expected 'attack'$"):
+        merge([folder, evaluation], tmp_path / "mixed")
+    untold = Settings(settings.identity)
+    with pytest.raises(UserError, match=r"settings\.json of the kind 'attack' does not say 'title'"):
+        trials.to_table(untold, found["metrics"])
+
+
 def test_other_settings_and_other_readers_are_refused(run, tmp_path):
     folder, _ = run
     with pytest.raises(UserError, match=r"attack.eps: 0.1 there, 0.2 here\); give another folder"):
         claim(folder, Settings({"kind": "attack", "attack": {"eps": 0.2}}))
     for read in (
         lambda: Evaluation.read(folder),
-        lambda: merge([folder], tmp_path / "whole"),
         lambda: CalibrationRun.read(folder, 0.9),
     ):
         with pytest.raises(UserError, match="holds results of the kind 'attack', expected an evaluation"):
