@@ -111,25 +111,20 @@ class RunWriter:
             errors = ErrorsInfo.of(classifier) if keep_errors and isinstance(classifier, DiffusionClassifier) else None
             self._store = Store(self.folder, settings, self._rank, flush_every, errors, keep_distances)
             self.finished = self._store.finished
-            self._mine, made = self._found_before()
-            self._maps = -(-error_maps // self._ranks) - made  # that this rank may still make
+            self._mine = self._found_before()
+            self._maps = -(-error_maps // self._ranks)  # that this rank may still make
             if classifier.terms.logits:
                 self._maps = 0  # there is no noise to look at
         except BaseException:
             self.close()
             raise
 
-    def _found_before(self) -> tuple[pa.Array, int]:
-        """Of what was decided before: the images that count on this rank, and how many of them have an error map.
-
-        They count on the rank that decided them, so that seconds add up.
-        """
-        mine, maps = [pa.array([], pa.string())], 0
-        for table in self._store.before.chunks(["rank", "error_map"]):
-            here = table.filter(pa.array(table["rank"].to_numpy() % self._ranks == self._rank))
-            mine += here["id"].chunks
-            maps += len(here) - here["error_map"].null_count
-        return pa.concat_arrays(mine), maps
+    def _found_before(self) -> pa.Array:
+        """Of what was decided before, the images that count on this rank: that which decided them; seconds add up."""
+        mine = [pa.array([], pa.string())]
+        for table in self._store.before.chunks(["rank"]):
+            mine += table.filter(pa.array(table["rank"].to_numpy() % self._ranks == self._rank))["id"].chunks
+        return pa.concat_arrays(mine)
 
     @property
     def run(self) -> str:
@@ -137,8 +132,17 @@ class RunWriter:
         return self._store.settings.digest
 
     def decided_before(self) -> Iterator[pa.Table]:
-        """What counts on this rank of that which was decided before, a few megabytes at a time."""
-        return together(self._store.before.chunks(Summary.COLUMNS, self._mine))
+        """What counts on this rank of that which was decided before, a few megabytes at a time.
+
+        The error maps among it are counted as well: so many fewer will be made.
+        """
+
+        def counted() -> Iterator[pa.Table]:
+            for table in self._store.before.chunks([*Summary.COLUMNS, "error_map"], self._mine):
+                self._maps -= len(table) - table["error_map"].null_count
+                yield table.drop_columns("error_map")
+
+        return together(counted())
 
     # --- images --------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ class Evaluation:
     Args:
         path: Its folder.
         settings: What it was made with.
+        kept: Columns of few bytes that are wanted alone; see :class:`~.stored.Stored`.
 
     Raises:
         ValueError: if it has no images.
@@ -53,16 +54,17 @@ class Evaluation:
 
     path: Path
     settings: Settings
+    kept: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, path: str | Path) -> Evaluation:
+    def read(cls, path: str | Path, kept: tuple[str, ...] = ()) -> Evaluation:
         """The run in the folder ``path``.
 
         Raises:
             FileNotFoundError: if there is none.
             ValueError: if it cannot be read, or has no images.
         """
-        evaluation = cls(Path(path), Settings.read(Path(path)))
+        evaluation = cls(Path(path), Settings.read(Path(path)), kept)
         evaluation.settings.check_evaluation(repr(str(path)))
         if evaluation.images == 0:
             raise UserError(f"run: no image in {str(path)!r} yet")
@@ -70,7 +72,7 @@ class Evaluation:
 
     @cached_property
     def _stored(self) -> Stored:
-        return Stored(self.path, self.settings)
+        return Stored(self.path, self.settings, kept=self.kept)
 
     @cached_property
     def outline(self) -> Outline:

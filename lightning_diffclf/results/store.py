@@ -146,7 +146,7 @@ class Store:
         if flush_every < 1:
             raise UserError(f"flush_every: {flush_every}, expected at least 1")
         self.folder, self.settings, self.rank, self.flush_every = folder, settings, rank, flush_every
-        self.before = Stored(folder, settings)
+        self.before = Stored(folder, settings, kept=["rank"])
         self.finished = Ids(self.before.ids)
         self._errors_info, self._distances = errors, distances
         self._session, self._number = uuid.uuid4().hex[:12], 0

@@ -62,10 +62,13 @@ class Stored:
         run: Its folder.
         settings: Those of the run.
         columns: The columns that iteration reads; all if omitted.
+        kept: Columns of few bytes that are wanted alone: read with the ids, they stay in memory.
     """
 
-    def __init__(self, run: Path, settings: Settings, columns: Sequence[str] | None = None) -> None:
-        self._run, self._settings, self._columns = run, settings, columns
+    def __init__(
+        self, run: Path, settings: Settings, columns: Sequence[str] | None = None, kept: Sequence[str] = ()
+    ) -> None:
+        self._run, self._settings, self._columns, self._kept = run, settings, columns, kept
         self._parts: Parts | None = None
 
     def __iter__(self) -> Iterator[pa.Table]:
@@ -109,7 +112,7 @@ class Stored:
 
     def _found(self) -> Parts:
         if self._parts is None:
-            self._parts = parts_of(files_of(self._run), self._settings)
+            self._parts = parts_of(files_of(self._run), self._settings, self._kept)
         return self._parts
 
 
@@ -183,7 +186,7 @@ def errors_of(path: Path) -> Path:
     return path.with_name(ERRORS if path.name == PREDICTIONS else f"{path.stem}{ERRORS_SUFFIX}")
 
 
-def parts_of(paths: Sequence[Path], settings: Settings) -> Parts:
+def parts_of(paths: Sequence[Path], settings: Settings, kept: Sequence[str] = ()) -> Parts:
     """The records in files of a run with ``settings``; see :class:`~.parts.Parts`."""
 
     def check(path: Path, schema: pa.Schema) -> None:
@@ -194,7 +197,7 @@ def parts_of(paths: Sequence[Path], settings: Settings) -> Parts:
                 f"{SETTINGS}; remove it, and its images will be evaluated again"
             )
 
-    return Parts(paths, schema_of(settings).with_metadata(described(settings)), check, _check_agreement)
+    return Parts(paths, schema_of(settings).with_metadata(described(settings)), check, _check_agreement, kept)
 
 
 def schema_of(settings: Settings) -> pa.Schema:
