@@ -20,6 +20,7 @@ from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.files import FolderLock, write_json
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.calibration import Sample, calibrate
+from lightning_diffclf.results.columns import show
 from lightning_diffclf.results.conformal import RightScores, sets_of
 from lightning_diffclf.results.curves import Sureness
 from lightning_diffclf.results.error_maps import error_map
@@ -195,16 +196,13 @@ class RunWriter:
             The numbers of the data set's own, by name.
         """
         settings, outline = self._store.settings, Outline.of(self._store.settings.info)
-        finish(self.folder, settings)
+        counts = sample, sureness, grouped = Sample(outline), Sureness(), Grouped()
+        finish(self.folder, settings, self._store.before, lambda table: show(table, counts))
         if summary is None:
             written = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
         else:
-            calibrated = calibrate(Stored(self.folder, settings, Sample.COLUMNS), outline)
+            calibrated = calibrate(sample, Stored(self.folder, settings, Sample.COLUMNS))
             written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
-            sureness, grouped = Sureness(), Grouped()
-            for chunk in Stored(self.folder, settings, tuple({*Sureness.COLUMNS, *Grouped.COLUMNS})):
-                sureness.update(chunk)
-                grouped.update(chunk)
             written |= (
                 grouped.numbers()
                 | sureness.selective()

@@ -104,6 +104,7 @@ class Parts:
         check: Raises UserError where a file is not what was expected; given its path and its schema.
         agree: Raises UserError where two tables disagree about the same images.
         kept: Columns of few bytes, to be read with the ids and stay in memory.
+        known: Some of these files, of which nothing has to be found out again.
 
     Attributes:
         ids: Id of each row (N,), each image once, in the order of the files.
@@ -120,12 +121,19 @@ class Parts:
         check: Callable[[Path, pa.Schema], None] = lambda path, schema: None,
         agree: Callable[[pa.Table, pa.Table], None] | None = None,
         kept: Sequence[str] = (),
+        known: Parts | None = None,
     ) -> None:
         self._groups: list[_Group] = []
         sizes, ids, rows = [0], list[pa.Array](), list[pa.Table]()
         fields = [field for field in schema or () if field.name in kept]
+        files = {} if known is None or fields else known._files()
+
+        def look(path: Path) -> _File:
+            file = files.get(path)
+            return file if file and file.groups[0].stamp == _stamp(path) else _look_into(path, fields)
+
         # ids, and what a file says of itself
-        looks = ahead(lambda path: _look_into(path, fields), paths, repeat(CHUNK_BYTES / 256))
+        looks = ahead(look, paths, repeat(CHUNK_BYTES / 256))
         for path, file in zip(paths, looks, strict=True):
             check(path, file.schema)
             if schema is None and (any(map(len, file.rows)) or path == paths[-1]):
@@ -139,7 +147,7 @@ class Parts:
         self._kept = pa.concat_tables(rows).combine_chunks() if rows else pa.table({})
         encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode("encode")
         self.ids = encoded.dictionary
-        image_of = encoded.indices.to_numpy()  # of each row, numbered in the order in which they come first
+        self._image_of = image_of = encoded.indices.to_numpy()  # of each row, in the order in which they come first
         self._rows = np.unique(image_of, return_index=True)[1]  # where each comes first
         again = np.flatnonzero(self._rows[image_of] != np.arange(len(image_of)))
         if agree is not None:
@@ -178,11 +186,12 @@ class Parts:
             size = min(8 * size, _rows_of(CHUNK_BYTES, table))  # rows may be larger than those before
             yield table
 
-    def write(self, path: Path, **settings: Any) -> None:
+    def write(self, path: Path, seen: Callable[[pa.Table], None] = lambda table: None, **settings: Any) -> None:
         """Write all rows to one file, ordered by id.
 
         Args:
             path: The file; may be one of the parts.
+            seen: Is given all rows as they are written, some :data:`CHUNK_BYTES` at a time.
             **settings: Of ``pyarrow.parquet.ParquetWriter``.
 
         Raises:
@@ -191,6 +200,7 @@ class Parts:
         with sealed_writer(path, self.schema, "results", **settings) as out:
             for table in self._sorted(path.parent):
                 out.write_table(table, _rows_of(ROW_GROUP_BYTES, table))
+                seen(table)
 
     def _sorted(self, folder: Path) -> Iterator[pa.Table]:
         """As :meth:`ordered`, but no file is read twice: rows wait in a temporary file in ``folder`` for their turn.
@@ -205,18 +215,18 @@ class Parts:
         window_at = (sizes[order].cumsum() // CHUNK_BYTES).astype(np.int64)
         pieces: dict[int, list[tuple[int, np.ndarray]]] = {window: [] for window in np.unique(window_at).tolist()}
         with tempfile.TemporaryFile(dir=folder) as file:
-            settings = pa.ipc.IpcWriteOptions(compression="lz4")
-            with pa.ipc.new_file(file, self.schema, options=settings) as spill:
+            with pa.ipc.new_file(file, self.schema) as spill:
                 number = end = 0
                 for table in together(self.tables()):
                     begin, end = end, end + len(table)
                     by_place = np.argsort(place_of[begin:end])
                     places = place_of[begin:end][by_place]
-                    mixed = table.combine_chunks().take(pa.array(by_place))
+                    (batch,) = table.combine_chunks().to_batches()
+                    mixed = batch.take(pa.array(by_place))
                     for window, first, count in zip(
                         *np.unique(window_at[places], return_index=True, return_counts=True), strict=True
                     ):
-                        spill.write_table(mixed.slice(first, count).combine_chunks())
+                        spill.write_batch(mixed.slice(first, count))
                         pieces[int(window)].append((number, places[first : first + count]))
                         number += 1
             file.seek(0)
@@ -239,6 +249,15 @@ class Parts:
     def _group_of(self, rows: np.ndarray) -> np.ndarray:
         """Number of the row group of each row."""
         return np.searchsorted(self._starts, rows, side="right") - 1
+
+    def _files(self) -> dict[Path, _File]:
+        """What was found out about those with rows."""
+        found: dict[Path, _File] = {}
+        for group, rows in zip(self._groups, np.split(self._image_of, self._starts[1:-1]), strict=True):
+            file = found.setdefault(group.path, _File(self.schema, [], []))
+            file.groups.append(group)
+            file.rows.append(pa.table({"id": self.ids.take(pa.array(rows))}))
+        return found
 
     def _fields(self, columns: Sequence[str] | None) -> list[pa.Field]:
         """Those columns, in the order of the schema; all if None."""

@@ -7,13 +7,12 @@ entry of the metadata.
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,10 +58,11 @@ def sealed_writer(path: Path, schema: pa.Schema, what: str, **settings: Any) -> 
     with replacing(path, what) as temporary:
         with pq.ParquetWriter(temporary, described, compression="zstd", **settings) as out:
             yield out
-        with open(temporary, "rb+") as file:
-            position = _digits(file)
+        with pa.OSFile(str(temporary)) as whole:
+            position = _digits(whole)
             assert position is not None
-            digits = b"%08x" % _checksum(file, position)
+            digits = b"%08x" % _checksum(whole, position)
+        with open(temporary, "rb+") as file:
             file.seek(position)
             file.write(digits)
 
@@ -77,21 +77,21 @@ def sealed_file(path: Path) -> Iterator[pq.ParquetFile]:
     """
     status = path.stat()
     known = str(path), status.st_ino, status.st_size, status.st_mtime_ns
-    small = path.read_bytes() if status.st_size <= SMALL else None
-    if known not in _verified:
-        with open(path, "rb") if small is None else io.BytesIO(small) as whole:
-            _check_digits(whole)
-    with pq.ParquetFile(path if small is None else pa.BufferReader(small)) as file:
+    with pa.OSFile(str(path)) as opened:
+        whole = pa.BufferReader(opened.read_buffer()) if status.st_size <= SMALL else opened
         if known not in _verified:
-            _check_claim(file.metadata, status.st_size)
-            _verified.add(known)
-        yield file
+            _check_digits(whole)
+        with pq.ParquetFile(whole) as file:
+            if known not in _verified:
+                _check_claim(file.metadata, status.st_size)
+                _verified.add(known)
+            yield file
 
 
 _verified: set[tuple[str, int, int, int]] = set()  # files that were verified by this process
 
 
-def _check_digits(file: BinaryIO) -> None:
+def _check_digits(file: pa.NativeFile) -> None:
     position = _digits(file)
     if position is not None:
         file.seek(position)
@@ -110,9 +110,9 @@ def _check_claim(metadata: pq.FileMetaData, size: int) -> None:
         raise Damaged(f"it claims to hold {values:,} values in {size:,} bytes")
 
 
-def _digits(file: BinaryIO) -> int | None:
+def _digits(file: pa.NativeFile) -> int | None:
     """Where in a file the digits are; None if it has none."""
-    end = file.seek(0, 2)
+    end = file.size()
     file.seek(max(0, end - 8))
     tail = file.read(8)
     if len(tail) < 8 or tail[4:] != MAGIC:
@@ -123,10 +123,9 @@ def _digits(file: BinaryIO) -> int | None:
     return None if found < 0 else begin + found + len(ENTRY)
 
 
-def _checksum(file: BinaryIO, position: int) -> int:
+def _checksum(file: pa.NativeFile, position: int) -> int:
     crc, begin = file.seek(0), 0
-    while chunk := file.read(CHUNK):
-        here = memoryview(chunk)
+    while here := memoryview(file.read_buffer(CHUNK)):
         first, last = (min(max(0, place - begin), len(here)) for place in (position, position + len(OPEN)))
         for some in (here[:first], OPEN[: last - first], here[last:]):
             crc = zlib.crc32(some, crc)
