@@ -253,10 +253,11 @@ class Parts:
     def _files(self) -> dict[Path, _File]:
         """What was found out about those with rows."""
         found: dict[Path, _File] = {}
-        for group, rows in zip(self._groups, np.split(self._image_of, self._starts[1:-1]), strict=True):
+        for number, group in enumerate(self._groups):
             file = found.setdefault(group.path, _File(self.schema, [], []))
             file.groups.append(group)
-            file.rows.append(pa.table({"id": self.ids.take(pa.array(rows))}))
+            images = self._image_of[self._starts[number] : self._starts[number + 1]]
+            file.rows.append(pa.table({"id": self.ids.take(pa.array(images))}))
         return found
 
     def _fields(self, columns: Sequence[str] | None) -> list[pa.Field]:
