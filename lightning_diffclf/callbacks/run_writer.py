@@ -20,6 +20,7 @@ from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.files import FolderLock, write_json
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.calibration import Sample, calibrate
+from lightning_diffclf.results.columns import show
 from lightning_diffclf.results.conformal import RightScores, sets_of
 from lightning_diffclf.results.curves import Sureness
 from lightning_diffclf.results.error_maps import error_map
@@ -111,25 +112,20 @@ class RunWriter:
             errors = ErrorsInfo.of(classifier) if keep_errors and isinstance(classifier, DiffusionClassifier) else None
             self._store = Store(self.folder, settings, self._rank, flush_every, errors, keep_distances)
             self.finished = self._store.finished
-            self._mine, made = self._found_before()
-            self._maps = -(-error_maps // self._ranks) - made  # that this rank may still make
+            self._mine = self._found_before()
+            self._maps = -(-error_maps // self._ranks)  # that this rank may still make
             if classifier.terms.logits:
                 self._maps = 0  # there is no noise to look at
         except BaseException:
             self.close()
             raise
 
-    def _found_before(self) -> tuple[pa.Array, int]:
-        """Of what was decided before: the images that count on this rank, and how many of them have an error map.
-
-        They count on the rank that decided them, so that seconds add up.
-        """
-        mine, maps = [pa.array([], pa.string())], 0
-        for table in self._store.before.chunks(["rank", "error_map"]):
-            here = table.filter(pa.array(table["rank"].to_numpy() % self._ranks == self._rank))
-            mine += here["id"].chunks
-            maps += len(here) - here["error_map"].null_count
-        return pa.concat_arrays(mine), maps
+    def _found_before(self) -> pa.Array:
+        """Of what was decided before, the images that count on this rank: that which decided them; seconds add up."""
+        mine = [pa.array([], pa.string())]
+        for table in self._store.before.chunks(["rank"]):
+            mine += table.filter(pa.array(table["rank"].to_numpy() % self._ranks == self._rank))["id"].chunks
+        return pa.concat_arrays(mine)
 
     @property
     def run(self) -> str:
@@ -137,8 +133,17 @@ class RunWriter:
         return self._store.settings.digest
 
     def decided_before(self) -> Iterator[pa.Table]:
-        """What counts on this rank of that which was decided before, a few megabytes at a time."""
-        return together(self._store.before.chunks(Summary.COLUMNS, self._mine))
+        """What counts on this rank of that which was decided before, a few megabytes at a time.
+
+        The error maps among it are counted as well: so many fewer will be made.
+        """
+
+        def counted() -> Iterator[pa.Table]:
+            for table in self._store.before.chunks([*Summary.COLUMNS, "error_map"], self._mine):
+                self._maps -= len(table) - table["error_map"].null_count
+                yield table.drop_columns("error_map")
+
+        return together(counted())
 
     # --- images --------------------------------------------------------------------------------------------------
 
@@ -191,16 +196,13 @@ class RunWriter:
             The numbers of the data set's own, by name.
         """
         settings, outline = self._store.settings, Outline.of(self._store.settings.info)
-        finish(self.folder, settings)
+        counts = sample, sureness, grouped = Sample(outline), Sureness(), Grouped()
+        finish(self.folder, settings, self._store.before, lambda table: show(table, counts))
         if summary is None:
             written = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
         else:
-            calibrated = calibrate(Stored(self.folder, settings, Sample.COLUMNS), outline)
+            calibrated = calibrate(sample, Stored(self.folder, settings, Sample.COLUMNS))
             written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
-            sureness, grouped = Sureness(), Grouped()
-            for chunk in Stored(self.folder, settings, tuple({*Sureness.COLUMNS, *Grouped.COLUMNS})):
-                sureness.update(chunk)
-                grouped.update(chunk)
             written |= (
                 grouped.numbers()
                 | sureness.selective()

@@ -1,9 +1,13 @@
-"""``diffclf merge|compare|leaderboard|report``: what works on stored results, without torch."""
+"""``diffclf merge|compare|leaderboard|report``: what works on stored results, without torch.
+
+Charts are imported by what draws: they take as long as all else.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -13,14 +17,15 @@ from rich.table import Table
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import write_json
 from lightning_diffclf.results import trials
-from lightning_diffclf.results.compare import compare, save_plots
+from lightning_diffclf.results.compare import ANSWERS, compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.headline import details
-from lightning_diffclf.results.leaderboard import COLUMNS, Board, board, cells, names_of, write_leaderboard
-from lightning_diffclf.results.report import write_report
 from lightning_diffclf.results.settings import EVALUATION, Settings
 from lightning_diffclf.results.store import merge
+
+if TYPE_CHECKING:
+    from lightning_diffclf.results.leaderboard import Board
 
 
 def merge_command(given: Namespace) -> None:
@@ -40,7 +45,7 @@ def merge_command(given: Namespace) -> None:
 
 def compare_command(given: Namespace) -> None:
     """``diffclf compare``: prints a table and, with ``--out``, draws figures."""
-    first, second = Evaluation.read(given.first), Evaluation.read(given.second)
+    first, second = Evaluation.read(given.first, ANSWERS), Evaluation.read(given.second, ANSWERS)
     found = compare(first, second)
     Console(soft_wrap=True).print(comparison_table(found, given.first, given.second))
     if given.out is not None:
@@ -51,6 +56,8 @@ def compare_command(given: Namespace) -> None:
 
 def leaderboard_command(given: Namespace) -> None:
     """``diffclf leaderboard``: prints a table and writes the page."""
+    from lightning_diffclf.results.leaderboard import board, names_of
+
     folders = list(dict.fromkeys(given.runs))
     runs = {name: Evaluation.read(folder) for name, folder in zip(names_of(folders), folders, strict=True)}
     show_boards([board(runs, given.title)], Path(given.out))
@@ -58,6 +65,8 @@ def leaderboard_command(given: Namespace) -> None:
 
 def show_boards(boards: Sequence[Board], out: Path) -> None:
     """Print leaderboards, and write their page to a folder."""
+    from lightning_diffclf.results.leaderboard import COLUMNS, cells, write_leaderboard
+
     console = Console(soft_wrap=True)
     for one in boards:
         table = Table(*COLUMNS, title=escape(one.title))
@@ -69,6 +78,8 @@ def show_boards(boards: Sequence[Board], out: Path) -> None:
 
 def report_command(given: Namespace) -> None:
     """``diffclf report``: one HTML file."""
+    from lightning_diffclf.results.report import write_report
+
     if given.gallery < 0:
         raise UserError(f"gallery: {given.gallery}, expected 0 or more")
     print(f"report: {write_report(given.run, given.out, given.gallery)}")

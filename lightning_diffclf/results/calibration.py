@@ -165,16 +165,13 @@ class CrossFitted:
         return Judged(*(np.concatenate(parts) for parts in zip(*self._judged, strict=True)))
 
 
-def calibrate(chunks: Iterable[Chunk], outline: Outline) -> Calibration | None:
+def calibrate(sample: Sample, chunks: Iterable[Chunk]) -> Calibration | None:
     """Fit the temperature to labelled images, and judge it by five-fold cross-fitting; None if there are below 50.
 
     Args:
-        chunks: The decisions, which are read twice.
-        outline: The evaluation.
+        sample: What was shown all decisions.
+        chunks: All decisions, once more.
     """
-    sample = Sample(outline)
-    for chunk in chunks:
-        sample.update(chunk)
     if sample.labelled < ENOUGH_TO_SAY:
         return None
     crossfitted = CrossFitted(sample)

@@ -119,13 +119,13 @@ def save(specs: dict[str, dict[str, Any]], folder: Path, kinds: Iterable[str] = 
     """Write each of :func:`specs` as PNG (for slides) and SVG (for papers) to ``folder``; returns the files."""
     paths = []
     for name, spec in specs.items():
-        text = json.dumps(spec | {"config": theme(LIGHT) | {"background": LIGHT["page"]}})
+        drawn = svg(spec)
         for kind in kinds:
             path = folder / f"{name}.{kind}"
             if kind == "png":
-                write_bytes(vl_convert.vegalite_to_png(text, scale=2), path, "figure")
+                write_bytes(vl_convert.svg_to_png(drawn, scale=2), path, "figure")
             else:
-                write_text(svg(spec), path, "figure")
+                write_text(drawn, path, "figure")
             paths.append(path)
     return paths
 

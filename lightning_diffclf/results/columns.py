@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -83,6 +83,22 @@ class Tried(NamedTuple):
         row, place = np.nonzero(self.classes_BW >= 0)
         found_BC[row, self.classes_BW[row, place]] = self.differences_BW[row, place]
         return found_BC
+
+
+class Counts(Protocol):
+    """What is counted over all decisions, in the columns ``COLUMNS``."""
+
+    @property
+    def COLUMNS(self) -> Sequence[str]: ...
+
+    def update(self, chunk: Chunk) -> None: ...
+
+
+def show(chunk: Chunk, counts: Sequence[Counts]) -> None:
+    """Let all of ``counts`` count some decisions, whose arrays are made once."""
+    for columns in Columns(chunk, [name for one in counts for name in one.COLUMNS]).pieces():
+        for one in counts:
+            one.update(columns)
 
 
 class Columns:

@@ -12,13 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results import charts, charts_of_runs, tables
+from lightning_diffclf.results import tables
 from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.groups import Grouped
 from lightning_diffclf.results.shown import shown
 from lightning_diffclf.results.statistics import Clusters, Interval, mcnemar, paired_difference, wilson
 from lightning_diffclf.results.summary import Outline, Summary
+
+ANSWERS = ("label", "prediction", "group")  # what is wanted first of both runs: best read with ``kept`` of these
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Kept:
 
 def answers(run: Evaluation) -> pd.DataFrame:
     """Label and answer by id, -1 where there is none; and the group, None where there is none."""
-    frames, names = [], ("id", "label", "prediction", "group")
+    frames, names = [], ("id", *ANSWERS)
     for chunk in run.chunks(names):
         columns = Columns(chunk, names)
         values = {"label": columns.numbers("label"), "answer": columns.numbers("prediction")}
@@ -214,6 +216,8 @@ def _saved(run: dict[str, float], other: dict[str, float]) -> str:
 
 def save_plots(first: Evaluation, second: Evaluation, found: Comparison, folder: Path) -> None:
     """With labels, ``disagreement`` and ``cost`` of both runs as PNG and SVG in ``folder``."""
+    from lightning_diffclf.results import charts, charts_of_runs  # slow to import, and not all comparisons are drawn
+
     names = _names(first, second)
     counts = {
         "right in both": found.both,

@@ -6,17 +6,16 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from lightning_diffclf.classifier import Posterior
 from lightning_diffclf.classifier.posterior import class_differences
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.calibration import ENOUGH_TO_SAY, CrossFitted, Sample
-from lightning_diffclf.results.columns import Chunk, Columns
+from lightning_diffclf.results.columns import Counts, show
 from lightning_diffclf.results.conformal import RightScores, sets_of
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
 from lightning_diffclf.results.groups import Grouped
@@ -28,15 +27,6 @@ from lightning_diffclf.results.stored import Stored
 from lightning_diffclf.results.summary import Outline, Summary
 
 
-class Counts(Protocol):
-    """What is counted over all decisions, in the columns ``COLUMNS``."""
-
-    @property
-    def COLUMNS(self) -> Sequence[str]: ...
-
-    def update(self, chunk: Chunk) -> None: ...
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Everything that is known about a run, whether it has ended or not.
@@ -46,6 +36,7 @@ class Evaluation:
     Args:
         path: Its folder.
         settings: What it was made with.
+        kept: Columns of few bytes that are wanted alone; see :class:`~.stored.Stored`.
 
     Raises:
         ValueError: if it has no images.
@@ -53,16 +44,17 @@ class Evaluation:
 
     path: Path
     settings: Settings
+    kept: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, path: str | Path) -> Evaluation:
+    def read(cls, path: str | Path, kept: tuple[str, ...] = ()) -> Evaluation:
         """The run in the folder ``path``.
 
         Raises:
             FileNotFoundError: if there is none.
             ValueError: if it cannot be read, or has no images.
         """
-        evaluation = cls(Path(path), Settings.read(Path(path)))
+        evaluation = cls(Path(path), Settings.read(Path(path)), kept)
         evaluation.settings.check_evaluation(repr(str(path)))
         if evaluation.images == 0:
             raise UserError(f"run: no image in {str(path)!r} yet")
@@ -70,7 +62,7 @@ class Evaluation:
 
     @cached_property
     def _stored(self) -> Stored:
-        return Stored(self.path, self.settings)
+        return Stored(self.path, self.settings, kept=self.kept)
 
     @cached_property
     def outline(self) -> Outline:
@@ -90,11 +82,8 @@ class Evaluation:
 
     def show(self, *counts: Counts, ids: Collection[str] | None = None) -> None:
         """Let all of ``counts`` count the decisions, which are read once; of the images ``ids`` only, if given."""
-        names = [name for one in counts for name in one.COLUMNS]
-        for chunk in self.chunks(names, ids):
-            for columns in Columns(chunk, names).pieces():
-                for one in counts:
-                    one.update(columns)
+        for chunk in self.chunks([name for one in counts for name in one.COLUMNS], ids):
+            show(chunk, counts)
 
     @property
     def images(self) -> int:
@@ -187,18 +176,18 @@ class Evaluation:
         found = {row.id: row for chunk in self.chunks(SCHEMA.names, shown) for row in from_table(chunk)}
         return [found[image_id] for image_id in shown]
 
-    def story(self, row: Record, most: int = 10) -> pd.DataFrame:
+    def story(self, row: Record, most: int = 10) -> list[dict[str, Any]]:
         """The best candidates of an image: probability of its class, draws spent on each, how far behind each is."""
         names, outline = self.settings.info["candidate_names"], self.outline
         class_K = np.asarray(outline.classes)[row.candidates_K]
         differences_1C = class_differences(row.differences_K[None], class_K[None], outline.num_classes)
         p_K = self.posterior(differences_1C, row.dims)[0, class_K]
-        order = np.lexsort((row.differences_K, -row.draws_K))[:most]
-        return pd.DataFrame(
+        return [
             {
-                "candidate": [names[k] for k in row.candidates_K[order]],
-                "draws": row.draws_K[order].astype(int),
-                "behind": row.differences_K[order].astype(float),
-                "probability": p_K[order],
+                "candidate": names[row.candidates_K[k]],
+                "draws": int(row.draws_K[k]),
+                "behind": float(row.differences_K[k]),
+                "probability": float(p_K[k]),
             }
-        ).replace(np.inf, np.nan)
+            for k in np.lexsort((row.differences_K, -row.draws_K))[:most]
+        ]

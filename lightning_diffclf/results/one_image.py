@@ -24,7 +24,7 @@ def page(run: Evaluation, row: Record) -> dict[str, Any]:
     a probability would mean little, and the share of the draws that alone would decide likewise takes its place.
     """
     kind = "" if row.label is None else "right" if row.label == row.prediction else "wrong"
-    candidates = run.story(row).to_dict("records")
+    candidates = run.story(row)
     if row.prediction is None:
         sure, how_sure = 0.0, "no answer"
     elif "calibrated" in run.probabilities:

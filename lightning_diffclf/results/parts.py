@@ -61,6 +61,7 @@ class _Group(NamedTuple):
 
     path: Path
     stamp: tuple[int, int, int]  # of the file, by which another one of that name is told apart
+    there: frozenset[str]  # names of its columns
     number: int
     row_bytes: float  # of a row in memory, about
 
@@ -70,16 +71,27 @@ class _File(NamedTuple):
 
     schema: pa.Schema
     groups: list[_Group]
-    ids: list[pa.ChunkedArray]  # of each row group
+    rows: list[pa.Table]  # of each row group, the columns that stay in memory
 
 
-def _look_into(path: Path) -> _File:
+def _look_into(path: Path, kept: Sequence[pa.Field]) -> _File:
     stamp = _stamp(path)
     with _reading(path) as file:
-        numbers = range(file.num_row_groups)
-        groups = [_Group(path, stamp, number, _row_bytes(file.metadata.row_group(number))) for number in numbers]
-        ids = [file.read_row_group(number, columns=["id"], use_threads=False)["id"] for number in numbers]
-        return _File(file.schema_arrow, groups, ids)
+        schema = file.schema_arrow
+        there, fields = frozenset(schema.names), [schema.field("id"), *kept]
+        groups, rows = list[_Group](), list[pa.Table]()
+        for number in range(file.num_row_groups):
+            groups.append(_Group(path, stamp, there, number, _row_bytes(file.metadata.row_group(number))))
+            rows.append(_rows(file, number, there, fields))
+        return _File(schema, groups, rows)
+
+
+def _rows(file: pq.ParquetFile, number: int, there: frozenset[str], fields: Sequence[pa.Field]) -> pa.Table:
+    """Columns of a row group; one that is not there is null."""
+    names = [field.name for field in fields if field.name in there]
+    table = file.read_row_group(number, columns=names, use_threads=False)
+    arrays = [table[field.name] if field.name in there else pa.nulls(len(table), field.type) for field in fields]
+    return pa.table(arrays, schema=pa.schema(fields))
 
 
 class Parts:
@@ -91,6 +103,8 @@ class Parts:
             of the first file with images if omitted.
         check: Raises UserError where a file is not what was expected; given its path and its schema.
         agree: Raises UserError where two tables disagree about the same images.
+        kept: Columns of few bytes, to be read with the ids and stay in memory.
+        known: Some of these files, of which nothing has to be found out again.
 
     Attributes:
         ids: Id of each row (N,), each image once, in the order of the files.
@@ -106,22 +120,34 @@ class Parts:
         schema: pa.Schema | None = None,
         check: Callable[[Path, pa.Schema], None] = lambda path, schema: None,
         agree: Callable[[pa.Table, pa.Table], None] | None = None,
+        kept: Sequence[str] = (),
+        known: Parts | None = None,
     ) -> None:
         self._groups: list[_Group] = []
-        sizes, ids = [0], []
-        looks = ahead(_look_into, paths, repeat(CHUNK_BYTES / 256))  # ids, and what a file says of itself
+        sizes, ids, rows = [0], list[pa.Array](), list[pa.Table]()
+        fields = [field for field in schema or () if field.name in kept]
+        files = {} if known is None or fields else known._files()
+
+        def look(path: Path) -> _File:
+            file = files.get(path)
+            return file if file and file.groups[0].stamp == _stamp(path) else _look_into(path, fields)
+
+        # ids, and what a file says of itself
+        looks = ahead(look, paths, repeat(CHUNK_BYTES / 256))
         for path, file in zip(paths, looks, strict=True):
             check(path, file.schema)
-            if schema is None and (any(map(len, file.ids)) or path == paths[-1]):
+            if schema is None and (any(map(len, file.rows)) or path == paths[-1]):
                 schema = file.schema
             self._groups += file.groups
-            for some in file.ids:
+            for some in file.rows:
                 sizes.append(len(some))
-                ids += some.cast(pa.string()).chunks
-        self.schema, self._sizes, self._starts = schema or pa.schema([]), sizes[1:], np.cumsum(sizes)
+                ids += some["id"].cast(pa.string()).chunks
+                rows += [some] if fields else []
+        self.schema, self._starts = schema or pa.schema([]), np.cumsum(sizes)
+        self._kept = pa.concat_tables(rows).combine_chunks() if rows else pa.table({})
         encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode("encode")
         self.ids = encoded.dictionary
-        image_of = encoded.indices.to_numpy()  # of each row, numbered in the order in which they come first
+        self._image_of = image_of = encoded.indices.to_numpy()  # of each row, in the order in which they come first
         self._rows = np.unique(image_of, return_index=True)[1]  # where each comes first
         again = np.flatnonzero(self._rows[image_of] != np.arange(len(image_of)))
         if agree is not None:
@@ -145,7 +171,8 @@ class Parts:
         size_of = [
             self._groups[number].row_bytes * (self._starts[number + 1] - self._starts[number]) for number in read
         ]
-        tables = ahead(lambda number: self._read(number, columns), read, size_of)
+        fields = self._fields(columns)
+        tables = ahead(lambda number: self._read(number, fields), read, size_of)
         for number, table in zip(read, tables, strict=True):
             here = rows[cuts[number] : cuts[number + 1]] - self._starts[number]
             yield table if len(here) == len(table) else table.take(pa.array(here))
@@ -159,11 +186,12 @@ class Parts:
             size = min(8 * size, _rows_of(CHUNK_BYTES, table))  # rows may be larger than those before
             yield table
 
-    def write(self, path: Path, **settings: Any) -> None:
+    def write(self, path: Path, seen: Callable[[pa.Table], None] = lambda table: None, **settings: Any) -> None:
         """Write all rows to one file, ordered by id.
 
         Args:
             path: The file; may be one of the parts.
+            seen: Is given all rows as they are written, some :data:`CHUNK_BYTES` at a time.
             **settings: Of ``pyarrow.parquet.ParquetWriter``.
 
         Raises:
@@ -172,6 +200,7 @@ class Parts:
         with sealed_writer(path, self.schema, "results", **settings) as out:
             for table in self._sorted(path.parent):
                 out.write_table(table, _rows_of(ROW_GROUP_BYTES, table))
+                seen(table)
 
     def _sorted(self, folder: Path) -> Iterator[pa.Table]:
         """As :meth:`ordered`, but no file is read twice: rows wait in a temporary file in ``folder`` for their turn.
@@ -186,18 +215,18 @@ class Parts:
         window_at = (sizes[order].cumsum() // CHUNK_BYTES).astype(np.int64)
         pieces: dict[int, list[tuple[int, np.ndarray]]] = {window: [] for window in np.unique(window_at).tolist()}
         with tempfile.TemporaryFile(dir=folder) as file:
-            settings = pa.ipc.IpcWriteOptions(compression="lz4")
-            with pa.ipc.new_file(file, self.schema, options=settings) as spill:
+            with pa.ipc.new_file(file, self.schema) as spill:
                 number = end = 0
                 for table in together(self.tables()):
                     begin, end = end, end + len(table)
                     by_place = np.argsort(place_of[begin:end])
                     places = place_of[begin:end][by_place]
-                    mixed = table.combine_chunks().take(pa.array(by_place))
+                    (batch,) = table.combine_chunks().to_batches()
+                    mixed = batch.take(pa.array(by_place))
                     for window, first, count in zip(
                         *np.unique(window_at[places], return_index=True, return_counts=True), strict=True
                     ):
-                        spill.write_table(mixed.slice(first, count).combine_chunks())
+                        spill.write_batch(mixed.slice(first, count))
                         pieces[int(window)].append((number, places[first : first + count]))
                         number += 1
             file.seek(0)
@@ -208,30 +237,43 @@ class Parts:
 
     def _take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows by their numbers over all files, in the order given."""
-        wanted = np.asarray(rows)
+        wanted, fields = np.asarray(rows), self._fields(columns)
         group_of = self._group_of(wanted)
         by_group = np.argsort(group_of, kind="stable")
         taken = []
         for number in np.unique(group_of):
             here = wanted[by_group[group_of[by_group] == number]] - self._starts[number]
-            taken.append(self._read(number, columns).take(pa.array(here)))
+            taken.append(self._read(number, fields).take(pa.array(here)))
         return pa.concat_tables(taken).take(pa.array(np.argsort(by_group)))
 
     def _group_of(self, rows: np.ndarray) -> np.ndarray:
         """Number of the row group of each row."""
         return np.searchsorted(self._starts, rows, side="right") - 1
 
-    def _read(self, number: int, columns: Sequence[str] | None) -> pa.Table:
-        path, stamp, group, _ = self._groups[number]
-        fields = [field for field in self.schema if columns is None or field.name in columns]
+    def _files(self) -> dict[Path, _File]:
+        """What was found out about those with rows."""
+        found: dict[Path, _File] = {}
+        for number, group in enumerate(self._groups):
+            file = found.setdefault(group.path, _File(self.schema, [], []))
+            file.groups.append(group)
+            images = self._image_of[self._starts[number] : self._starts[number + 1]]
+            file.rows.append(pa.table({"id": self.ids.take(pa.array(images))}))
+        return found
+
+    def _fields(self, columns: Sequence[str] | None) -> list[pa.Field]:
+        """Those columns, in the order of the schema; all if None."""
+        return [field for field in self.schema if columns is None or field.name in columns]
+
+    def _read(self, number: int, fields: Sequence[pa.Field]) -> pa.Table:
+        path, stamp, there, group, _ = self._groups[number]
+        names = [field.name for field in fields]
+        if set(names) <= set(self._kept.column_names):
+            begin, end = self._starts[number : number + 2].tolist()
+            return self._kept.slice(begin, end - begin).select(names)
         with _reading(path) as file:
             if _stamp(path) != stamp:
                 raise Vanished(path)
-            there = set(file.schema_arrow.names)
-            names = [field.name for field in fields if field.name in there]
-            table = file.read_row_group(group, columns=names, use_threads=False)
-        arrays = [table[field.name] if field.name in there else pa.nulls(len(table), field.type) for field in fields]
-        return pa.table(arrays, schema=pa.schema(fields))
+            return _rows(file, group, there, fields)
 
 
 def has_rows(path: Path) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
     evaluation = Evaluation.read(run)
     path = Path(run) / REPORT if out is None else Path(out)
     with ThreadPoolExecutor(1) as beside:  # what needs seconds of its own
-        library = beside.submit(vl_convert.javascript_bundle)  # type: ignore[call-arg]  # its stub knows no default
+        library = beside.submit(chart_library)
         specs = charts.specs(make_figures(evaluation))
         for picture in (path.parent / FIGURES).glob("*.???"):  # of an earlier report; files of others stay
             if picture.stem in charts.NAMES_OF_PICTURES:
@@ -49,6 +51,28 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
         pictures.result()
     write_text(html, path, "report")
     return path
+
+
+def chart_library() -> str:
+    """The scripts that draw charts: Vega-Embed and what it needs, as vl_convert brings them.
+
+    To bundle them takes longer than all charts, so that the bundle is kept in the user's cache, one of each version.
+    """
+    name = f"charts-{version('vl-convert-python')}.js"
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_diffclf" / name
+    except RuntimeError:  # a user without a home
+        return _bundle()
+    with suppress(OSError, ValueError):  # none yet, or none that can be read: it is made again
+        return path.read_bytes().decode()
+    library = _bundle()
+    with suppress(OSError):  # where there is no room for a cache, the next report takes as long
+        write_text(library, path, "cache")
+    return library
+
+
+def _bundle() -> str:
+    return vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub knows no default
 
 
 def make_figures(run: Evaluation) -> dict[str, charts.Chart]:

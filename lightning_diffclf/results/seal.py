@@ -34,6 +34,8 @@ MAX_VALUES = 1_000_000  # that a file of any size may hold
 
 CHUNK = 2**22
 
+SMALL = 2**21  # bytes of a file that is read in one go, whatever is wanted of it: to ask for each column takes longer
+
 
 class Damaged(UserError):
     """A file is not what was written; whoever reads it says which."""
@@ -56,9 +58,10 @@ def sealed_writer(path: Path, schema: pa.Schema, what: str, **settings: Any) -> 
     with replacing(path, what) as temporary:
         with pq.ParquetWriter(temporary, described, compression="zstd", **settings) as out:
             yield out
-        position = _digits(temporary)
-        assert position is not None
-        digits = b"%08x" % _checksum(temporary, position)
+        with pa.OSFile(str(temporary)) as whole:
+            position = _digits(whole)
+            assert position is not None
+            digits = b"%08x" % _checksum(whole, position)
         with open(temporary, "rb+") as file:
             file.seek(position)
             file.write(digits)
@@ -74,25 +77,25 @@ def sealed_file(path: Path) -> Iterator[pq.ParquetFile]:
     """
     status = path.stat()
     known = str(path), status.st_ino, status.st_size, status.st_mtime_ns
-    if known not in _verified:
-        _check_digits(path)
-    with pq.ParquetFile(path) as file:
+    with pa.OSFile(str(path)) as opened:
+        whole = pa.BufferReader(opened.read_buffer()) if status.st_size <= SMALL else opened
         if known not in _verified:
-            _check_claim(file.metadata, status.st_size)
-            _verified.add(known)
-        yield file
+            _check_digits(whole)
+        with pq.ParquetFile(whole) as file:
+            if known not in _verified:
+                _check_claim(file.metadata, status.st_size)
+                _verified.add(known)
+            yield file
 
 
 _verified: set[tuple[str, int, int, int]] = set()  # files that were verified by this process
 
 
-def _check_digits(path: Path) -> None:
-    position = _digits(path)
+def _check_digits(file: pa.NativeFile) -> None:
+    position = _digits(file)
     if position is not None:
-        with open(path, "rb") as file:
-            file.seek(position)
-            found = file.read(len(OPEN))
-        if found != b"%08x" % _checksum(path, position):
+        file.seek(position)
+        if file.read(len(OPEN)) != b"%08x" % _checksum(file, position):
             raise Damaged(
                 f"it is damaged: its checksum is not that of what was written; if a program of others wrote it anew, "
                 f"remove {KEY.decode()} from its metadata"
@@ -107,27 +110,24 @@ def _check_claim(metadata: pq.FileMetaData, size: int) -> None:
         raise Damaged(f"it claims to hold {values:,} values in {size:,} bytes")
 
 
-def _digits(path: Path) -> int | None:
+def _digits(file: pa.NativeFile) -> int | None:
     """Where in a file the digits are; None if it has none."""
-    with open(path, "rb") as file:
-        end = file.seek(0, 2)
-        file.seek(max(0, end - 8))
-        tail = file.read(8)
-        if len(tail) < 8 or tail[4:] != MAGIC:
-            raise Damaged("it is damaged or no Parquet file")
-        begin = max(0, end - 8 - struct.unpack("<I", tail[:4])[0])
-        file.seek(begin)
-        found = file.read(end - begin).rfind(ENTRY)
+    end = file.size()
+    file.seek(max(0, end - 8))
+    tail = file.read(8)
+    if len(tail) < 8 or tail[4:] != MAGIC:
+        raise Damaged("it is damaged or no Parquet file")
+    begin = max(0, end - 8 - struct.unpack("<I", tail[:4])[0])
+    file.seek(begin)
+    found = file.read(end - begin).rfind(ENTRY)
     return None if found < 0 else begin + found + len(ENTRY)
 
 
-def _checksum(path: Path, position: int) -> int:
-    crc, begin = 0, 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            here = bytearray(chunk)
-            for i, digit in enumerate(OPEN, position - begin):
-                if 0 <= i < len(here):
-                    here[i] = digit
-            crc, begin = zlib.crc32(here, crc), begin + len(here)
+def _checksum(file: pa.NativeFile, position: int) -> int:
+    crc, begin = file.seek(0), 0
+    while here := memoryview(file.read_buffer(CHUNK)):
+        first, last = (min(max(0, place - begin), len(here)) for place in (position, position + len(OPEN)))
+        for some in (here[:first], OPEN[: last - first], here[last:]):
+            crc = zlib.crc32(some, crc)
+        begin += len(here)
     return crc

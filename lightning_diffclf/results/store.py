@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -145,7 +145,7 @@ class Store:
     ) -> None:
         check_at_least(1, flush_every=flush_every)
         self.folder, self.settings, self.rank, self.flush_every = folder, settings, rank, flush_every
-        self.before = Stored(folder, settings)
+        self.before = Stored(folder, settings, kept=["rank"])
         self.finished = Ids(self.before.ids)
         self._errors_info, self._distances = errors, distances
         self._session, self._number = uuid.uuid4().hex[:12], 0
@@ -202,23 +202,40 @@ class Store:
 # --- whole runs --------------------------------------------------------------------------------------------------
 
 
-def finish(run: Path, settings: Settings) -> int:
+def finish(
+    run: Path,
+    settings: Settings,
+    before: Stored | None = None,
+    seen: Callable[[pa.Table], None] = lambda table: None,
+) -> int:
     """All parts become one file; those that were read go. Call it on one process. Returns the number of images.
+
+    Args:
+        run: The folder.
+        settings: Those of the run.
+        before: What was there when this process began; files that it knows are not looked into again.
+        seen: Is given all records as they are written, ordered by id, some megabytes at a time.
 
     Raises:
         ValueError: if a file cannot be read, is of another run, or files disagree about an image.
         FailedWrite: if something cannot be written.
     """
-    return _write_whole(files_of(run), settings, run)
+    return _write_whole(files_of(run), settings, run, before, seen)
 
 
-def _write_whole(paths: Sequence[Path], settings: Settings, run: Path) -> int:
-    records = parts_of(paths, settings)
+def _write_whole(
+    paths: Sequence[Path],
+    settings: Settings,
+    run: Path,
+    before: Stored | None = None,
+    seen: Callable[[pa.Table], None] = lambda table: None,
+) -> int:
+    records = parts_of(paths, settings, known=None if before is None else before.parts)
     # Errors whose records were not written any more are of images that will be evaluated again.
     errors = [errors_of(path) for path in paths if errors_of(path).is_file()]
     if errors:
         merge_errors(errors, run / ERRORS)
-    records.write(run / PREDICTIONS, **ENCODING)
+    records.write(run / PREDICTIONS, seen, **ENCODING)
     # Records first: who finds errors missing finds records missing as well, and looks again.
     for path in [*paths, *errors]:
         if path.parent == run / PARTS:

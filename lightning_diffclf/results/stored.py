@@ -62,11 +62,17 @@ class Stored:
         run: Its folder.
         settings: Those of the run.
         columns: The columns that iteration reads; all if omitted.
+        kept: Columns of few bytes that are wanted alone: read with the ids, they stay in memory.
+
+    Attributes:
+        parts: Its files, once they were looked into.
     """
 
-    def __init__(self, run: Path, settings: Settings, columns: Sequence[str] | None = None) -> None:
-        self._run, self._settings, self._columns = run, settings, columns
-        self._parts: Parts | None = None
+    def __init__(
+        self, run: Path, settings: Settings, columns: Sequence[str] | None = None, kept: Sequence[str] = ()
+    ) -> None:
+        self._run, self._settings, self._columns, self._kept = run, settings, columns, kept
+        self.parts: Parts | None = None
 
     def __iter__(self) -> Iterator[pa.Table]:
         return self.chunks(self._columns)
@@ -104,13 +110,13 @@ class Stored:
                     given.append(table["id"])
                     yield table
                 return
-            self._parts = None
+            self.parts = None
         raise unsteady(self._run)
 
     def _found(self) -> Parts:
-        if self._parts is None:
-            self._parts = parts_of(files_of(self._run), self._settings)
-        return self._parts
+        if self.parts is None:
+            self.parts = parts_of(files_of(self._run), self._settings, self._kept)
+        return self.parts
 
 
 class Ids(Set[str]):
@@ -183,7 +189,7 @@ def errors_of(path: Path) -> Path:
     return path.with_name(ERRORS if path.name == PREDICTIONS else f"{path.stem}{ERRORS_SUFFIX}")
 
 
-def parts_of(paths: Sequence[Path], settings: Settings) -> Parts:
+def parts_of(paths: Sequence[Path], settings: Settings, kept: Sequence[str] = (), known: Parts | None = None) -> Parts:
     """The records in files of a run with ``settings``; see :class:`~.parts.Parts`."""
 
     def check(path: Path, schema: pa.Schema) -> None:
@@ -194,7 +200,7 @@ def parts_of(paths: Sequence[Path], settings: Settings) -> Parts:
                 f"{SETTINGS}; remove it, and its images will be evaluated again"
             )
 
-    return Parts(paths, schema_of(settings).with_metadata(described(settings)), check, _check_agreement)
+    return Parts(paths, schema_of(settings).with_metadata(described(settings)), check, _check_agreement, kept, known)
 
 
 def schema_of(settings: Settings) -> pa.Schema:

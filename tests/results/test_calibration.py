@@ -15,15 +15,20 @@ from tests.results.made_up import made_up_outline, made_up_rows
 
 
 def sample_of(rows, outline: Outline) -> Sample:
+    return sample_of_chunks([rows], outline)
+
+
+def sample_of_chunks(chunks, outline: Outline) -> Sample:
     sample = Sample(outline)
-    sample.update(rows)
+    for chunk in chunks:
+        sample.update(chunk)
     return sample
 
 
 @pytest.mark.parametrize("sharp", [0.2, 1.0, 5.0])
 def test_the_temperature_of_calibrated_rows_is_found(sharp):
     rows, outline = list(made_up_rows(2000, 6, sharp=sharp)), made_up_outline(6)
-    found = calibrate([rows], outline)
+    found = calibrate(sample_of(rows, outline), [rows])
     assert found.temperature == pytest.approx(sharp, rel=0.1)
     assert found.calibrated_ece < 0.04
     if sharp != 1:
@@ -35,10 +40,11 @@ def test_the_temperature_of_calibrated_rows_is_found(sharp):
 
 def test_chunks_of_any_size_and_kind_give_the_same():
     rows, outline = list(made_up_rows(300, 6)), made_up_outline(6)
-    whole = calibrate([rows], outline)
+    whole = calibrate(sample_of(rows, outline), [rows])
     table = to_table(rows[::-1])
     chunks = [table.slice(0, 1), table.slice(1, 0), *table.slice(1).to_batches(max_chunksize=70)]
-    assert dataclasses.asdict(calibrate(chunks, outline)) == pytest.approx(dataclasses.asdict(whole), rel=1e-12)
+    found = calibrate(sample_of_chunks(chunks, outline), chunks)
+    assert dataclasses.asdict(found) == pytest.approx(dataclasses.asdict(whole), rel=1e-12)
 
 
 def test_temperatures_are_fitted_to_some_images_only(monkeypatch):
@@ -107,7 +113,7 @@ def test_images_that_cannot_tell_are_left_out():
     ]
     assert sample_of(strange, outline).fit().temperature == pytest.approx(expected.temperature)
     assert sample_of([], outline).fit() == Posterior()
-    assert calibrate([rows[:49]], outline) is None
+    assert calibrate(sample_of(rows[:49], outline), [rows[:49]]) is None
 
 
 def test_few_candidates_of_many_classes_are_judged_as_all_would_be():

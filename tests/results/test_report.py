@@ -15,7 +15,7 @@ from lightning_diffclf.cli import main
 from lightning_diffclf.results import tables
 from lightning_diffclf.results.curves import Costs
 from lightning_diffclf.results.evaluation import Evaluation
-from lightning_diffclf.results.report import make_figures, write_report
+from lightning_diffclf.results.report import chart_library, make_figures, write_report
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import claim
 from tests.chromium import chromium
@@ -39,6 +39,21 @@ def test_nothing_comes_from_elsewhere(report):
     assert len(html) < 10_000_000
     assert "<&>" not in page  # names are escaped
     assert "kind 0 &lt;&amp;&gt;" in page
+
+
+def test_the_library_of_the_charts_is_bundled_once(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda: made.append(None) or "let π = 3\r\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert [chart_library() for _ in range(3)] == ["let π = 3\r\n"] * 3
+    assert len(made) == 1
+    (kept,) = (tmp_path / "cache" / "lightning_diffclf").iterdir()
+    kept.write_bytes(b"\xff")  # damaged
+    assert [chart_library() for _ in range(2)] == ["let π = 3\r\n"] * 2
+    assert len(made) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # where nothing can be kept
+    assert chart_library() == "let π = 3\r\n"
+    assert len(made) == 3
 
 
 def test_figures_are_files(report):

@@ -239,6 +239,22 @@ def test_files_in_any_order_are_joined_by_id(ids, chunk_bytes, tmp_path, monkeyp
     assert pa.concat_tables(whole.tables(["id"])).num_rows == 40
 
 
+def test_what_is_known_of_files_is_not_read_again(monkeypatch, tmp_path):
+    _, _, rows = decisions(5)
+    paths, old = [tmp_path / f"{i}.parquet" for i in range(3)], to_table(rows[2:4]).drop_columns("rank")
+    for path, table in zip(paths, (to_table(rows[:3]), old, to_table(rows[3:])), strict=True):
+        write_table(table, path)
+    opened, open_it = [], parts_module.sealed_file
+    monkeypatch.setattr(parts_module, "sealed_file", lambda path: opened.append(path) or open_it(path))
+    first = Parts(paths[:2], SCHEMA, kept=["rank"])
+    assert pa.concat_tables(first.tables(["id", "rank"])).to_pydict() == {"id": [*"0123"], "rank": [0, 0, 0, None]}
+    assert opened == paths[:2]
+    shutil.copy(paths[2], paths[1])  # another file of that name
+    again = Parts(paths, SCHEMA, known=first)
+    assert opened == [*paths[:2], *paths[1:]]
+    assert pa.concat_tables(again.tables(["id", "rank"])).to_pydict() == {"id": [*"01234"], "rank": [0] * 5}
+
+
 def test_columns_that_older_files_lack_are_null(tmp_path):
     _, _, rows = decisions(4)
     write_table(to_table(rows[:2]).drop_columns("dims"), tmp_path / "old.parquet")
