@@ -17,12 +17,13 @@ from rich.table import Table
 
 from lightning_diffclf.commands.cells import EVALUATION, folder_of, is_done, run_cell, slug
 from lightning_diffclf.commands.mistakes import unknown
+from lightning_diffclf.commands.robustness import show_robustness
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import read_json, write_json
 from lightning_diffclf.results import charts, charts_of_runs
 from lightning_diffclf.results.ablations import ablations
 from lightning_diffclf.results.errors import ERRORS, StoredErrors
-from lightning_diffclf.results.paper import FIGURES, TABLES, Cell, Figure, Needs
+from lightning_diffclf.results.paper import FIGURES, LINES, TABLES, Cell, Figure, Needs
 
 
 def missing(needs: tuple[Needs, ...]) -> list[Needs]:
@@ -58,7 +59,7 @@ def outcome(cell: Cell, folder: Path) -> dict[str, Any]:
 def reproduce_command(given: Namespace) -> None:
     """``diffclf reproduce``: runs what can be run, prints a table and writes it."""
     if given.table not in TABLES:
-        raise UserError(unknown("table", given.table, TABLES))
+        raise UserError(f"{unknown('table', given.table, TABLES)}; there are {', '.join(TABLES)}")
     figures = FIGURES.get(given.table, []) if given.errors is None else own_figures(given.table, given.errors)
     out, rows, lacking = Path(given.out), [], dict[Needs, None]()
     for cell in TABLES[given.table]:
@@ -82,10 +83,25 @@ def reproduce_command(given: Namespace) -> None:
         found = ablated_by(figure, errors, out / given.table / "figures")
         console.print(of_ablations(figure.cell, found))
         ablated += found.assign(run=figure.cell.row).to_dict("records")
+    line = LINES.get(given.table)
+    if line is not None:
+        lacks = missing(line)
+        lacking |= dict.fromkeys(lacks)
+        runs = runs_in_pairs(given.table, out)
+        if runs and not lacks:
+            show_robustness(line.ordinary.what, line.shifted.what, runs, out / given.table / "figures", console)
     for one in lacking:
         console.print(escape(f"missing: {one.what}: {one.get}"))
     written = {"table": given.table, "cells": rows} | ({"ablations": ablated} if ablated else {})
     write_json(written, out / given.table / "reproduction.json", 2, "reproduce")
+
+
+def runs_in_pairs(table: str, out: Path) -> list[str]:
+    """Evaluations of the rows whose two cells are both done, one after the other."""
+    cells = [(cell, folder_of(out, table, cell)) for cell in TABLES[table]]
+    pairs = zip(cells[::2], cells[1::2], strict=True)
+    done = [pair for pair in pairs if all(is_done(cell, folder) for cell, folder in pair)]
+    return [str(folder / EVALUATION) for pair in done for _, folder in pair]
 
 
 def own_figures(table: str, errors: str) -> list[Figure]:

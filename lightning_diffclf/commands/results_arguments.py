@@ -109,7 +109,7 @@ def reproduce(args: Sequence[str]) -> Namespace:
         allow_abbrev=False,
     )
     own.add_argument(
-        "table", help="table1, table3, table4, table5, table8, table9, table10, fig3, fig4, fig8 or digits"
+        "table", help="table1, table3, table4, table5, table8, table9, table10, fig3, fig4, fig6, fig8 or digits"
     )
     own.add_argument("--out", default="runs/reproduce", help="folder for the runs and the table")
     own.add_argument(

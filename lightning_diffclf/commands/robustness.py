@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,23 @@ def robustness_command(given: Namespace) -> None:
     """``diffclf robustness``: prints a table and, with ``--out``, draws it."""
     if len(given.run) % 2:
         raise UserError(f"run: {len(given.run)} folders, expected pairs: one of ordinary data, one of shifted data")
-    runs = [_counted(folder) for folder in given.run]
+    out = None if given.out is None else Path(given.out)
+    show_robustness(given.ordinary, given.shifted, given.run, out, Console(soft_wrap=True))
+
+
+def show_robustness(ordinary: str, shifted: str, folders: Sequence[str], out: Path | None, console: Console) -> None:
+    """Print a table and, with ``out``, draw it there.
+
+    Args:
+        ordinary: CSV of timm's results on ordinary data.
+        shifted: CSV of its results on shifted data.
+        folders: Evaluations, in turn of ordinary and of shifted data.
+        out: Folder of the figure and its numbers.
+        console: Where the table goes.
+    """
+    runs = [_counted(folder) for folder in folders]
     pairs = list(zip(runs[::2], runs[1::2], strict=True))
-    found = robustness(read_timm(given.ordinary), read_timm(given.shifted), pairs)
+    found = robustness(read_timm(ordinary), read_timm(shifted), pairs)
     table = Table(title=f"effective robustness, against {found.line.models} models; 99.5 % intervals")
     for name in ("run", "ordinary", "shifted", "expected", "effective"):
         table.add_column(name)
@@ -34,14 +49,14 @@ def robustness_command(given: Namespace) -> None:
         effective = [f"{row[f'effective{end}']:+.2%}" for end in ("", "_low", "_high")]
         expected = f"{row['expected']:.2%}"
         table.add_row(escape(row["run"]), *shares, expected, "{} ({} – {})".format(*effective))
-    Console(soft_wrap=True).print(table)
-    if given.out is not None:
+    console.print(table)
+    if out is not None:
         x = np.linspace(found.models["ordinary"].min(), found.models["ordinary"].max(), 50).clip(1e-4, 1 - 1e-4)
         line = pd.DataFrame({"ordinary": x, "shifted": found.line.expected(x)})
         chart = charts_of_runs.robustness(found.models, line, found.runs)
-        charts.save(charts.specs({"robustness": chart}), Path(given.out))
+        charts.save(charts.specs({"robustness": chart}), out)
         numbers = {"line": found.line._asdict(), "runs": found.runs.to_dict("records")}
-        write_json(numbers, Path(given.out) / "robustness.json", indent=2, what="robustness")
+        write_json(numbers, out / "robustness.json", indent=2, what="robustness")
 
 
 def _counted(folder: str) -> Counted:

@@ -78,6 +78,9 @@ FOLDERS = {
     "imagenet_a": Needs("data/imagenet-a", "github.com/hendrycks/natural-adv-examples"),
     "objectnet": Needs("data/objectnet-1.0", "objectnet.dev (its terms forbid training on it)"),
 }
+CLEAN = Needs(
+    "data/imagenet-a-clean", "links to the folders of data/imagenet/val that are called like those of data/imagenet-a"
+)
 IMAGENET_TRAINING = Needs("data/imagenet/train", "image-net.org (an account), one folder for each WordNet id")
 PACKAGE = Needs("open_clip", "pip install 'lightning-diffclf[baselines]'", package=True)
 WINOGROUND = Needs("facebook/winoground", "accept its terms on the Hub, then `hf auth login`", hub=True)
@@ -126,6 +129,14 @@ def _dit(row: str, size: int, values: tuple[float, ...], *flags: str) -> list[Ce
         for data, paper in zip(SHIFTS, values, strict=True)
         for needs in [(FOLDERS[data], weights)]
     ]
+
+
+def _clean_and_a(size: int, values: tuple[float, float]) -> list[Cell]:
+    """The published DiT-XL/2 on ImageNet's images of the classes of ImageNet-A, and on ImageNet-A."""
+    *_, a, _ = _dit(f"Diffusion Classifier, {size}", size, (0.0, 0.0, values[1], 0.0))
+    needs = (CLEAN, *a.needs[1:])
+    flags = (*a.flags, f"--data.root={CLEAN.what}")
+    return [a._replace(column="imagenet", paper=values[0], flags=flags, needs=needs), a]
 
 
 def _zero_shot(
@@ -237,6 +248,25 @@ class Figure(NamedTuple):
     paper: Mapping[tuple[str, str, float], float] = MappingProxyType({})
 
 
+class Line(NamedTuple):
+    """Accuracies of ordinary classifiers, beside which a table's rows stand: cells on ordinary and on shifted data.
+
+    Attributes:
+        ordinary: CSV of timm's results on the ordinary data.
+        shifted: CSV of its results on the shifted data.
+    """
+
+    ordinary: Needs
+    shifted: Needs
+
+
+_RESULTS = "results/ of github.com/huggingface/pytorch-image-models"
+LINES = {
+    "fig6": Line(
+        Needs("data/timm/results-imagenet-a-clean.csv", _RESULTS), Needs("data/timm/results-imagenet-a.csv", _RESULTS)
+    )
+}
+
 ALL_ERRORS = ("--classifier.loss=l2", "--classifier.elimination=null", "--classifier.draws=250")
 PETS = Cell(
     "Stable Diffusion, all errors",
@@ -342,6 +372,11 @@ TABLES: dict[str, list[Cell]] = {
     ],
     "fig3": [],
     "fig4": [],
+    "fig6": [
+        cell
+        for size, (ordinary, shifted) in {256: (91.5, 20.0), 512: (91.5, 30.2)}.items()  # 91.5: read off
+        for cell in _clean_and_a(size, (ordinary, shifted))
+    ],
     "fig8": [],
     "digits": OF_DIGITS,
 }

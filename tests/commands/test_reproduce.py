@@ -22,7 +22,7 @@ from tests.results.test_ablations import NULL, WithNull, stored
 
 def test_every_cell_names_configurations_that_there_are():
     tables = {"table1", "table3", "table4", "table5", "table8", "table9", "table10", "digits"}
-    assert set(TABLES) == {*tables, "fig3", "fig4", "fig8"}
+    assert set(TABLES) == {*tables, "fig3", "fig4", "fig6", "fig8"}
     assert FIGURES.keys() == {"fig3", "fig4", "fig8", "digits"}
     places = [folder_of(Path("out"), table, cell) for table, cells in TABLES.items() for cell in cells]
     assert len(set(places)) == len(places)
@@ -56,6 +56,8 @@ def test_it_says_what_is_missing_and_runs_nothing(tmp_path, monkeypatch, capsys)
     assert all(len(cell["missing"]) == 2 for cell in found["cells"])
     with pytest.raises(SystemExit, match="error: no table 'table6'"):
         main(["reproduce", "table6"])
+    run("reproduce", ["fig6"])
+    assert "missing: data/timm/results-imagenet-a.csv: results/ of github.com" in capsys.readouterr().out
 
 
 def test_runs_that_are_there_are_not_run_again(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Lines through accuracies on logit axes, and runs beside them."""
 
 import json
+from pathlib import Path
+from shutil import copy, copytree
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from scipy.special import expit
 from scipy.stats import beta
 
 from lightning_diffclf.commands import run
+from lightning_diffclf.commands.cells import folder_of
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.results.paper import LINES, TABLES
 from lightning_diffclf.results.robustness import Counted, clopper_pearson, fit, read_timm, robustness
 from tests.baselines.evaluation import evaluate
 from tests.data.test_corruptions import Counting
@@ -48,7 +52,7 @@ def test_what_cannot_be_fitted_or_read(tmp_path):
             read_timm(tmp_path / "bad.csv")
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     for name, values in (("ordinary", ORDINARY), ("shifted", LINE)):
         lines = [f"{model},{100 * top1:.6f},1" for model, top1 in zip("abcde", values, strict=True)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["model,top1,img_size", *lines, "a,1.0,384"]))
@@ -65,5 +69,16 @@ def test_the_command(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"robustness.{end}" for end in ("json", "png", "svg")
     }
+    monkeypatch.chdir(tmp_path)  # the paper's figure: the same from its own cells
+    first, second, *_ = (folder_of(Path("out"), "fig6", cell) for cell in TABLES["fig6"])
+    for folder, there in ((first, "plain"), (second, "noisy")):
+        copytree(tmp_path / there, folder / "evaluation")
+    for csv, name in zip(LINES["fig6"], ("ordinary", "shifted"), strict=True):
+        Path(csv.what).parent.mkdir(parents=True, exist_ok=True)
+        copy(tmp_path / f"{name}.csv", csv.what)
+    run("reproduce", ["fig6", "--out=out"])
+    drawn = json.loads(Path("out/fig6/figures/robustness.json").read_text())
+    assert drawn["line"] == numbers["line"]
+    assert [one["shifted"] for one in drawn["runs"]] == [accuracy]  # of the row that is there
     with pytest.raises(UserError, match="run: 1 folders, expected pairs"):
         run("robustness", [*files, f"--run={json.dumps(runs[:1])}"])
