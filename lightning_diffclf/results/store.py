@@ -235,7 +235,7 @@ def _write_whole(
     errors = [errors_of(path) for path in paths if errors_of(path).is_file()]
     if errors:
         merge_errors(errors, run / ERRORS)
-    records.write(run / PREDICTIONS, seen, **ENCODING)
+    records.write(run / PREDICTIONS, seen=seen, **ENCODING)
     # Records first: who finds errors missing finds records missing as well, and looks again.
     for path in [*paths, *errors]:
         if path.parent == run / PARTS:
