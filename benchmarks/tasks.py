@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_diffclf import ClassConditionalDiT, ConditionalDenoiser, GradientSearch, Stages, ZeroShotStableDiffusion
+from lightning_diffclf.classifier.draws import nested_order
 from lightning_diffclf.commands.configs import CONFIGS
 from lightning_diffclf.data.digit_scenes import caption_of_two
-from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
+from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ class Task:
         exhaustive: Images whose errors of all candidates are stored; of the first ones.
         inflation: Of ``LikelihoodRatio``.
         top: Candidates that the linear probe proposes; 0 for no probe.
+        images: Test images to use, spread over the classes; all if omitted.
         pipeline: Folder of a text-to-image pipeline, which classifies by captions; otherwise the DiT of
             ``dit_NAME.yaml`` classifies.
     """
@@ -43,6 +45,7 @@ class Task:
     exhaustive: int
     inflation: float = 1.0
     top: int = 0
+    images: int | None = None
     pipeline: str | None = None
 
     def network(self) -> ConditionalDenoiser:
@@ -59,7 +62,9 @@ class Task:
         """Test images, labels and ids."""
         data = self.data()
         data.setup()
-        images, labels, ids = (data.test.parts[name] for name in ("image", "label", "id"))
+        spread = nested_order(len(data.test))[: self.images]  # they are in the order of their classes
+        some = slice(None) if self.images is None else spread
+        images, labels, ids = (data.test.parts[name][some] for name in ("image", "label", "id"))
         return (images.expand(-1, 3, -1, -1) if self.pipeline else images), labels, ids.tolist()
 
     def errors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -91,6 +96,15 @@ TASKS = {
             GradientSearch(),
             500,
             top=20,
+        ),
+        Task(
+            "digit_triples",
+            lambda: DigitTriplesDataModule(train_triples=1000),
+            32,
+            Stages((1, 4, 8, 32), (100, 20, 5, 1)),
+            GradientSearch(),
+            100,
+            images=500,
         ),
         Task(
             "captions",
