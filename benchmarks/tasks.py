@@ -113,8 +113,8 @@ TASKS = {
             Stages((1, 4, 8, 64), (100, 20, 5, 1)),
             GradientSearch(draws=16, timesteps=(0.2, 0.6)),
             exhaustive=0,
-            images=500,
-            learns=128,
+            images=275,
+            learns=256,
         ),
         Task(
             "captions",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +46,17 @@ class CovarianceSearch(Search):
         ValueError: if a setting is out of range.
     """
 
+    SETTINGS: ClassVar[tuple[str, ...]] = (
+        "anchors",
+        "rounds",
+        "each",
+        "miss",
+        "least",
+        "most",
+        "temper",
+        "nugget",
+    )
+
     def __init__(
         self,
         anchors: int = 20,
@@ -69,8 +80,6 @@ class CovarianceSearch(Search):
         self._mean_K: np.ndarray | None = None
         self._factor_FK = np.empty((0, 0), dtype=np.float32)  # the covariance is its transpose times itself
         self._anchors_A = np.empty(0, dtype=np.int64)
-
-    SETTINGS = ("anchors", "rounds", "each", "miss", "least", "most", "temper", "nugget")
 
     def __repr__(self) -> str:
         return f"CovarianceSearch({', '.join(f'{name}={getattr(self, name)!r}' for name in self.SETTINGS)})"
