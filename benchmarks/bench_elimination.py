@@ -35,6 +35,8 @@ from lightning_diffclf import (
     LinearProbe,
     PairedTest,
 )
+from lightning_diffclf.classifier import CovarianceSearch
+from lightning_diffclf.classifier.search import Search
 from lightning_diffclf.results.errors import ErrorsInfo, ErrorsWriter, StoredErrors
 from lightning_diffclf.results.replay import replay
 from lightning_diffclf.results.statistics import wilson
@@ -124,35 +126,35 @@ def main() -> None:
         f"Python {platform.python_version()}"
     )
     if args.lost:
-        print("\n| task | decisions | not kept | decided otherwise | NFE alone | NFE after the search |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print("\n| task | search | decisions | not kept | decided otherwise | NFE alone | NFE after the search |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in args.task or TASKS:
         if args.lost:
             count_lost(TASKS[name], args.lost)
-        else:
+        elif TASKS[name].exhaustive:
             run_task(TASKS[name], args.timed_rows)
 
 
 def count_lost(task: Task, least: int) -> None:
     images, _, ids = task.test()
     network, rule = task.network(), LikelihoodRatio(ALPHAS[-1], inflation=task.inflation)
-    nfe: dict[str, list[int]] = {"alone": [], "after": []}
-    kept: list[bool] = []
-    same: list[bool] = []
+    searches: dict[str, Search] = {repr(task.search): task.search}
+    if task.learns:
+        learnt = CovarianceSearch().fit(network, task.unlabelled())
+        searches[f"CovarianceSearch(), fitted to {task.learns} images"] = learnt
+    alone: list[Classification] = []
+    after: dict[str, list[Classification]] = {name: [] for name in searches}
     for seed in range(math.ceil(least / len(images))):
         settings = {"draws": Draws(task.draws, seed=seed), "elimination": rule, "microbatch": MICROBATCH}
-        alone = DiffusionClassifier(network, **settings)(images, ids)
-        after = DiffusionClassifier(network, **settings, proposal=task.search)(images, ids)
-        nfe["alone"] += [result.nfe for result in alone]
-        nfe["after"] += [result.nfe for result in after]
-        kept += [a.candidate in b.candidates_K for a, b in zip(alone, after, strict=True)]
-        same += [a.prediction == b.prediction for a, b in zip(alone, after, strict=True)]
-    lost = [f"{wilson(count, len(kept))} ({count})" for count in (kept.count(False), same.count(False))]
-    print(
-        f"| {task.name} | {len(kept)} | {' | '.join(lost)} | "
-        f"{np.mean(nfe['alone']):.1f} | {np.mean(nfe['after']):.1f} |",
-        flush=True,
-    )
+        alone += DiffusionClassifier(network, **settings)(images, ids)
+        for name, search in searches.items():
+            after[name] += DiffusionClassifier(network, **settings, proposal=search)(images, ids)
+    for name, results in after.items():
+        kept = [a.candidate in b.candidates_K for a, b in zip(alone, results, strict=True)]
+        same = [a.prediction == b.prediction for a, b in zip(alone, results, strict=True)]
+        lost = [f"{wilson(count, len(kept))} ({count})" for count in (kept.count(False), same.count(False))]
+        nfe = [np.mean([result.nfe for result in some]) for some in (alone, results)]
+        print(f"| {task.name} | {name} | {len(kept)} | {' | '.join(lost)} | {nfe[0]:.1f} | {nfe[1]:.1f} |", flush=True)
 
 
 def run_task(task: Task, timed_rows: int) -> None:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_diffclf import ClassConditionalDiT, ConditionalDenoiser, GradientSearch, Stages, ZeroShotStableDiffusion
+from lightning_diffclf.classifier.draws import nested_order
 from lightning_diffclf.commands.configs import CONFIGS
 from lightning_diffclf.data.digit_scenes import caption_of_two
-from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
+from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule, DigitTriplesDataModule
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[1]
@@ -28,9 +29,12 @@ class Task:
         draws: Draws of all candidates.
         stages: The paper's rule with its numbers for so many classes.
         search: What proposes without labels.
-        exhaustive: Images whose errors of all candidates are stored; of the first ones.
+        exhaustive: Images whose errors of all candidates are stored; of the first ones. 0 where nobody has waited for
+            that: such a task is for ``bench_elimination.py --lost`` only.
         inflation: Of ``LikelihoodRatio``.
         top: Candidates that the linear probe proposes; 0 for no probe.
+        images: Test images to use, spread over the classes; all if omitted.
+        learns: Training images that a ``CovarianceSearch`` is fitted to, without their labels; 0 for no such search.
         pipeline: Folder of a text-to-image pipeline, which classifies by captions; otherwise the DiT of
             ``dit_NAME.yaml`` classifies.
     """
@@ -43,6 +47,8 @@ class Task:
     exhaustive: int
     inflation: float = 1.0
     top: int = 0
+    images: int | None = None
+    learns: int = 0
     pipeline: str | None = None
 
     def network(self) -> ConditionalDenoiser:
@@ -59,8 +65,16 @@ class Task:
         """Test images, labels and ids."""
         data = self.data()
         data.setup()
-        images, labels, ids = (data.test.parts[name] for name in ("image", "label", "id"))
+        # Where only some are used, they are spread: images of pairs and triples are in the order of their classes.
+        some = slice(None) if self.images is None else nested_order(len(data.test))[: self.images]
+        images, labels, ids = (data.test.parts[name][some] for name in ("image", "label", "id"))
         return (images.expand(-1, 3, -1, -1) if self.pipeline else images), labels, ids.tolist()
+
+    def unlabelled(self) -> Tensor:
+        """Images that a ``CovarianceSearch`` learns from."""
+        data = self.data()
+        data.setup()
+        return data.train.parts["image"][nested_order(len(data.train))[: self.learns]]
 
     def errors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Stored errors (B, K, S), labels (B,) and timesteps (S,)."""
@@ -91,6 +105,16 @@ TASKS = {
             GradientSearch(),
             500,
             top=20,
+        ),
+        Task(
+            "digit_triples",
+            lambda: DigitTriplesDataModule(train_triples=1000),
+            64,
+            Stages((1, 4, 8, 64), (100, 20, 5, 1)),
+            GradientSearch(draws=16, timesteps=(0.2, 0.6)),
+            exhaustive=0,
+            images=275,
+            learns=256,
         ),
         Task(
             "captions",

@@ -44,8 +44,9 @@ class Recipe:
             errors; its candidates then stay or go together.
         candidates: Indices of the candidates in play; all if omitted.
         proposal: Names the candidates to try for each image: :class:`~.search.GradientSearch`,
-            :class:`~.linear_probe.LinearProbe`, in Python also :class:`~.cascade.Cascade`, or, where nothing else does,
-            any callable from images (B, C, H, W) to indices (B, m).
+            :class:`~.linear_probe.LinearProbe`, in Python also :class:`~.cascade.Cascade` and
+            :class:`~.covariance_search.CovarianceSearch`, or, where nothing else does, any callable from images
+            (B, C, H, W) to indices (B, m).
         reduction: ``mean`` or ``sum``: how probabilities are read off scores; see :class:`~.posterior.Posterior`.
         temperature: Temperature of the probabilities.
         coverage: Share of images whose conformal set of classes shall contain the right one, above 0 and below 1; no

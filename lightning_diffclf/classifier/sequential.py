@@ -42,9 +42,9 @@ class SequentialTest(Elimination):
     """What :class:`PairedTest` and :class:`LikelihoodRatio` share: how the accepted error is spent.
 
     At each stop, every rival of the best candidate has a probability that the draws to come would turn their order
-    round. The rivals least likely to come back are dropped: as many as have together at most half of what is left of
-    ``alpha``. So the probabilities of all that are ever dropped add up to less than ``alpha``, however many candidates
-    and stops there are.
+    round. The rivals least likely to come back are dropped: all of them, if they have together at most what is left of
+    ``alpha``, or else as many as have at most half of it. So the probabilities of all that are ever dropped add up to
+    no more than ``alpha``, however many candidates and stops there are.
 
     Args:
         alpha: Accepted probability that the decision differs from that of all draws, in (0, 0.5).
@@ -98,7 +98,9 @@ class SequentialTest(Elimination):
             order_FA = reversal_FA.argsort(1, kind="stable")
             sorted_FA = np.take_along_axis(reversal_FA, order_FA, 1)
             spent_FA = sorted_FA.cumsum(1)
-            allowed_F = (self.alpha - np.array([state.spent for state in some])) / 2
+            left_F = self.alpha - np.array([state.spent for state in some])
+            # The last duel may spend all: where that drops every rival, there is nothing to keep any of it for.
+            allowed_F = np.where(spent_FA[:, -2] <= left_F, left_F, left_F / 2)
             drops_FA = spent_FA <= allowed_F[:, None]
             added_F = np.where(drops_FA, sorted_FA, 0).sum(1)
             survives_FA = np.empty_like(drops_FA)

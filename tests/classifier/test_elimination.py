@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_diffclf import LikelihoodRatio, PairedTest, Stages
 from lightning_diffclf.classifier import Round
+from lightning_diffclf.classifier.sequential import SequentialTest
 
 
 def shown(done, active, scores, **more):
@@ -233,13 +234,29 @@ def test_sequential_rules_keep_the_best_spend_less_than_alpha_and_ignore_the_ord
             *_, current = rounds_of(e, d, np.ones(10), [done, stop] if done else [stop], 10, active=active)
             stays = rule.survivors(state, current)
             assert stays[np.argmin(current.scores_A)]
-            assert state.spent <= alpha
+            assert state.spent <= alpha * (1 + 1e-12)
             active, done = active[stays], stop
             left.append(active)
         survivors.append(left)
     assert len(survivors[0]) == len(survivors[1])
     for plain, permuted in zip(*survivors, strict=True):
         assert plain.tolist() == sorted(order[permuted])
+
+
+@pytest.mark.parametrize(
+    ("chances", "left"),
+    [([0.03, 0.06], []), ([0.07], []), ([0.04, 0.07], [0.07]), ([0.06, 0.07], [0.06, 0.07]), ([0.11], [0.11])],
+)
+def test_the_last_duel_may_spend_all_of_alpha_and_others_half(chances, left):
+    class Told(SequentialTest):
+        def reversal(self, states, rounds, best_F):
+            return np.array([[1.0, *chances]])
+
+    rule, count = Told(alpha=0.1), len(chances) + 1
+    state = rule.start(count)
+    stays = rule.survivors(state, shown(1, np.arange(count), np.arange(count, dtype=float)))
+    assert stays.tolist() == [True, *(chance in left for chance in chances)]
+    assert state.spent == pytest.approx(sum(chances) - sum(left))
 
 
 @pytest.mark.parametrize("rule", [PairedTest(0.2), LikelihoodRatio(0.2)], ids=["pairs", "likelihood"])
