@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_diffclf.commands.cells import EVALUATION, folder_of, is_done, run_cell, slug
-from lightning_diffclf.commands.mistakes import unknown
 from lightning_diffclf.commands.robustness import show_robustness
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import read_json, write_json
@@ -59,7 +58,7 @@ def outcome(cell: Cell, folder: Path) -> dict[str, Any]:
 def reproduce_command(given: Namespace) -> None:
     """``diffclf reproduce``: runs what can be run, prints a table and writes it."""
     if given.table not in TABLES:
-        raise UserError(f"{unknown('table', given.table, TABLES)}; there are {', '.join(TABLES)}")
+        raise UserError(f"no table {given.table!r}, expected one of {', '.join(TABLES)}")
     figures = FIGURES.get(given.table, []) if given.errors is None else own_figures(given.table, given.errors)
     out, rows, lacking = Path(given.out), [], dict[Needs, None]()
     for cell in TABLES[given.table]:
