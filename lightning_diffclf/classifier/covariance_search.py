@@ -78,7 +78,8 @@ class CovarianceSearch(Search):
         self.anchors, self.rounds, self.each = anchors, rounds, each
         self.miss, self.least, self.most, self.temper, self.nugget = miss, least, most, temper, nugget
         self._mean_K: np.ndarray | None = None
-        self._factor_FK = np.empty((0, 0), dtype=np.float32)  # the covariance is its transpose times itself
+        self._factor_FK = np.empty((0, 0))  # the covariance is its transpose times itself
+        self._own = 0.0  # variance that candidates have not in common
         self._anchors_A = np.empty(0, dtype=np.int64)
 
     def __repr__(self) -> str:
@@ -110,9 +111,11 @@ class CovarianceSearch(Search):
         return self
 
     def _take(self, mean_K: np.ndarray, factor_FK: np.ndarray) -> None:
-        self._mean_K, self._factor_FK = mean_K.astype(np.float32), factor_FK.astype(np.float32)
+        # Rounded to what is saved, so that proposals are the same after saving.
+        self._mean_K, self._factor_FK = (one.astype(np.float32).astype(np.float64) for one in (mean_K, factor_FK))
+        self._own = self.nugget * float(np.square(self._factor_FK).sum(0).mean()) + 1e-300
         # Each anchor is the candidate that varies most given those before it (pivoted Cholesky decomposition).
-        left_FK, chosen = self._factor_FK.astype(np.float64), []
+        left_FK, chosen = self._factor_FK, []
         for _ in range(min(self.anchors, *left_FK.shape)):
             pivot = int(np.square(left_FK).sum(0).argmax())
             direction = left_FK[:, pivot] / max(float(np.linalg.norm(left_FK[:, pivot])), 1e-300)
@@ -146,10 +149,9 @@ class CovarianceSearch(Search):
         """
         if self._mean_K is None:
             raise UserError("covariance search: not fitted; call fit or load_state_dict first")
-        mean_K, factor_FK = self._mean_K.astype(np.float64), self._factor_FK.astype(np.float64)
+        mean_K, factor_FK = self._mean_K, self._factor_FK
         known_FA = factor_FK[:, evaluated_A]
-        nugget = self.nugget * float(np.square(factor_FK).sum(0).mean()) + 1e-300
-        covariance_AA = known_FA.T @ known_FA + nugget * np.eye(len(evaluated_A))
+        covariance_AA = known_FA.T @ known_FA + self._own * np.eye(len(evaluated_A))
         found_K = mean_K + (known_FA @ np.linalg.solve(covariance_AA, nats_A - mean_K[evaluated_A])) @ factor_FK
         found_K[evaluated_A] = nats_A
         return np.asarray(found_K)
@@ -215,7 +217,8 @@ class CovarianceSearch(Search):
         """What it has learnt, for saving."""
         if self._mean_K is None:
             return {}
-        return {"mean": torch.from_numpy(self._mean_K), "factor": torch.from_numpy(self._factor_FK)}
+        learnt = {"mean": self._mean_K, "factor": self._factor_FK}
+        return {name: torch.from_numpy(value.astype(np.float32)) for name, value in learnt.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Take over what another one has learnt."""
