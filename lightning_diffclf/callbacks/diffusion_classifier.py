@@ -303,7 +303,7 @@ class DiffusionClassifierCallback(L.Callback):
         if trainer.is_global_zero and self._writer is not None:
             data = getattr(trainer, "datamodule", None)
             score = data.score if isinstance(data, HasScore) else None
-            self.metrics = self._writer.finish(summary, score) | self.metrics
+            self.metrics |= self._writer.finish(summary, score)
         elif trainer.is_global_zero and summary is not None and trainer.loggers and trainer.state.fn == "fit":
             folder = Path(trainer.default_root_dir) / "validation"
             for path in charts.save(charts.specs(charts.of_summary(summary)), folder, ["png"]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from lightning_diffclf.callbacks.run_writer import Picture, RunWriter
 from lightning_diffclf.callbacks.sharding import in_part, is_last_batch
 from lightning_diffclf.classifier import Classification
 from lightning_diffclf.classifier.discriminative import Classifier
-from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.batch import DistinctIds, content_ids, unpack
 from lightning_diffclf.data.corruptions import Corruption
 from lightning_diffclf.data.protocols import HasGroups
 from lightning_diffclf.errors import UserError
@@ -75,6 +75,7 @@ class RankEvaluation:
         self._corruption, self._reused = corruption, reused
         self.labelled = trainer.state.fn != "predict"
         self.results: list[Classification] = []
+        self._distinct = None if writer is None else DistinctIds()  # elsewhere, nothing is found by its id
         self._run, self._waiting = classifier.run(), deque[_Waiting]()
         self._decided = self._correct = self._nfe = 0  # so far, for the progress bar
         self._worked = 0.0  # seconds on images that are not decided yet
@@ -102,7 +103,7 @@ class RankEvaluation:
         """
         images, labels, ids, lists, keys, groups = unpack(batch)
         count = len(images) if self._remaining is None else min(len(images), self._remaining)
-        ids = list(content_ids(images[:count]) if ids is None else ids)[:count]
+        ids = self._ids(None if ids is None else ids[:count], images[:count])
         if self._corruption is not None and count:
             images = self._corruption(images[:count], ids)
         known: list[Any] = [None] * count if labels is None else labels[:count].tolist()
@@ -138,6 +139,11 @@ class RankEvaluation:
         # callbacks may change the weights there.
         if self._remaining == 0 or is_last_batch(self._trainer):
             self._decide(self._run.finish())
+
+    def _ids(self, ids: Sequence[int | str] | None, images: torch.Tensor) -> list[int | str]:
+        if self._distinct is not None:
+            return self._distinct(ids, images)
+        return list(content_ids(images) if ids is None else ids)
 
     def finish(self) -> None:
         """Decide what waits, and write it."""

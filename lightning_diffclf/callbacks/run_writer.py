@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -193,11 +194,20 @@ class RunWriter:
             score: Numbers of the data set's own, made of all records.
 
         Returns:
-            The numbers of the data set's own, by name.
+            The numbers of the data set's own, by name; and of what is stored, where that is less than the summary of.
         """
         settings, outline = self._store.settings, Outline.of(self._store.settings.info)
         counts = sample, sureness, grouped = Sample(outline), Sureness(), Grouped()
-        finish(self.folder, settings, self._store.before, lambda table: show(table, counts))
+        images = finish(self.folder, settings, self._store.before, lambda table: show(table, counts))
+        recounted: dict[str, float] = {}
+        if summary is not None and summary.images > images:  # each process knows its own ids only
+            warnings.warn(
+                f"{summary.images - images} images have ids that images on other processes had as well, and count "
+                "once; expected an id of its own for each image",
+                stacklevel=2,
+            )
+            summary = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS))
+            recounted = summary.numbers()
         if summary is None:
             written = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
         else:
@@ -214,7 +224,7 @@ class RunWriter:
         self._numbers = own | written
         write_json({"metrics": self._numbers, "settings": described}, self.folder / "metrics.json", 2, "results")
         self.close()
-        return own
+        return own | recounted
 
     def _records(self) -> list[Record]:
         """All records, without pictures: few, where a data set has numbers of its own."""

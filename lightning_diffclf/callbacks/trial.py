@@ -22,7 +22,7 @@ from lightning_diffclf.callbacks.run_writer import claimed
 from lightning_diffclf.callbacks.sharding import images_on_this_rank, in_part, parse_part, the_loader
 from lightning_diffclf.classifier import DiffusionClassifier, DiscriminativeClassifier, Recipe
 from lightning_diffclf.classifier.discriminative import Classifier
-from lightning_diffclf.data.batch import content_ids, unpack
+from lightning_diffclf.data.batch import DistinctIds, unpack
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.discriminative import Discriminative
 from lightning_diffclf.errors import FailedWrite, UserError, WrongType, check_at_least
@@ -191,6 +191,7 @@ class TrialCallback(L.Callback):
         for weight in self._trained:  # whose gradients nobody wants
             weight.requires_grad_(False)
         self._done = self._good = self._groups = 0
+        self._distinct = DistinctIds()
         if self._bar(trainer) is not None:
             self._bar(trainer).start_images(self._left, self.trial.doing)
 
@@ -243,7 +244,7 @@ class TrialCallback(L.Callback):
             found = "no labels" if labels is None else "candidates of their own"
             raise UserError(f"{self.trial.kind}: images with {found}, expected labelled images of the same classes")
         known = labels[:count].tolist()
-        ids = list(content_ids(images[:count]) if ids is None else ids)[:count]
+        ids = self._distinct(None if ids is None else ids[:count], images[:count])
         column_of = {one: column for column, one in enumerate(self._classes)}
         for label, image_id in zip(known, ids, strict=True):
             if label not in column_of:

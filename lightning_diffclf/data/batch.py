@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,35 @@ def _listed(ids: Any) -> list[int | str] | None:
 def content_ids(images: Tensor) -> list[str]:
     """Ids for images that come without: a digest of their values, so that results still do not depend on order."""
     return [hashlib.blake2b(one.numpy().tobytes(), digest_size=12).hexdigest() for one in images.detach().float().cpu()]
+
+
+class DistinctIds:
+    """Ids of the images that one process sees, batch by batch: each image has one of its own.
+
+    An id that comes again is refused at once: two images would be one in the results, or one image would be paid for
+    twice, as where each worker of a loader reads all data. Images without ids that look the same are numbered.
+    """
+
+    def __init__(self) -> None:
+        self._times: Counter[str] = Counter()
+
+    def __call__(self, ids: Sequence[int | str] | None, images: Tensor) -> list[int | str]:
+        """Ids (B) of images (B, C, H, W): ``ids``, or digests of their values.
+
+        Raises:
+            UserError: if one of ``ids`` was there before.
+        """
+        found: list[int | str] = []
+        for image_id in content_ids(images) if ids is None else ids:
+            self._times[str(image_id)] += 1  # as results have them
+            times = self._times[str(image_id)]
+            if times > 1 and ids is not None:
+                raise UserError(
+                    f"image {image_id!r}: its id has come before, expected an id of its own for each image, and each "
+                    "image once (of an iterable data set, from one of its workers)"
+                )
+            found.append(image_id if times == 1 else f"{image_id}-{times}")
+        return found
 
 
 def check_pixels(images: Tensor) -> None:

@@ -31,6 +31,7 @@ from lightning_diffclf import (
     Stages,
     files,
 )
+from lightning_diffclf.callbacks import rank_evaluation
 from lightning_diffclf.callbacks.sharding import images_on_this_rank
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.errors import UserError
@@ -279,6 +280,41 @@ def test_images_without_ids_do_not_depend_on_order(tmp_path):
     a, b = (read(tmp_path / name)[0] for name in "ab")
     assert a["id"] == b["id"]
     np.testing.assert_allclose(a["scores_K"], b["scores_K"], rtol=1e-6)
+
+
+def test_an_image_without_an_id_counts_as_often_as_it_is_there(tmp_path):
+    data = Samples(6)
+    again = [0, 1, 2, 3, 4, 5, 2, 2]
+    callback = DiffusionClassifierCallback(draws=4, output_dir=str(tmp_path / "out"))
+    pairs = TensorDataset(data.images[again], data.labels[again])
+    trainer(callback).test(Gaussians(), DataLoader(pairs, 3), verbose=False)
+    rows, report = read(tmp_path / "out")
+    assert len(set(rows["id"])) == len(rows["id"]) == report["metrics"]["images"] == 8
+    assert sorted(rows["label"]) == sorted(data.labels[again].tolist())
+
+
+def test_an_id_that_comes_again_is_refused_at_once_also_when_the_run_is_resumed(tmp_path):
+    samples = [Samples(12)[i] for i in (0, 1, 2, 3, 0, *range(4, 12))]
+    for _ in range(2):
+        callback = DiffusionClassifierCallback(draws=4, microbatch=28, output_dir=str(tmp_path / "out"))
+        with pytest.raises(UserError, match="image 100: its id has come before, expected an id of its own"):
+            trainer(callback).test(Gaussians(), DataLoader(samples, 2), verbose=False)
+        assert read_table(tmp_path / "out")["id"].to_pylist() == ["100", "101", "102", "103"]
+
+
+def test_an_id_that_two_processes_have_counts_once_and_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_evaluation, "DistinctIds", lambda: lambda ids, images: list(ids))  # as of several
+    samples = [Samples(6)[i] for i in (0, 1, 2, 3, 4, 5, 0, 1)]
+    callback = DiffusionClassifierCallback(draws=4, output_dir=str(tmp_path / "out"))
+    with pytest.warns(UserWarning, match="2 images have ids that images on other processes had as well"):
+        trainer(callback).test(Gaussians(), DataLoader(samples, 2), verbose=False)
+    rows, report = read(tmp_path / "out")
+    assert len(rows["id"]) == report["metrics"]["images"] == callback.metrics["images"] == 6
+    assert (
+        report["metrics"]["accuracy"]
+        == callback.metrics["accuracy"]
+        == np.mean(np.array(rows["label"]) == np.array(rows["prediction"]))
+    )
 
 
 def test_candidates_restrict_the_choice(tmp_path):
