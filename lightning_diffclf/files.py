@@ -10,8 +10,10 @@ import platform
 import time
 import uuid
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -111,6 +113,36 @@ def read_json(path: str | Path, what: str = "file") -> Any:
         raise UserError(f"{what}: {str(path)!r} cannot be read ({str(error)[:200]})") from error
 
 
+CHECKSUM = "checksum"  # the entry of a JSON file that is of all its others
+
+
+def json_checksum(values: Any) -> str:
+    """CRC-32 of plain values as JSON, in hexadecimal digits."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def write_checked_json(values: dict[str, Any], path: str | Path, what: str = "file") -> None:
+    """As :func:`write_json`, with a checksum."""
+    write_json(values | {CHECKSUM: json_checksum(values)}, path, what=what)
+
+
+def read_checked_json(path: str | Path, what: str = "file") -> Any:
+    """As :func:`read_json`, without the checksum, which is verified; who writes a file by hand need not give one.
+
+    Raises:
+        UserError: as well, if the file does not have its checksum.
+    """
+    values = read_json(path, what)
+    if isinstance(values, dict) and CHECKSUM in values:
+        said = values.pop(CHECKSUM)
+        if said != json_checksum(values):
+            raise UserError(
+                f"{what}: {str(path)!r} was changed or damaged: it does not have its checksum; after a change on "
+                f"purpose, remove {CHECKSUM!r} from it"
+            )
+    return values
+
+
 def is_count(value: Any) -> bool:
     """Whether a value of a JSON file is a whole number from 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
@@ -122,6 +154,18 @@ def is_number(value: Any) -> bool:
 
 
 # --- one process at a time ---------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for output, with those above it, unless it is there.
+
+    Raises:
+        FailedWrite: if that cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FailedWrite(f"output: {str(folder)!r} cannot be written ({error})") from error
 
 
 class FolderLock:
@@ -157,10 +201,12 @@ class FolderLock:
         return self.folder / LOCK
 
     def _holder(self) -> str:
+        """Who has it, and for how long."""
         try:
-            return self._path.read_text() or "another process"
+            name, since = self._path.read_text(), time.time() - self._path.stat().st_mtime
         except OSError:
             return "another process"
+        return f"{name or 'another process'} for {timedelta(seconds=max(0, round(since)))}"
 
     def _acquire(self) -> bool:
         try:

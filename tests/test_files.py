@@ -8,7 +8,16 @@ import pytest
 
 from lightning_diffclf import files
 from lightning_diffclf.errors import FailedWrite, MissingFile, UserError
-from lightning_diffclf.files import FolderLock, read_json, remove_temporaries, replacing, write_json, write_text
+from lightning_diffclf.files import (
+    FolderLock,
+    read_checked_json,
+    read_json,
+    remove_temporaries,
+    replacing,
+    write_checked_json,
+    write_json,
+    write_text,
+)
 
 
 def in_child(function) -> int:
@@ -101,6 +110,27 @@ def test_json_comes_back_and_other_files_are_told(tmp_path):
         read_json(tmp_path / "c.json", "run")
 
 
+def test_json_with_a_checksum_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    values = {"counts": {"a.tar": 3, "ü": 4}, "scaling": 0.18215, "classes": ["cat"]}
+    write_checked_json(values, tmp_path / "a.json")
+    whole = (tmp_path / "a.json").read_bytes()
+    for place in range(len(whole)):
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        (tmp_path / "b.json").write_bytes(broken)
+        try:
+            found = read_checked_json(tmp_path / "b.json")
+        except UserError:
+            pass
+        else:  # white space; another name than that of the checksum, which its readers do not know
+            assert found == values or (found.keys() - values.keys() and values.items() <= found.items())
+    write_json(values, tmp_path / "c.json")  # by hand
+    assert read_checked_json(tmp_path / "c.json") == values
+    (tmp_path / "a.json").write_bytes(whole.replace(b"0.18215", b"0.18275"))
+    with pytest.raises(UserError, match=r"index: '.*a.json' was changed or damaged: it does not have its checksum"):
+        read_checked_json(tmp_path / "a.json", "index")
+
+
 def test_what_killed_processes_left_can_be_removed(tmp_path):
     def write() -> None:
         opened.__enter__().write_text("half")
@@ -119,7 +149,9 @@ def test_what_killed_processes_left_can_be_removed(tmp_path):
 def test_a_folder_has_one_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.0)
     child = in_child(lambda: FolderLock(tmp_path))
-    with pytest.raises(UserError, match=rf"output: '{tmp_path}' is being written to by process {child} on \S+; wait"):
+    with pytest.raises(
+        UserError, match=rf"output: '{tmp_path}' is being written to by process {child} on \S+ for 0:00:"
+    ):
         FolderLock(tmp_path)
     kill(child)
     assert (tmp_path / files.LOCK).is_file()  # what is left locks nothing

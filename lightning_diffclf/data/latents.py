@@ -27,7 +27,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.files import is_count, is_number, read_json, write_json
+from lightning_diffclf.files import (
+    is_count,
+    is_number,
+    read_checked_json,
+    read_json,
+    write_checked_json,
+    write_json,
+)
 
 INDEX = "index.json"
 KIND = "diffclf latents 1"
@@ -81,7 +88,7 @@ class LatentsIndex:
         path = folder / INDEX
         if not path.is_file():
             raise MissingFile(f"latents: no {INDEX} in {str(folder)!r}")
-        values = read_json(path, "latents")
+        values = read_checked_json(path, "latents")
         try:
             if values.get("kind") != KIND:
                 raise UserError(f"kind {values.get('kind')!r}, expected {KIND!r}")
@@ -113,7 +120,7 @@ class LatentsIndex:
 
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all."""
-        write_json(asdict(self), folder / INDEX)
+        write_checked_json(asdict(self), folder / INDEX, "latents")
 
 
 def is_latents(folder: Path) -> bool:

@@ -13,7 +13,7 @@ import webdataset as wds
 
 from lightning_diffclf.data.shards import INDEX, ShardIndex
 from lightning_diffclf.errors import UserError, check_at_least
-from lightning_diffclf.files import read_json, remove_temporaries, replacing, write_json
+from lightning_diffclf.files import read_checked_json, remove_temporaries, replacing, write_checked_json
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def pack(plans: Sequence[Packed], index: ShardIndex, processes: int = 1) -> Iter
     out = plans[0].path.parent
     planned = out / f"{INDEX}.planned"  # what the shards that are there were packed by, before all are
     for path in (out / INDEX, planned):
-        if path.is_file() and read_json(path, "shards") != asdict(index):
+        if path.is_file() and read_checked_json(path, "shards") != asdict(index):
             raise UserError(f"shards: {str(out)!r} holds other shards, expected an empty folder or the same data")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / INDEX).is_file():
         remove_temporaries(out)
-        write_json(asdict(index), planned, what="shards")
+        write_checked_json(asdict(index), planned, what="shards")
     if processes == 1:
         yield from map(write_shard, plans)
     else:

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lightning_diffclf.data.images import SUFFIXES, decode_image
 from lightning_diffclf.data.tar import read_samples
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.files import is_count, read_json
+from lightning_diffclf.files import is_count, read_checked_json
 
 INDEX = "index.json"
 
@@ -64,7 +64,7 @@ class ShardIndex:
         if not path.is_file():
             return None
         try:
-            index = cls(**read_json(path, "shards"))
+            index = cls(**read_checked_json(path, "shards"))
         except TypeError as error:
             raise UserError(f"shards: {str(path)!r} cannot be read ({error})") from error
         index._check(path)
@@ -115,6 +115,13 @@ class Shards:
             self.index = ShardIndex.read(folder)
             names = sorted(path.name for path in folder.glob("*.tar")) if self.index is None else self.index.counts
             urls = [f"{pattern or '.'}/{name}" for name in names]  # with a slash, no name is taken for an address
+            surplus = sorted({path.name for path in folder.glob("*.tar")} - set(names))
+            if surplus:
+                print(
+                    f"warning: {len(surplus)} shards in {pattern!r} are left out, as {INDEX} does not name them, such "
+                    f"as {surplus[0]}",
+                    file=sys.stderr,
+                )
         else:
             urls = expand(pattern)
             self.index = None if is_remote(urls[0]) else ShardIndex.read(Path(urls[0]).parent)
@@ -152,6 +159,8 @@ class Shards:
             raise UserError(f"data: shard {url!r}: {error}") from error
         except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"data: shard {url!r} is damaged after {seen} images ({error})") from error
+        if seen == 0 and self.count(url) is None:  # a file that was allocated and never written is a tar of nothing
+            raise UserError(f"data: shard {url!r} has no images")
         if seen != self.count(url) and self.count(url) is not None:
             raise UserError(f"data: shard {url!r} has {seen} images, expected {self.count(url)} as {INDEX} says")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_diffclf.errors import MissingFile, UserError
-from lightning_diffclf.files import read_json
+from lightning_diffclf.files import json_checksum, read_json
 
 SETTINGS = "settings.json"
 
@@ -54,7 +53,7 @@ class Settings:
 
     @property
     def _checksum(self) -> str:
-        return f"{zlib.crc32(json.dumps([self.identity, self.info], sort_keys=True).encode()):08x}"
+        return json_checksum([self.identity, self.info])
 
     @classmethod
     def read(cls, folder: Path) -> Settings:

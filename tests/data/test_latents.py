@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_diffclf.data.latents import Latents, LatentsIndex, LatentsWriter, is_latents
+from lightning_diffclf.files import read_checked_json
 
 INDEX = LatentsIndex("photos", [4, 8, 11], (2, 3, 3), 24, "some/vae", "abc", 0.5, 0.1, ["cat", "dog"])
 
@@ -121,7 +122,7 @@ def test_wrong_values_are_refused(tmp_path):
 
 def test_files_that_do_not_fit_the_index_are_refused(tmp_path):
     complete(tmp_path)
-    values = json.loads((tmp_path / "index.json").read_text())
+    values = read_checked_json(tmp_path / "index.json")
     (tmp_path / "index.json").write_text(json.dumps(values | {"chunk_ends": [4, 8]}))
     with pytest.raises(ValueError, match="files of shapes"):
         Latents(str(tmp_path))

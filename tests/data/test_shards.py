@@ -1,6 +1,5 @@
 import io
 import itertools
-import json
 import os
 import tarfile
 from collections import Counter
@@ -11,6 +10,8 @@ from torch.utils.data import DataLoader
 from lightning_diffclf.data.images import transform
 from lightning_diffclf.data.packing import pack, plan_shards
 from lightning_diffclf.data.shards import ShardImages, ShardIndex, Shards, ShardStream
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import read_checked_json
 from tests.photos import photos
 
 
@@ -62,7 +63,7 @@ def test_packing_goes_on_where_it_was_stopped(tmp_path):
     (out / "shard-000004.tmp").write_bytes(b"half")
     before = (out / "shard-000000.tar").stat().st_mtime_ns
     plans = plan_shards(files, out, 4)
-    index = ShardIndex(**json.loads((out / "index.json.planned").read_text()))
+    index = ShardIndex(**read_checked_json(out / "index.json.planned"))
     list(pack(plans, index))
     assert (out / "shard-000000.tar").stat().st_mtime_ns == before
     found = {path.name for path in out.glob("*.tar")}
@@ -142,6 +143,18 @@ def test_a_shard_cut_between_images_is_noticed(tmp_path):
         for member, content in members:
             tar.addfile(member, io.BytesIO(content))
     with pytest.raises(ValueError, match="has 2 images, expected 4"):
+        read(out)
+
+
+def test_a_shard_of_nothing_is_noticed_and_one_that_the_index_does_not_name(tmp_path, capsys):
+    _, out = packed(tmp_path)
+    (out / "shard-000006.tar").write_bytes((out / "shard-000000.tar").read_bytes())
+    assert len(read(out)) == 21
+    assert "warning: 1 shards in" in (said := capsys.readouterr().err)
+    assert said.endswith("such as shard-000006.tar\n")
+    (out / "index.json").unlink()
+    (out / "shard-000002.tar").write_bytes(bytes(20_480))  # as a crash of the machine leaves it
+    with pytest.raises(UserError, match=r"shard-000002.tar' has no images"):
         read(out)
 
 

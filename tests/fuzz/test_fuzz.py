@@ -49,6 +49,7 @@ from lightning_diffclf.data.shards import ShardImages, ShardIndex, Shards, expan
 from lightning_diffclf.data.winoground import read_groups
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import read_checked_json
 from lightning_diffclf.models.families import read_network, read_statistics
 from lightning_diffclf.models.ldm_autoencoder import ldm_autoencoder
 from lightning_diffclf.models.pipeline import check_parts
@@ -304,7 +305,7 @@ def json_of(value: Any, rng: np.random.Generator) -> bytes:
 
 def test_latents():
     folder = latents()
-    usual = json.loads((folder / "index.json").read_text())
+    usual = read_checked_json(folder / "index.json")
     arrays = {name: (folder / f"{name}.npy").read_bytes() for name in ("moments", "labels")}
 
     def attempt(rng: np.random.Generator) -> None:

@@ -22,6 +22,7 @@ from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_diffclf.cli import CONFIG_KEY, evaluate, main, read_checkpoint
 from lightning_diffclf.data.latents import Latents
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import read_checked_json
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.pipeline import load
 from lightning_diffclf.models.published import is_published, load_published, read_published
@@ -262,7 +263,7 @@ def test_latents_hold_no_objects():
 )
 def test_an_index_of_latents_holds_values(name, value):
     folder = latents()
-    values = json.loads((folder / "index.json").read_text()) | {name: value}
+    values = read_checked_json(folder / "index.json") | {name: value}
     (folder / "index.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="cannot be read"):
         Latents(str(folder))
