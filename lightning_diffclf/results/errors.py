@@ -340,6 +340,10 @@ def merge_errors(parts: Sequence[Path], path: Path) -> int:
     Returns:
         Number of images.
     """
-    whole = Parts(parts)
+    whole = Parts(
+        parts,
+        remedy="remove it and what was decided with it (predictions.parquet, or the part of its name without .errors), "
+        "and their images will be evaluated again",
+    )
     whole.write(path, **ENCODING)
     return len(whole)

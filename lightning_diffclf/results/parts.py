@@ -36,6 +36,8 @@ BATCH_BYTES = CHUNK_BYTES // 4  # read in one go: to change threads takes longer
 
 READERS = 2  # threads that read and decode: for most of that, Arrow lets others work
 
+REMEDY = "remove it, and its images will be evaluated again"  # of a file that cannot be read
+
 WIDTHS = {
     "BOOLEAN": 1,
     "INT32": 4,
@@ -74,9 +76,9 @@ class _File(NamedTuple):
     rows: list[pa.Table]  # of each row group, the columns that stay in memory
 
 
-def _look_into(path: Path, kept: Sequence[pa.Field]) -> _File:
+def _look_into(path: Path, kept: Sequence[pa.Field], remedy: str) -> _File:
     stamp = _stamp(path)
-    with _reading(path) as file:
+    with _reading(path, remedy) as file:
         schema = file.schema_arrow
         there, fields = frozenset(schema.names), [schema.field("id"), *kept]
         groups, rows = list[_Group](), list[pa.Table]()
@@ -105,6 +107,7 @@ class Parts:
         agree: Raises UserError where two tables disagree about the same images.
         kept: Columns of few bytes, to be read with the ids and stay in memory.
         known: Some of these files, of which nothing has to be found out again.
+        remedy: What to do about a file that cannot be read.
 
     Attributes:
         ids: Id of each row (N,), each image once, in the order of the files.
@@ -122,15 +125,17 @@ class Parts:
         agree: Callable[[pa.Table, pa.Table], None] | None = None,
         kept: Sequence[str] = (),
         known: Parts | None = None,
+        remedy: str = REMEDY,
     ) -> None:
         self._groups: list[_Group] = []
+        self._remedy = remedy
         sizes, ids, rows = [0], list[pa.Array](), list[pa.Table]()
         fields = [field for field in schema or () if field.name in kept]
         files = {} if known is None or fields else known._files()
 
         def look(path: Path) -> _File:
             file = files.get(path)
-            return file if file and file.groups[0].stamp == _stamp(path) else _look_into(path, fields)
+            return file if file and file.groups[0].stamp == _stamp(path) else _look_into(path, fields, remedy)
 
         # ids, and what a file says of itself
         looks = ahead(look, paths, repeat(CHUNK_BYTES / 256))
@@ -270,7 +275,7 @@ class Parts:
         if set(names) <= set(self._kept.column_names):
             begin, end = self._starts[number : number + 2].tolist()
             return self._kept.slice(begin, end - begin).select(names)
-        with _reading(path) as file:
+        with _reading(path, self._remedy) as file:
             if _stamp(path) != stamp:
                 raise Vanished(path)
             return _rows(file, group, there, fields)
@@ -288,7 +293,7 @@ def has_rows(path: Path) -> bool:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[pq.ParquetFile]:
+def _reading(path: Path, remedy: str = REMEDY) -> Iterator[pq.ParquetFile]:
     """An open Parquet file; what goes wrong with it is told with its name."""
     try:
         with sealed_file(path) as file:
@@ -296,9 +301,7 @@ def _reading(path: Path) -> Iterator[pq.ParquetFile]:
     except FileNotFoundError as error:
         raise Vanished(path) from error
     except (Damaged, pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"run: {str(path)!r} cannot be read ({error}); remove it, and its images will be evaluated again"
-        ) from error
+        raise UserError(f"run: {str(path)!r} cannot be read ({error}); {remedy}") from error
 
 
 def _rows_of(size: int, table: pa.Table) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
@@ -25,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from lightning_diffclf.errors import FailedWrite, MissingFile, UserError, check_at_least
-from lightning_diffclf.files import FolderLock, remove_temporaries, write_text
+from lightning_diffclf.errors import UserError, check_at_least
+from lightning_diffclf.files import FolderLock, make_folder, remove_temporaries, write_text
 from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.parts import Vanished, has_rows
@@ -90,20 +91,16 @@ def _claim(folder: Path, settings: Settings) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: {str(folder)!r} is a file, expected a folder")
     if not (folder / SETTINGS).is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FailedWrite(f"output: {str(folder)!r} cannot be written ({error})") from error
+        make_folder(folder)
         with FolderLock(folder):  # or two processes could claim it for different runs
             if not (folder / SETTINGS).is_file():
                 taken = [name for name in (PREDICTIONS, PARTS, ERRORS) if (folder / name).exists()]
                 if taken:
                     raise _Taken(f"output: {str(folder)!r} holds {taken} without {SETTINGS}, expected another folder")
                 write_text(settings.to_json() + "\n", folder / SETTINGS, "output")
+    there = Settings.read(folder)
     try:
-        settings.check_same(Settings.read(folder), f"the run in {str(folder)!r}")
-    except MissingFile:
-        raise
+        settings.check_same(there, f"the run in {str(folder)!r}")
     except UserError as error:
         raise _Taken(f"{error}; give another folder") from error
 
@@ -233,8 +230,8 @@ def _write_whole(
     records = parts_of(paths, settings, known=None if before is None else before.parts)
     # Errors whose records were not written any more are of images that will be evaluated again.
     errors = [errors_of(path) for path in paths if errors_of(path).is_file()]
-    if errors:
-        merge_errors(errors, run / ERRORS)
+    if errors and (kept := merge_errors(errors, run / ERRORS)) < len(records):
+        warnings.warn(f"{ERRORS} has the errors of {kept} of {len(records)} images only", stacklevel=2)
     records.write(run / PREDICTIONS, seen=seen, **ENCODING)
     # Records first: who finds errors missing finds records missing as well, and looks again.
     for path in [*paths, *errors]:

@@ -330,6 +330,35 @@ def test_a_truncated_part_is_named(tmp_path):
     assert second.is_file()
 
 
+def test_errors_that_are_damaged_or_missing_are_told_with_what_helps(tmp_path):
+    classifier = decisions(1)[0]
+    fill(tmp_path / "run", 4, flush_every=2, errors=ErrorsInfo.of(classifier))
+    errors, _ = sorted((tmp_path / "run" / "parts").glob("*.errors.parquet"))
+    content = bytearray(errors.read_bytes())
+    content[len(content) // 2] ^= 1
+    errors.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{errors.name}' cannot be read .*without .errors\), and their images"):
+        finish(tmp_path / "run", SETTINGS)
+    shutil.copytree(tmp_path / "run", tmp_path / "less")
+    (tmp_path / "less" / "parts" / errors.name).unlink()
+    with pytest.warns(UserWarning, match="errors.parquet has the errors of 2 of 4 images only"):
+        finish(tmp_path / "less", SETTINGS)
+    errors.unlink()
+    errors.with_name(errors.name.replace(".errors", "")).unlink()
+    assert Store(tmp_path / "run", SETTINGS).finished == {"2", "3"}
+    fill(tmp_path / "run", 2, errors=ErrorsInfo.of(classifier))
+    assert finish(tmp_path / "run", SETTINGS) == len(StoredErrors(tmp_path / "run" / "errors.parquet")) == 4
+
+
+def test_damaged_settings_are_told_rather_than_another_folder_taken(tmp_path):
+    fill(tmp_path / "run", 2)
+    path = tmp_path / "run" / "settings.json"
+    path.write_bytes(path.read_bytes().replace(b"l2", b"l3"))
+    with pytest.raises(UserError, match="was changed or damaged"):
+        claim(tmp_path / "run", SETTINGS, next_free=True)
+    assert not (tmp_path / "run-2").exists()
+
+
 def test_no_run_and_no_images(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no settings.json in '.*nothing'"):
         read_table(tmp_path / "nothing")
