@@ -29,6 +29,7 @@ from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.callbacks.ema import EMA
 from lightning_diffclf.callbacks.loggers import check_packages, run_loggers
 from lightning_diffclf.callbacks.network_summary import NetworkSummary
+from lightning_diffclf.callbacks.one_training import OneTraining
 from lightning_diffclf.callbacks.progress import ClassifierProgressBar
 from lightning_diffclf.callbacks.requeue import Requeue
 from lightning_diffclf.callbacks.samples import SampleGrid
@@ -190,6 +191,8 @@ class DiffClfCLI(LightningCLI):
             callbacks.append(ClassifierProgressBar())
         if config.get("enable_model_summary") is not False:
             callbacks.append(NetworkSummary())
+        if self._fits:
+            callbacks.append(OneTraining())
         if config.get("logger") in (None, True):
             kwargs["logger"] = False
             if self._fits:
