@@ -7,6 +7,7 @@ import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,8 +30,26 @@ def read_file(path: Path) -> dict[str, Any]:
     version 1.6 carry none.
 
     Raises:
-        ValueError: if it cannot be read, is not what was written, or holds no mapping.
+        ValueError: if it cannot be read, is not what was written, or holds no mapping; of a checkpoint among others, it
+            names the newest that is whole.
     """
+    try:
+        return _read(path)
+    except UserError as error:
+        raise UserError(f"{error}{_advice(path)}") from error
+
+
+def _advice(path: Path) -> str:
+    """What may be taken in place of a checkpoint that cannot be read."""
+    others = [one for one in path.parent.glob("*.ckpt") if one != path] if path.suffix == ".ckpt" else []
+    for one in sorted(others, key=os.path.getmtime, reverse=True):
+        with suppress(UserError, OSError):
+            _read(one)
+            return f"; the newest beside it that is whole is {str(one)!r}: --ckpt_path takes it, of evaluate --ckpt"
+    return f"; none of the {len(others)} others beside it is whole" if others else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.models.published import is_published
+from lightning_diffclf.modules.checkpoints import read_checkpoint
 
 
 def test_writes_what_torch_reads(tmp_path):
@@ -46,6 +49,26 @@ def test_a_kill_while_saving_leaves_the_old_file(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"step": 3}, path)
     assert torch.load(path, weights_only=True) == {"step": 3}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]  # what was left goes: it is large
+
+
+def test_of_a_damaged_checkpoint_the_newest_whole_one_is_named(tmp_path):
+    for number, name in enumerate(["epoch=0-step=1.ckpt", "epoch=0-step=3.ckpt", "epoch=0-step=2.ckpt", "last.ckpt"]):
+        AtomicCheckpointIO().save_checkpoint({"weight": torch.arange(3) + number}, tmp_path / name)
+        os.utime(tmp_path / name, (number, number))
+    for name in ("last.ckpt", "epoch=0-step=2.ckpt"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        os.utime(tmp_path / name, (9, 9))
+    found = (
+        r"last.ckpt' cannot be read \(it is damaged.*; the newest .* is '.*epoch=0-step=3.ckpt': --ckpt_path takes it"
+    )
+    for read in (is_published, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(UserError, match=found):
+            read(tmp_path / "last.ckpt")
+    for path in tmp_path.glob("*.ckpt"):
+        path.write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match="none of the 3 others beside it is whole"):
+        read_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
