@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning_diffclf.errors import UserError, WrongType
@@ -37,8 +37,9 @@ class Candidates:
         classes: Sequence[int] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        if isinstance(names, (str, bytes)):  # whose letters would be candidates
-            raise WrongType(f"candidates: {names!r}, expected a list of names")
+        for listed in (names, [] if class_names is None else class_names):
+            if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable):  # letters would be candidates
+                raise WrongType(f"candidates: {listed!r}, expected a list of names")
         self.names = tuple(str(name) for name in names)
         self.classes = tuple(range(len(self.names))) if classes is None else tuple(map(_class_index, classes))
         if not self.names:

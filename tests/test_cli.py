@@ -288,6 +288,7 @@ def test_subcommands(run_dir, capsys):
         (["--config=dit_digits"], "did you mean 'dit_digits.yaml'?"),
         ([*QUICK, "--model.hiden_size=3"], "no option 'model.hiden_size'; did you mean 'model.hidden_size'?"),
         ([*QUICK, "--model.hidden_size=wide"], "error: model.hidden_size: 'wide', expected int\n"),
+        ([*QUICK, "--classifier.draws=many"], "error: classifier.draws: 'many', expected int\n"),
         ([*QUICK, "--classifier.lss=l2"], "no option '--classifier.lss'; did you mean '--classifier.loss'?"),
         ([*QUICK, "--trainer.max_step=50"], "no option '--trainer.max_step'; did you mean '--trainer.max_steps'?"),
         ([*QUICK, "--classifier.draw=50"], "did you mean '--classifier.draws'?"),

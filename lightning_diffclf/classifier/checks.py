@@ -76,8 +76,9 @@ def resolve_candidates(
 
 def check_output(output: Any, x_t: Tensor) -> None:
     """Raise ValueError or TypeError unless the network's output fits its input: (N, C or 2C, h, w)."""
-    if not isinstance(output, Tensor):
-        raise WrongType(f"denoiser.predict: {type(output).__name__}, expected a tensor shaped like x_t")
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        found = f"dtype {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+        raise WrongType(f"denoiser.predict: {found}, expected a floating point tensor shaped like x_t")
     n, channels, *space = x_t.shape
     if output.shape not in {(n, channels, *space), (n, 2 * channels, *space)}:
         raise UserError(

@@ -29,7 +29,7 @@ from lightning_diffclf.classifier.known import KnownErrors
 from lightning_diffclf.classifier.score import Predictions
 from lightning_diffclf.classifier.search import Found, Search
 from lightning_diffclf.denoiser import evaluating
-from lightning_diffclf.errors import UserError
+from lightning_diffclf.errors import UserError, WrongType
 from lightning_diffclf.progress import tell
 
 if TYPE_CHECKING:
@@ -174,7 +174,10 @@ class Packer:
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
-        x0 = self._classifier.denoiser.encode(images).float()
+        encoded = self._classifier.denoiser.encode(images)
+        if not isinstance(encoded, Tensor):
+            raise WrongType(f"denoiser.encode: {type(encoded).__name__}, expected a tensor (B, C, h, w)")
+        x0 = encoded.float()
         if len(x0) != len(images) or x0.ndim < 2:
             raise UserError(f"denoiser.encode: {tuple(images.shape)} became {tuple(x0.shape)}, expected (B, C, h, w)")
         if x0.is_cuda:  # works by itself

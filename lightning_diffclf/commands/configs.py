@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,14 @@ def layers(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
         raise UserError(f"config: {str(path)!r} extends itself")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        json.dumps(values, default=str, skipkeys=True)  # refuses what contains itself, which YAML can say
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: an impossible date, for one
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"config: {str(path)!r} is no YAML file ({reason})") from error
-    if not isinstance(values, (dict, type(None))):
-        raise UserError(f"config: {str(path)!r} holds a {type(values).__name__}, expected settings by name")
-    below = (values or {}).get(EXTENDS)
+    if not isinstance(values, dict):
+        found = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise UserError(f"config: {str(path)!r} {found}, expected settings by name")
+    below = values.get(EXTENDS)
     names = [below] if isinstance(below, str) else [] if below is None else below
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(

@@ -91,7 +91,9 @@ def _of_option(name: str, message: str) -> str:
     if found := re.fullmatch(r"Expected a <class '(\w+)'>\. Got value: (.*)", message, re.DOTALL):
         return f"{name}: {found[2]!r}, expected {found[1]}"
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        return f"{name}: {unknown('class', found[1], _classes(name))}"
+        plain = re.findall(r"Expected a <class '(int|float|bool)'>", message)  # it takes these as well
+        what = f"{found[1]!r}, expected {' or '.join(plain)}" if plain else unknown("class", found[1], _classes(name))
+        return f"{name}: {what}"
     if found := OF_CLASS.search(message):
         class_path, inner = found[2], dedent(found[3]).strip()
         if re.search("has no attribute|No module named", inner):
@@ -111,11 +113,14 @@ def _none_of_types(name: str, given: str, message: str) -> str:
         "trainer.precision: 'bf61', expected one of '32', 'bf16', 'bf16-mixed'; did you mean 'bf16'?"
         >>> _none_of_types("trainer.max_epochs", "x", "Expected a <class 'int'>, Expected a <class 'NoneType'>")
         "trainer.max_epochs: 'x', expected int"
+        >>> _none_of_types("model", "3", "Not a valid subclass of LightningModule, Expected a <class 'NoneType'>")
+        "model: '3', expected a class, as class_path and init_args"
     """
     lists = ", ".join(re.findall(r"typing\.Literal\[(.*?)\]", message))
     words = list(dict.fromkeys(re.findall(r"'([^']*)'", lists)))
     types = [kind for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind != "NoneType"]
     expected = " or ".join([*types, *(["one of " + ", ".join(map(repr, words))] if words else [])])
+    expected = expected or "a class, as class_path and init_args"
     meant = similar(given, words)
     return f"{name}: {given!r}, expected {expected}" + (f"; did you mean {meant[0]!r}?" if meant else "")
 

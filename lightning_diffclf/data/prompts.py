@@ -104,9 +104,11 @@ def from_csv(path: str | Path) -> PromptSet:
     classes = []
     for line, row in enumerate(rows, start=2):
         index = (row["classidx"] or "").strip()
-        if not (index.isascii() and index.isdecimal() and len(index) < 10) or not row["prompt"]:
+        surplus = None in row  # of a comma without quotes around it
+        if surplus or not (index.isascii() and index.isdecimal() and len(index) < 10) or not row["prompt"]:
             raise UserError(
-                f"prompts: {str(path)!r}, line {line}: {str(row)[:200]}, expected a prompt and a class index"
+                f"prompts: {str(path)!r}, line {line}: {str(row)[:200]}, expected a prompt and a class index, "
+                "and no more fields than columns"
             )
         classes.append(int(index))
     known = set(classes)

@@ -110,8 +110,19 @@ def test_outputs_of_the_wrong_shape(wrong):
         list(DiffusionClassifier(denoiser, Draws(2))(some_images(1)))
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64])
+def test_outputs_that_are_no_numbers_of_a_network(kind):
+    denoiser = Toy()
+    denoiser.predict = lambda x_t, t, candidate: x_t.to(kind)
+    with pytest.raises(TypeError, match=rf"denoiser.predict: dtype {kind}, expected a floating point tensor"):
+        list(DiffusionClassifier(denoiser, Draws(2))(some_images(1)))
+
+
 def test_encodings_of_the_wrong_shape():
     denoiser = Toy()
+    denoiser.encode = lambda images: None
+    with pytest.raises(TypeError, match=r"denoiser.encode: NoneType, expected a tensor \(B, C, h, w\)"):
+        list(DiffusionClassifier(denoiser, Draws(2))(some_images(3)))
     denoiser.encode = lambda images: images[:1]
     with pytest.raises(ValueError, match=r"encode: \(3, 2, 4, 4\) became \(1, 2, 4, 4\)"):
         list(DiffusionClassifier(denoiser, Draws(2))(some_images(3)))

@@ -35,7 +35,7 @@ def told(capsys, command, args) -> str:
     "content",
     [
         b"data: [", b"a: b: c", b"\xff\xfea\x00", b"run_dir: \xe9", b"a: 2024-13-45", b"- a\n- b", b"3", b"\x00",
-        b"!!python/object/apply:os.system ['touch PWNED']",
+        b"!!python/object/apply:os.system ['touch PWNED']", b"model: &a [*a]", b"model: &a {b: [*a]}", b"", b"# none\n",
     ],
 )  # fmt: skip
 def test_files_of_settings(content, capsys):
@@ -61,6 +61,7 @@ HEAD = b"prompt,classname,classidx\n"
         (HEAD + b"a,a,1.5\n", "line 2: "),
         (HEAD + b"a,a,-1\n", "line 2: "),
         (HEAD + b"a\n", "line 2: "),
+        (b"classidx,classname,prompt\n0,a,a photo of a, without quotes\n", "no more fields than columns"),
         (HEAD + b",a,0\n", "line 2: "),
         (HEAD, "has no rows"),
         (b"", "lacks ['prompt', 'classname', 'classidx']"),
@@ -79,10 +80,13 @@ def test_prompts_in_csv(content, message):
     assert len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize("names", ["abc", b"abc"])
+@pytest.mark.parametrize("names", ["abc", b"abc", 3, None])
 def test_a_name_is_no_list_of_names(names):
-    with pytest.raises(TypeError, match="expected a list of names"):
+    with pytest.raises(UserError, match="expected a list of names"):
         Candidates(names)
+    if names is not None:
+        with pytest.raises(UserError, match="expected a list of names"):
+            Candidates(["a", "b", "c"], class_names=names)
 
 
 @pytest.mark.parametrize("index", [0.5, "1", None, float("nan"), float("inf"), 10**20, [0], -1])
