@@ -53,7 +53,7 @@ def read_groups(root: str | Path) -> list[Group]:
         path = next((p for p in (path / "examples.jsonl", path / "data" / "examples.jsonl") if p.is_file()), path)
     if not path.is_file():
         raise MissingFile(f"winoground: no examples.jsonl in {str(root)!r}, and it is no JSONL file")
-    groups = []
+    groups: dict[str, Group] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (UnicodeDecodeError, OSError) as error:
@@ -72,10 +72,13 @@ def read_groups(root: str | Path) -> list[Group]:
             ) from error
         tag = row.get("collapsed_tag") or row.get("tag") or ""
         images = _find(path.parent, names[0]), _find(path.parent, names[1])
-        groups.append(Group(str(row.get("id", number - 1)), images, captions, str(tag)))
+        name = str(row.get("id", number - 1))
+        if name in groups:
+            raise UserError(f"winoground: {str(path)!r}, line {number}: id {name!r} of another group, expected its own")
+        groups[name] = Group(name, images, captions, str(tag))
     if not groups:
         raise UserError(f"winoground: {str(path)!r} has no groups")
-    return groups
+    return list(groups.values())
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -225,9 +225,14 @@ def _check_agreement(first: pa.Table, second: pa.Table) -> None:
             pairs = zip(first[name].to_pylist(), second[name].to_pylist(), strict=True)
             for row, (a, b) in enumerate(pairs):
                 if a != b:
-                    raise UserError(f"image {first['id'][row].as_py()!r}: found twice, with {name} {a} and {b}")
+                    raise _disagree(first, row, f"{name} {a} and {b}")
     if "scores_K" in first.column_names:
         a_scores, b_scores = (list_views(one["scores_K"].combine_chunks()) for one in (first, second))
         for row, (a_K, b_K) in enumerate(zip(a_scores, b_scores, strict=True)):
-            if not np.allclose(a_K, b_K, rtol=1e-2):
-                raise UserError(f"image {first['id'][row].as_py()!r}: found twice, with different scores")
+            if len(a_K) != len(b_K) or not np.allclose(a_K, b_K, rtol=1e-2):
+                raise _disagree(first, row, "different scores")
+
+
+def _disagree(table: pa.Table, row: int, found: str) -> UserError:
+    image_id = table["id"][row].as_py()
+    return UserError(f"image {image_id!r}: found twice, with {found}, expected the same; two images need two ids")

@@ -119,6 +119,7 @@ def test_a_folder_in_the_hubs_format(tmp_path):
         (json.dumps({"image_0": "a"}), ValueError, "line 1: .*caption_0"),
         (json.dumps(LINE | {"image_1": "nowhere"}), FileNotFoundError, "no image 'nowhere'"),
         ("", ValueError, "has no groups"),
+        (f"{json.dumps(LINE)}\n{json.dumps(LINE)}", ValueError, "line 2: id '.*' of another group"),
     ],
 )
 def test_broken_sets(line, error, message, tmp_path):

@@ -279,6 +279,7 @@ def test_errors_without_rows_do_not_count(tmp_path):
         ("label", 3, "image '1': found twice, with label 1 and 3"),
         ("nfe", 3, "image '1': found twice, with nfe"),
         ("scores_K", np.arange(5.0), "image '1': found twice, with different scores"),
+        ("scores_K", np.arange(4.0), "image '1': found twice, with different scores"),
     ],
 )
 def test_duplicates_must_agree(name, value, message, tmp_path):
