@@ -34,6 +34,7 @@ def check_trainer(settings: Namespace) -> None:
         if isinstance(given, str) and given not in names:
             raise UserError(f"trainer.{option}: {unknown(option, given, names)}")
     _check_devices(settings.get("devices"))
+    _check_sharding(settings)
     check_at_least(1, **{"trainer.accumulate_grad_batches": settings.get("accumulate_grad_batches")})
 
 
@@ -44,6 +45,20 @@ def _check_devices(devices: Any) -> None:
     count = number is not None and (number == -1 or number > 0)
     if not count and devices not in (None, "auto") and not (number is None and re.fullmatch(r"\d+(,\d+)*,?", text)):
         raise UserError(f"trainer.devices: {devices!r}, expected a number, -1 for all, a list such as [0,1], or auto")
+
+
+def _check_sharding(settings: Namespace) -> None:
+    """Of a ModelParallelStrategy with numbers, whether they make up the processes that there will be."""
+    names = [f"strategy.init_args.{kind}_parallel_size" for kind in ("data", "tensor")]
+    found = [str(settings.get(name)) for name in (*names, "devices", "num_nodes")]  # numbers may be strings
+    if not all(text.isdecimal() for text in found):
+        return
+    data, tensor, devices, nodes = map(int, found)
+    if data * tensor != devices * nodes:
+        raise UserError(
+            f"trainer.strategy: data_parallel_size {data}, tensor_parallel_size {tensor}, but {devices * nodes} "
+            "processes; expected sizes that make so many"
+        )
 
 
 @contextmanager

@@ -27,6 +27,14 @@ def test_what_are_no_devices(devices):
     ("settings", "message"),
     [
         ({"strategy": "ddpp"}, r"trainer\.strategy: no strategy 'ddpp'; did you mean 'ddp'\?"),
+        (
+            {
+                "strategy": Namespace(init_args=Namespace(data_parallel_size=8, tensor_parallel_size=1)),
+                "devices": "2",
+                "num_nodes": 1,
+            },
+            "data_parallel_size 8, tensor_parallel_size 1, but 2 processes",
+        ),
         ({"strategy": "ddp_spwan"}, "did you mean 'ddp_spawn'"),
         ({"accelerator": "gpuu"}, r"trainer\.accelerator: no accelerator 'gpuu'; did you mean 'gpu'\?"),
         ({"accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches: 0, expected at least 1"),
