@@ -341,7 +341,7 @@ def test_a_logger_without_its_package_says_what_to_install(capsys, monkeypatch):
 def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
     assert "no file 'none.ckpt'" in fails(capsys, evaluate, ["--ckpt=none.ckpt"])
     Path("text.ckpt").write_text("hello")
-    assert "'text.ckpt' cannot be read" in fails(capsys, evaluate, ["--ckpt=text.ckpt"])
+    assert "'text.ckpt' cannot be read (it is no file of torch.save)" in fails(capsys, evaluate, ["--ckpt=text.ckpt"])
     torch.save({"weights": torch.zeros(1)}, "foreign.ckpt")
     assert "'foreign.ckpt' has no weights of a DiT" in fails(capsys, evaluate, ["--ckpt=foreign.ckpt"])
     torch.save({"state_dict": {"layer.weight": torch.zeros(1)}}, "other.ckpt")

@@ -22,6 +22,8 @@ from lightning_diffclf.errors import UserError
 
 ZIP = b"PK\x03\x04"  # how torch.save's files begin
 
+PICKLE = b"\x80"  # and those before version 1.6
+
 
 def read_file(path: Path) -> dict[str, Any]:
     """What a file of torch or safetensors holds, on the CPU; no code from it is run.
@@ -54,6 +56,9 @@ def _read(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         zipped = check_whole(path)
+        with open(path, "rb") as file:
+            if not zipped and file.read(1) != PICKLE:
+                raise UserError("it is no file of torch.save")
         with safe_globals([Namespace]):  # the published training scripts save their arguments too
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         _check_tensors(found)
