@@ -37,8 +37,8 @@ def similar(given: str, known: Iterable[str]) -> list[str]:
     Example:
         >>> similar("--trainer.max_step", ["--trainer.max_steps", "--trainer.max_time"])
         ['--trainer.max_steps']
-        >>> similar("--draws", ["--run_dir", "--classifier.draws"])
-        ['--classifier.draws']
+        >>> similar("--reuse", ["--requeue", "--classifier.reuse"])
+        ['--classifier.reuse']
         >>> similar("--ckpt", ["--ckpt_path", "--config"])
         ['--ckpt_path']
         >>> similar("classif", ["classify", "compare"]), similar("--help-me", ["--trainer.devices"])
@@ -47,10 +47,12 @@ def similar(given: str, known: Iterable[str]) -> list[str]:
     known = list(dict.fromkeys(known))
     by_case = {name.lower(): name for name in known}
     by_tail = {name.rpartition(".")[2].lower(): name for name in reversed(known)}
+    last = given.rpartition(".")[2].strip("-").lower()
+    exact = [by_tail[last]] if last in by_tail else []
     whole = difflib.get_close_matches(given.lower(), by_case, 1, 0.75)
-    tail = difflib.get_close_matches(given.rpartition(".")[2].strip("-").lower(), by_tail, 1, 0.75)
+    tail = difflib.get_close_matches(last, by_tail, 1, 0.75)
     begun = [name for name in known if len(given.strip("-")) > 1 and name.startswith(given)]
-    return [*(by_case[name] for name in whole), *(by_tail[name] for name in tail), *begun][:1]
+    return [*exact, *(by_case[name] for name in whole), *(by_tail[name] for name in tail), *begun][:1]
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> str:
