@@ -83,6 +83,9 @@ def explained(message: str, options: Iterable[str], prefix: str = "") -> str:
         name = f"{found[1]}.{found[2]}" if found[1] else found[2]
         names = [option.removeprefix("--") for option in options]
         return unknown("option", prefix + name, [prefix + known for known in names])
+    if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+        parts = " and ".join(sorted(name.rpartition(".")[2] for name in found[1].split(", ")))
+        return f"{parts}: none given; expected --config FILE (`diffclf configs` lists those that come along)"
     if found := re.fullmatch(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
         return _of_option(prefix + found[1], dedent(found[2]).strip())
     return prefix.removesuffix(".") + (": " if prefix else "") + message
@@ -96,6 +99,11 @@ def _of_option(name: str, message: str) -> str:
         return f"{name}: {unknown('class', found[1], _classes(name))}"
     if found := OF_CLASS.search(message):
         class_path, inner = found[2], dedent(found[3]).strip()
+        if class_path in {"lightning.LightningModule", "lightning.LightningDataModule"}:
+            return (
+                f"{name}: options before a class is named; expected --{name} CLASS, or the file that names one first, "
+                "and what changes it later (--config sd_pets.yaml --config clip.yaml)"
+            )
         if re.search("has no attribute|No module named", inner):
             short = class_path.rpartition(".")[2]
             return f"{name}: {unknown('class', short, _classes(name))} ({inner})"
