@@ -357,6 +357,7 @@ def test_bad_checkpoints_give_one_clear_error(run_dir, capsys, tmp_path):
     assert "give another --run_dir" in told
     assert not Path("o").exists()
     assert "give --ckpt PATH, or --config FILE" in fails(capsys, evaluate, [])
+    assert "no option '--confg'; did you mean '--config'?" in fails(capsys, evaluate, ["--confg=dit_digits.yaml"])
 
 
 def test_a_network_without_a_checkpoint_is_evaluated_only_if_that_is_meant(capsys):

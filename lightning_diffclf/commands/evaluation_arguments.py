@@ -8,6 +8,9 @@ from fractions import Fraction
 
 from jsonargparse import Namespace
 
+from lightning_diffclf.commands.mistakes import similar, unknown
+from lightning_diffclf.errors import UserError
+
 EPS = {"linf": "8/255", "l2": "0.5"}  # those of RobustBench for CIFAR-10
 FLAGS = (
     "All other flags override the settings of the checkpoint (--classifier.draws 50, --data.eval_batch_size 16, "
@@ -153,6 +156,9 @@ def _read(own: argparse.ArgumentParser, args: Sequence[str]) -> Namespace:
     if known.out is not None and (not known.out.strip() or "\0" in known.out):
         own.error(f"out: {known.out!r}, expected the name of a folder")
     if known.ckpt is None and not known.config:
+        for name in (flag.partition("=")[0] for flag in flags):
+            if similar(name, ("--ckpt", "--config")):
+                raise UserError(unknown("option", name, ("--ckpt", "--config")))
         own.error("give --ckpt PATH, or --config FILE for a network that needs no training")
     return Namespace(**vars(known), flags=flags)
 

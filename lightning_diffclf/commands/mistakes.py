@@ -37,8 +37,8 @@ def similar(given: str, known: Iterable[str]) -> list[str]:
     Example:
         >>> similar("--trainer.max_step", ["--trainer.max_steps", "--trainer.max_time"])
         ['--trainer.max_steps']
-        >>> similar("--draws", ["--run_dir", "--classifier.draws"])
-        ['--classifier.draws']
+        >>> similar("--reuse", ["--requeue", "--classifier.reuse"])
+        ['--classifier.reuse']
         >>> similar("--ckpt", ["--ckpt_path", "--config"])
         ['--ckpt_path']
         >>> similar("classif", ["classify", "compare"]), similar("--help-me", ["--trainer.devices"])
@@ -47,10 +47,12 @@ def similar(given: str, known: Iterable[str]) -> list[str]:
     known = list(dict.fromkeys(known))
     by_case = {name.lower(): name for name in known}
     by_tail = {name.rpartition(".")[2].lower(): name for name in reversed(known)}
+    last = given.rpartition(".")[2].strip("-").lower()
+    exact = [by_tail[last]] if last in by_tail else []
     whole = difflib.get_close_matches(given.lower(), by_case, 1, 0.75)
-    tail = difflib.get_close_matches(given.rpartition(".")[2].strip("-").lower(), by_tail, 1, 0.75)
+    tail = difflib.get_close_matches(last, by_tail, 1, 0.75)
     begun = [name for name in known if len(given.strip("-")) > 1 and name.startswith(given)]
-    return [*(by_case[name] for name in whole), *(by_tail[name] for name in tail), *begun][:1]
+    return [*exact, *(by_case[name] for name in whole), *(by_tail[name] for name in tail), *begun][:1]
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> str:
@@ -81,6 +83,9 @@ def explained(message: str, options: Iterable[str], prefix: str = "") -> str:
         name = f"{found[1]}.{found[2]}" if found[1] else found[2]
         names = [option.removeprefix("--") for option in options]
         return unknown("option", prefix + name, [prefix + known for known in names])
+    if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+        parts = " and ".join(sorted(name.rpartition(".")[2] for name in found[1].split(", ")))
+        return f"{parts}: none given; expected --config FILE (`diffclf configs` lists those that come along)"
     if found := re.fullmatch(r'Parser key "(.+?)":\s*(.*)', message, re.DOTALL):
         return _of_option(prefix + found[1], dedent(found[2]).strip())
     return prefix.removesuffix(".") + (": " if prefix else "") + message
@@ -96,6 +101,11 @@ def _of_option(name: str, message: str) -> str:
         return f"{name}: {what}"
     if found := OF_CLASS.search(message):
         class_path, inner = found[2], dedent(found[3]).strip()
+        if class_path in {"lightning.LightningModule", "lightning.LightningDataModule"}:
+            return (
+                f"{name}: options before a class is named; expected --{name} CLASS, or the file that names one first, "
+                "and what changes it later (--config sd_pets.yaml --config clip.yaml)"
+            )
         if re.search("has no attribute|No module named", inner):
             short = class_path.rpartition(".")[2]
             return f"{name}: {unknown('class', short, _classes(name))} ({inner})"

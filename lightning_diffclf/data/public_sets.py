@@ -115,10 +115,12 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
         ValueError: if it has no folders with images.
     """
 
+    form = "one with a folder of images for each class"
+
     def __init__(self, root: str, border: int = 0) -> None:
         folder = Path(root)
         if not folder.is_dir():
-            raise MissingFile(f"data: no folder {root!r}")
+            raise MissingFile(f"data: no folder {root!r}, expected {self.form}")
         self.root, self.border = root, border
         names = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
         if not names:
@@ -156,6 +158,11 @@ class ImageNetFolders(FolderImages):
         ValueError: also if a folder is none of the 1,000 classes.
     """
 
+    form = (
+        "ImageNet's validation images in a folder for each WordNet id (image-net.org, an account), or those of "
+        "ImageNet-V2 (github.com/modestyachts/ImageNetV2) or -A (github.com/hendrycks/natural-adv-examples)"
+    )
+
     def __init__(self, root: str) -> None:
         super().__init__(root)
         known = ImageNetInfo().label_names()
@@ -182,6 +189,8 @@ class ObjectNet(FolderImages):
     Raises:
         FileNotFoundError: if one of them is not there.
     """
+
+    form = "images/ and mappings/ as objectnet.dev gives them (its terms forbid training on them)"
 
     def __init__(self, root: str) -> None:
         super().__init__(str(Path(root) / "images"), border=2)

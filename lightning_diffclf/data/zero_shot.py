@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.error import URLError
 
 import lightning as L
 import numpy as np
@@ -20,7 +21,7 @@ from lightning_diffclf.data.protocols import own_preparation, own_size
 from lightning_diffclf.data.public_sets import PUBLIC_SETS, FolderImages
 from lightning_diffclf.data.shards import ShardImages, Shards
 from lightning_diffclf.data.stream import Share, evaluation_loader
-from lightning_diffclf.errors import MissingFile, UserError, check_at_least
+from lightning_diffclf.errors import MissingFile, UserError, check_at_least, first_line
 from lightning_diffclf.identity import ByArguments
 
 
@@ -163,18 +164,26 @@ class ZeroShotDataModule(ByArguments, L.LightningDataModule):
     def _open(self) -> Any:
         if self.name == "folder":
             return FolderImages(self.root, self.border)
-        try:
-            return PUBLIC_SETS[self.name].open(self.root, self.download)
-        except RuntimeError as error:  # torchvision's, for what is not there
-            raise MissingFile(f"data: no {self.name} in {self.root!r}; set download, or give its root") from error
+        return self._of_torchvision("images", PUBLIC_SETS[self.name].open)
 
     def _open_training(self) -> Any:
         """The training images, in the same classes; None if there are none."""
         known = PUBLIC_SETS.get(self.name)
+        return None if known is None or known.train is None else self._of_torchvision("training images", known.train)
+
+    def _of_torchvision(self, what: str, opened: Callable[[str, bool], Any]) -> Any:
         try:
-            return None if known is None or known.train is None else known.train(self.root, self.download)
-        except RuntimeError as error:  # torchvision's, for what is not there
-            raise MissingFile(f"data: no training images of {self.name} in {self.root!r}; set download") from error
+            return opened(self.root, self.download)
+        except (RuntimeError, URLError) as error:  # torchvision's, for what is not there or does not come
+            if not self.download:
+                raise MissingFile(
+                    f"data: no {what} of {self.name!r} in {self.root!r}; --data.download true gets them, --data.root "
+                    "says where they are"
+                ) from error
+            raise UserError(
+                f"data: torchvision did not get the {what} of {self.name!r} ({first_line(error)}); check the "
+                f"connection, or put into {self.root!r} what it downloads elsewhere"
+            ) from error
 
     @property
     def num_classes(self) -> int:

@@ -85,10 +85,33 @@ class Settings:
             raise UserError(f"settings: {what} was made with other ones ({'; '.join(different)})")
 
 
+LONGEST = 80
+"""Characters of a value that messages repeat."""
+
+
 def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    """Where two identities differ, such as ``data.size: 8 there, 16 here``."""
+    """Where two identities differ; of long lists the first place, such as ``prompts[3]: 'a cat' there, 'a dog' here``.
+
+    Example:
+        >>> list(differences({"data": {"size": 8}, "draws": 4}, {"data": {"size": 16}, "draws": 4}))
+        ['data.size: 8 there, 16 here']
+    """
     if isinstance(there, dict) and isinstance(here, dict):
         for name in dict.fromkeys([*here, *there]):
             yield from differences(there.get(name), here.get(name), f"{path}.{name}" if path else name)
-    elif json.dumps(there, sort_keys=True) != json.dumps(here, sort_keys=True):
-        yield f"{path}: {there!r} there, {here!r} here"
+    elif (said := json.dumps(there, sort_keys=True)) != (meant := json.dumps(here, sort_keys=True)):
+        lists = all(isinstance(one, list | tuple) for one in (there, here)) and max(len(said), len(meant)) > LONGEST
+        if lists and len(there) == len(here):
+            places = [(i, *pair) for i, pair in enumerate(zip(there, here, strict=True)) if any(differences(*pair))]
+            yield from differences(*places[0][1:], f"{path}[{places[0][0]}]")
+            if places[1:]:
+                yield f"{path}: {len(places) - 1:,} more of {len(here):,}"
+        elif lists:
+            yield f"{path}: {len(there):,} values there, {len(here):,} here"
+        else:
+            yield f"{path}: {_short(there)} there, {_short(here)} here"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -38,7 +38,7 @@ class Outline:
         coverage: Share of images whose conformal set shall contain the right class; None for no sets.
         coverage_by_class: Whether that shall hold for the images of each class.
         conformal: Thresholds of the sets, where another run calibrated them.
-        one_call: Whether one call of a network without noise decided each image, so that no draw is worth showing.
+        one_call: Whether one call of a network without noise decided each image: no draw to show, no call saved.
     """
 
     classes: tuple[int, ...]
@@ -261,6 +261,8 @@ class Summary:
     def exhaustive_nfe(self) -> int:
         """Network calls of all images if all candidates saw all draws, those included that a proposal leaves out."""
         images, kept = int(self.sums["images"]), int(self.sums["kept"])
+        if self.outline.one_call:
+            return images
         return len(self.outline.timesteps_S) * (images * len(self.outline.classes) if self.outline.proposes else kept)
 
     def numbers(self) -> dict[str, float]:

@@ -61,6 +61,7 @@ def test_it_is_transformers_own_zero_shot_pipeline(clip, root, tmp_path):
         [np.log(next(o["score"] for o in a if o["label"] == f.parent.name)) for a, f in zip(found, files, strict=True)]
     )
     assert report["metrics"]["nll"] == pytest.approx(nll, abs=1e-5)
+    assert report["metrics"]["nfe_per_image"] == report["metrics"]["speedup"] == 1  # one call is all there is
     html = write_report(str(tmp_path / "out")).read_text()
     assert "NFE / image" in html
     assert {path.stem for path in (tmp_path / "out" / "figures").glob("*.png")} == {

@@ -21,6 +21,16 @@ NESTED = """Parser key "classifier.elimination":
     [
         ("unrecognized arguments: --draws 5", "no option '--draws'; did you mean '--classifier.draws'?"),
         ("unrecognized arguments: here --nothing=5 --draws", "no option '--nothing'"),
+        (
+            "Parser key \"data\":\n  Problem with given class_path 'lightning.LightningDataModule':\n    "
+            "Option 'size' is not accepted\n  Given value type: <class 'dict'>",
+            "data: options before a class is named; expected --data CLASS, or the file that names one first, and what "
+            "changes it later (--config sd_pets.yaml --config clip.yaml)",
+        ),
+        (
+            "the following arguments are required: fit.data, fit.model",
+            "data and model: none given; expected --config FILE (`diffclf configs` lists those that come along)",
+        ),
         ("Option 'modle' is not accepted", "no option 'modle'; did you mean 'model'?"),
         ('Parser key "x":\n  Something else', "x: Something else"),
         ("Something else", "Something else"),

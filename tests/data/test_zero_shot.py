@@ -10,6 +10,7 @@ from torchvision import datasets
 
 from lightning_diffclf.data.public_sets import CATS, PUBLIC_SETS
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
+from lightning_diffclf.errors import UserError
 from lightning_diffclf.modules.conditions import conditions
 
 
@@ -113,7 +114,7 @@ def test_torchvisions_sets_open_as_torchvision_has_them(tmp_path):
     (base / "test_batch").write_bytes(content)
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
     data = ZeroShotDataModule("cifar10", str(tmp_path), size=32, num_workers=0)
-    with pytest.raises(FileNotFoundError, match=r"no cifar10 in .*; set download, or give its root"):
+    with pytest.raises(FileNotFoundError, match="no images of 'cifar10' in "):
         data.setup()  # checksums of the published files
     digest = hashlib.md5(content).hexdigest()
     meta = {"filename": "batches.meta", "key": "label_names", "md5": None}
@@ -127,6 +128,16 @@ def test_torchvisions_sets_open_as_torchvision_has_them(tmp_path):
     assert (row["label"], row["id"]) == (3, 13)
     expected = images[13].reshape(3, 32, 32) / 127.5 - 1
     np.testing.assert_allclose(row["image"], expected, atol=1e-6)
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    data = ZeroShotDataModule("pets", str(tmp_path), size=32, download=True)
+    with pytest.raises(UserError, match=r"^data: torchvision did not get the images of 'pets' \(.*refused.*\); check"):
+        data.setup()
+    with pytest.raises(UserError, match=r"did not get the training images of 'pets'"):
+        data.train_dataloader()
 
 
 def test_names_of_pets_have_their_species():
@@ -153,8 +164,11 @@ def test_bad_settings(settings, message):
 
 
 def test_missing_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data: no folder"):
+    with pytest.raises(FileNotFoundError, match=r"data: no folder .*/none', expected one with a folder of images"):
         module(str(tmp_path / "none"))
+    for name, where in (("imagenet", "WordNet id .image-net.org, an account."), ("objectnet", "objectnet.dev")):
+        with pytest.raises(FileNotFoundError, match=rf"data: no folder .*, expected .*{where}"):
+            ZeroShotDataModule(name, str(tmp_path / "none"), size=32).setup()
     with pytest.raises(ValueError, match="has no folders, expected one for each class"):
         module(str(tmp_path))
     (tmp_path / "cat").mkdir()
