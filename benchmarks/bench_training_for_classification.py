@@ -3,7 +3,8 @@
 The shipped network of a task is trained on, anew for each seed, for as many network rows (`--rows`) as the control,
 which goes on with the denoising loss alone: the classification loss on 12 or 10 classes, contrastive flow matching, or
 the separation loss. Rows are what training costs: an image of a batch is one, and so is a class that it is compared
-under. Weights are averaged, kept in runs/training_for_classification/, and used again.
+under. Weights are averaged, kept in runs/training_for_classification/, and used again, as is what each network decides
+about the images: a run that was interrupted goes on.
 
 The table: accuracy on the test images with 1, 5 and 25 draws of all candidates (of pairs, 25 and 100 draws of
 LikelihoodRatio(0.002), with its network calls), with Wilson's interval, each network's images also compared with the
@@ -29,7 +30,8 @@ import torch
 from bench_training_for_search import MICROBATCH, RULE, labels_of, row, sample_quality, table, trained
 from tasks import TASKS
 
-from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, LikelihoodRatio
+from lightning_diffclf.files import replacing
 from lightning_diffclf.modules.objectives import Objectives
 from lightning_diffclf.results.statistics import Clusters, mcnemar, wilson
 
@@ -89,18 +91,29 @@ def main() -> None:
     rules = [f"≤ {draws} draws, rule" for draws in ruled]
     table("network", "seed", "steps", "CPU s", *every, *rules, "NFE", "loss", "Fréchet", "read as asked", "McNemar p")
 
-    def right(module: ClassConditionalDiT, **settings: Any) -> tuple[np.ndarray, float]:
-        results = DiffusionClassifier(module, microbatch=MICROBATCH, **settings)(images, ids)
-        return labels_of(results) == truth, float(np.mean([one.nfe for one in results]))
+    def right(
+        module: ClassConditionalDiT, network: Path, draws: int, rule: LikelihoodRatio | None
+    ) -> tuple[np.ndarray, float]:
+        which = f"{'train' if args.validate else 'test'}-{args.images}-{draws}{'-rule' * (rule is not None)}"
+        path = network.with_name(f"{network.name}-{which}.npz")
+        if not path.is_file():
+            settings = {"draws": Draws(draws), "elimination": rule, "microbatch": MICROBATCH}
+            results = DiffusionClassifier(module, **settings)(images, ids)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, right=labels_of(results) == truth, nfe=np.mean([one.nfe for one in results]))
+        with np.load(path) as kept:
+            return kept["right"], float(kept["nfe"])
 
     def of_variant(name: str, seed: int, control: Sequence[np.ndarray] | None) -> list[np.ndarray]:
         settings = {"lr": LR} | VARIANTS[name]
         settings |= {key: value for key, value in changes.items() if key == "lr" or VARIANTS[name].get(key)}
         steps = steps_of(settings, args.batch, args.rows, data.num_classes)
         tag = "".join(f"-{key}-{value:g}" for key, value in settings.items())
-        module, seconds = trained(name, steps, args.batch, seed, args.folder / (task + tag), task, settings)
-        found = [right(module, draws=Draws(draws), elimination=None)[0] for draws in exhaustive]
-        found_rules = [right(module, draws=Draws(draws), elimination=RULE) for draws in ruled]
+        folder = args.folder / (task + tag)
+        module, seconds = trained(name, steps, args.batch, seed, folder, task, settings)
+        network = f"{name}-{steps}-{args.batch}-{seed}".replace(", ", "-").replace(" ", "_")
+        found = [right(module, folder / network, draws, None)[0] for draws in exhaustive]
+        found_rules = [right(module, folder / network, draws, RULE) for draws in ruled]
         found += [one for one, _ in found_rules]
         quality = ["–", "–"]
         if args.samples and task == "digit_pairs":
