@@ -3,8 +3,9 @@
 The shipped network of a task is trained on, anew for each seed, for as many network rows (`--rows`) as the control,
 which goes on with the denoising loss alone: the classification loss on 12 or 10 classes, contrastive flow matching, or
 the separation loss. Rows are what training costs: an image of a batch is one, and so is a class that it is compared
-under. Weights are averaged, kept in runs/training_for_classification/, and used again, as is what each network decides
-about the images: a run that was interrupted goes on.
+under. Those called "anew" are trained from scratch (`--control "anew, ordinary"`). Weights are averaged, kept in
+runs/training_for_classification/, and used again, as is what each network decides about the images: a run that was
+interrupted goes on.
 
 The table: accuracy on the test images with 1, 5 and 25 draws of all candidates (of pairs, 25 and 100 draws of
 LikelihoodRatio(0.002), with its network calls), with Wilson's interval, each network's images also compared with the
@@ -43,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shipped, then classification": {"classification": 1.0, "compared_classes": 12},
     "shipped, then contrastive": {"contrastive": 0.05},
     "shipped, then separation": {"separation": 0.5, "compared_classes": 12},
+    "anew, ordinary": {"lr": 2e-3},
+    "anew, classification": {"lr": 2e-3, "classification": 1.0, "compared_classes": 12},
 }
 DRAWS = {"digits": (1, 5, 25), "digit_pairs": (1, 5)}  # of all candidates
 RULES = {"digits": (), "digit_pairs": (25, 100)}  # of LikelihoodRatio
@@ -64,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(DRAWS), default="digit_pairs")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="may be repeated (default: all)")
+    parser.add_argument("--control", choices=list(VARIANTS), default=CONTROL, help="what the others are compared with")
     parser.add_argument("--rows", type=int, default=120_000, help="that the network sees in training")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, action="append", help="may be repeated (default: 0)")
@@ -140,9 +144,9 @@ def main() -> None:
     names, pooled = args.variant or list(VARIANTS), dict[str, list[np.ndarray]]()
     for seed in args.seed or [0]:
         control = None
-        for name in [CONTROL, *names] if CONTROL not in names and len(names) > 1 else names:
+        for name in [args.control, *names] if args.control not in names and len(names) > 1 else names:
             found = of_variant(name, seed, control)
-            control = found if name == CONTROL else control
+            control = found if name == args.control else control
     table("network", "seeds", "draws", "McNemar p, all independent", "difference, by image", "p, by image")
     for name, of_seeds in pooled.items():
         for column, one in zip([*every, *rules], np.stack(of_seeds, 1), strict=True):
