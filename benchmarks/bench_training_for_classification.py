@@ -3,7 +3,9 @@
 The shipped network of a task is trained on, anew for each seed, for as many network rows (`--rows`) as the control,
 which goes on with the denoising loss alone: the classification loss on 12 or 10 classes, contrastive flow matching, or
 the separation loss. Rows are what training costs: an image of a batch is one, and so is a class that it is compared
-under. Weights are averaged, kept in runs/training_for_classification/, and used again.
+under. Those called "anew" are trained from scratch (`--control "anew, ordinary"`). Weights are averaged, kept in
+runs/training_for_classification/, and used again, as is what each network decides about the images: a run that was
+interrupted goes on.
 
 The table: accuracy on the test images with 1, 5 and 25 draws of all candidates (of pairs, 25 and 100 draws of
 LikelihoodRatio(0.002), with its network calls), with Wilson's interval, each network's images also compared with the
@@ -29,7 +31,8 @@ import torch
 from bench_training_for_search import MICROBATCH, RULE, labels_of, row, sample_quality, table, trained
 from tasks import TASKS
 
-from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws
+from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, Draws, LikelihoodRatio
+from lightning_diffclf.files import replacing
 from lightning_diffclf.modules.objectives import Objectives
 from lightning_diffclf.results.statistics import Clusters, mcnemar, wilson
 
@@ -41,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shipped, then classification": {"classification": 1.0, "compared_classes": 12},
     "shipped, then contrastive": {"contrastive": 0.05},
     "shipped, then separation": {"separation": 0.5, "compared_classes": 12},
+    "anew, ordinary": {"lr": 2e-3},
+    "anew, classification": {"lr": 2e-3, "classification": 1.0, "compared_classes": 12},
 }
 DRAWS = {"digits": (1, 5, 25), "digit_pairs": (1, 5)}  # of all candidates
 RULES = {"digits": (), "digit_pairs": (25, 100)}  # of LikelihoodRatio
@@ -62,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(DRAWS), default="digit_pairs")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="may be repeated (default: all)")
+    parser.add_argument("--control", choices=list(VARIANTS), default=CONTROL, help="what the others are compared with")
     parser.add_argument("--rows", type=int, default=120_000, help="that the network sees in training")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, action="append", help="may be repeated (default: 0)")
@@ -89,18 +95,29 @@ def main() -> None:
     rules = [f"≤ {draws} draws, rule" for draws in ruled]
     table("network", "seed", "steps", "CPU s", *every, *rules, "NFE", "loss", "Fréchet", "read as asked", "McNemar p")
 
-    def right(module: ClassConditionalDiT, **settings: Any) -> tuple[np.ndarray, float]:
-        results = DiffusionClassifier(module, microbatch=MICROBATCH, **settings)(images, ids)
-        return labels_of(results) == truth, float(np.mean([one.nfe for one in results]))
+    def right(
+        module: ClassConditionalDiT, network: Path, draws: int, rule: LikelihoodRatio | None
+    ) -> tuple[np.ndarray, float]:
+        which = f"{'train' if args.validate else 'test'}-{args.images}-{draws}{'-rule' * (rule is not None)}"
+        path = network.with_name(f"{network.name}-{which}.npz")
+        if not path.is_file():
+            settings = {"draws": Draws(draws), "elimination": rule, "microbatch": MICROBATCH}
+            results = DiffusionClassifier(module, **settings)(images, ids)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, right=labels_of(results) == truth, nfe=np.mean([one.nfe for one in results]))
+        with np.load(path) as kept:
+            return kept["right"], float(kept["nfe"])
 
     def of_variant(name: str, seed: int, control: Sequence[np.ndarray] | None) -> list[np.ndarray]:
         settings = {"lr": LR} | VARIANTS[name]
         settings |= {key: value for key, value in changes.items() if key == "lr" or VARIANTS[name].get(key)}
         steps = steps_of(settings, args.batch, args.rows, data.num_classes)
         tag = "".join(f"-{key}-{value:g}" for key, value in settings.items())
-        module, seconds = trained(name, steps, args.batch, seed, args.folder / (task + tag), task, settings)
-        found = [right(module, draws=Draws(draws), elimination=None)[0] for draws in exhaustive]
-        found_rules = [right(module, draws=Draws(draws), elimination=RULE) for draws in ruled]
+        folder = args.folder / (task + tag)
+        module, seconds = trained(name, steps, args.batch, seed, folder, task, settings)
+        network = f"{name}-{steps}-{args.batch}-{seed}".replace(", ", "-").replace(" ", "_")
+        found = [right(module, folder / network, draws, None)[0] for draws in exhaustive]
+        found_rules = [right(module, folder / network, draws, RULE) for draws in ruled]
         found += [one for one, _ in found_rules]
         quality = ["–", "–"]
         if args.samples and task == "digit_pairs":
@@ -127,9 +144,9 @@ def main() -> None:
     names, pooled = args.variant or list(VARIANTS), dict[str, list[np.ndarray]]()
     for seed in args.seed or [0]:
         control = None
-        for name in [CONTROL, *names] if CONTROL not in names and len(names) > 1 else names:
+        for name in [args.control, *names] if args.control not in names and len(names) > 1 else names:
             found = of_variant(name, seed, control)
-            control = found if name == CONTROL else control
+            control = found if name == args.control else control
     table("network", "seeds", "draws", "McNemar p, all independent", "difference, by image", "p, by image")
     for name, of_seeds in pooled.items():
         for column, one in zip([*every, *rules], np.stack(of_seeds, 1), strict=True):

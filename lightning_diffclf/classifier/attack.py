@@ -192,6 +192,7 @@ def auto_attack(
     attack = AutoAttack(network, eps=eps, norm={"linf": "Linf", "l2": "L2"}[norm], device=images.device, **settings)
     with torch.no_grad():
         classes = network(images[:1]).shape[1]
+    check_labels(label_B, classes)
     if classes < LEAST_CLASSES and ",".join(attack.attacks_to_run) != "apgd-ce":
         raise UserError(
             f"auto_attack: {classes} classes, expected at least {LEAST_CLASSES}: its losses rank four logits"
@@ -213,7 +214,7 @@ def loss_and_gradient(network: nn.Module, images: Tensor, label_B: Tensor, calls
     """Margin loss (B,) and its gradient by the images (B, C, H, W), the means of some calls of the network.
 
     Raises:
-        ValueError: if there are fewer than two classes, or no gradient arrives at the images.
+        ValueError: if there are fewer than two classes, a label is none of them, or no gradient arrives at the images.
     """
     images = images.detach().requires_grad_()
     losses, gradients = [], []
@@ -226,11 +227,18 @@ def loss_and_gradient(network: nn.Module, images: Tensor, label_B: Tensor, calls
                 raise UserError(
                     "attack: the logits have no gradient path to the images, expected a differentiable network"
                 )
+            check_labels(label_B, logits_BK.shape[1])
             loss_B = margin_loss(logits_BK, label_B)
             (gradient,) = torch.autograd.grad(loss_B.sum(), images)
         losses.append(loss_B.detach())
         gradients.append(gradient)
     return torch.stack(losses).mean(0), torch.stack(gradients).mean(0)
+
+
+def check_labels(label_B: Tensor, classes: int) -> None:
+    """Raise ValueError unless every label is a column of the logits."""
+    for label in label_B[(label_B < 0) | (label_B >= classes)][:1].tolist():
+        raise UserError(f"labels: {label}, expected columns of the logits, 0 … {classes - 1}")
 
 
 def check_unit_range(images: Tensor) -> None:

@@ -123,14 +123,17 @@ class Conformal:
             class_names: Name of each class, where each is to have a threshold of its own; one for all if omitted.
 
         Raises:
-            ValueError: if the coverage is out of range, there are too few images, of a class if each has a threshold,
-                or so many right classes have no finite score that every set would have to hold every class.
+            ValueError: if the coverage is out of range, scores and labels are not equally many, there are too few
+                images, of a class if each has a threshold, or so many right classes have no finite score that every set
+                would have to hold every class.
 
         Example:
             >>> Conformal.fit(np.arange(19.0), np.zeros(19, int), coverage=0.9).thresholds
             (17.0,)
         """
         check_coverage(coverage)
+        if len(scores_B) != len(label_B):
+            raise UserError(f"coverage: {len(label_B)} labels for {len(scores_B)} scores, expected one for each")
         if class_names is None:
             return cls(coverage, (_threshold(scores_B, coverage, "the calibration set"),), len(scores_B))
         least, counts_C = least_images(coverage), np.bincount(label_B, minlength=len(class_names))
@@ -165,7 +168,7 @@ def _threshold(scores_B: np.ndarray, coverage: float, what: str) -> float:
         )
     found = float(np.partition(scores_B, rank - 1)[rank - 1])
     if not found < np.inf:
-        lost = int((~np.isfinite(scores_B) & (scores_B > 0)).sum())
+        lost = int((~(scores_B < np.inf)).sum())  # NaN as well
         raise UserError(
             f"coverage: in {what}, {lost} of {images} images have no score for their right class, because a proposal "
             f"left it out or the network failed; expected at most {images - rank} for a coverage of {coverage}"

@@ -21,11 +21,10 @@ from lightning_diffclf.data.labelled import (
     labelled_training_loader,
 )
 from lightning_diffclf.data.latents import Latents, is_latents
-from lightning_diffclf.data.public_sets import FolderImages
+from lightning_diffclf.data.public_sets import PARTS, FolderImages
 from lightning_diffclf.errors import MissingFile, UserError, check_at_least
 from lightning_diffclf.identity import ByArguments
 
-PARTS = ("train", "val", "test")
 INSTEAD = {"val": "test", "test": "val"}  # where one is missing
 
 

@@ -28,6 +28,8 @@ EUROSAT = (
     "permanent crop land", "residential buildings", "river", "sea or lake",
 )  # fmt: skip
 
+PARTS = ("train", "val", "test")  # of a data set, as folders are called
+
 
 class PublicSet(NamedTuple):
     """A data set of torchvision.
@@ -112,7 +114,7 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if it has no folders with images.
+        ValueError: if it has no folders with images, or those of a data set's parts, which hold those of the classes.
     """
 
     form = "one with a folder of images for each class"
@@ -125,6 +127,12 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
         names = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
         if not names:
             raise UserError(f"data: {root!r} has no folders, expected one for each class")
+        if set(names) <= set(PARTS) and all(any(one.is_dir() for one in (folder / name).iterdir()) for name in names):
+            found = ", ".join(map(repr, names))
+            raise UserError(
+                f"data: {root!r} has the parts of a data set ({found}), expected one folder for each class, such as "
+                f"those in {str(folder / names[0])!r}"
+            )
         self.classes = names
         self.files = [(path, c) for c, name in enumerate(names) for path in find_images([str(folder / name)])]
 

@@ -45,7 +45,10 @@ DARK = {
     },
 }
 
-NAMES_OF_PICTURES = ("confusion", "timesteps", "reliability", "coverage", "cost", "survivors", "disagreement")
+NAMES_OF_PICTURES = (
+    *("confusion", "timesteps", "reliability", "coverage", "cost", "survivors", "disagreement"),
+    *("shares", "margins", "certified"),  # of attacks and certificates
+)
 
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 

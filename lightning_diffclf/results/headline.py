@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import date
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.evaluation import Evaluation
-from lightning_diffclf.results.settings import SETTINGS
+from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.shown import SHARES
 from lightning_diffclf.results.statistics import Interval
 
@@ -76,33 +77,31 @@ def sentence(run: Evaluation) -> str:
     """Which model decided what by which rule, how well, at what cost, and when."""
     summary, numbers, fewer = run.summary, run.numbers, _saves(run)
     model, data, rule = names(run.settings.identity)
-    what = _count(summary.images, "image") + (f" of {data}" if data else "")
+    what = count(summary.images, "image") + (f" of {data}" if data else "")
     by = (f"{rule} and " if fewer and rule else "") + ("at most " if fewer else "all of ")
-    by += _count(len(run.outline.timesteps_S), "draw")
+    by += count(len(run.outline.timesteps_S), "draw")
     cost = f"{_calls(numbers)} network calls per image"
     if fewer:
         all_calls = summary.exhaustive_nfe / summary.images
         cost += f", {times(numbers['speedup'])} fewer than the {all_calls:,.0f} of all draws of all candidates"
-    day = date_of(run)
-    found = f"{cost}, on {day.day} {day:%B %Y}."
+    found = f"{cost}, on {date_of(run.path, run.settings)}."
     if run.accuracy is not None:
         found = f"{percent(run.accuracy.value)} right (95 % interval {between(run.accuracy)}), with {found}"
     return f"{model or 'A model'} classified {what} by {by} per candidate: {found}"
 
 
-def date_of(run: Evaluation) -> date:
-    """When it was evaluated; of runs of earlier versions, when the settings were written.
+def date_of(run: Path, settings: Settings) -> str:
+    """The day of a run, in words; of runs of earlier versions, that on which the settings were written.
 
     Raises:
         UserError: if the settings have something else in its place.
     """
-    said = run.settings.info.get("date")
-    if said is None:
-        return date.fromtimestamp((run.path / SETTINGS).stat().st_mtime)
+    said = settings.info.get("date")
     try:
-        return date.fromisoformat(said)
+        day = date.fromtimestamp((run / SETTINGS).stat().st_mtime) if said is None else date.fromisoformat(said)
     except (TypeError, ValueError) as error:
         raise UserError(f"run: {SETTINGS} has date {said!r}, expected one such as '2026-11-28'") from error
+    return f"{day.day} {day:%B %Y}"
 
 
 def names(identity: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
@@ -132,7 +131,13 @@ def _class(value: Mapping[str, Any]) -> str | None:
     return name.rsplit(".", 1)[-1] if isinstance(name, str) else None
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """So many of something, in words.
+
+    Example:
+        >>> count(1, "image"), count(1200, "image")
+        ('1 image', '1,200 images')
+    """
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 

@@ -16,7 +16,7 @@ from lightning_diffclf.files import write_text
 from lightning_diffclf.results import charts, charts_of_runs, headline
 from lightning_diffclf.results.compare import Paired, answers
 from lightning_diffclf.results.evaluation import Evaluation
-from lightning_diffclf.results.report import templates
+from lightning_diffclf.results.page import templates
 from lightning_diffclf.results.settings import differences
 from lightning_diffclf.results.statistics import Interval, holm
 

@@ -210,8 +210,10 @@ def compare_with_foreign(
         One for each number; ``timesteps`` only where both runs kept the errors of all draws and candidates.
 
     Raises:
-        ValueError: if the runs are not by the same network and recipe, or there is no such candidate.
+        ValueError: if the runs are one and the same, not by the same network and recipe, or there is no such candidate.
     """
+    if known.path.resolve() == foreign.path.resolve():
+        raise UserError(f"ood: {str(known.path)!r} is both, known and foreign images, expected two runs")
     ours, theirs = numbers_of(known, foreign, unconditional)
     return {name: detect(ours[name], theirs[name]) for name in ours}
 

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import vl_convert
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_diffclf.files import write_text
-from lightning_diffclf.results import charts, headline, one_image, tables
+from lightning_diffclf.results import charts, headline, one_image, tables, trial_report
 from lightning_diffclf.results.evaluation import Evaluation
+from lightning_diffclf.results.page import Cell, Page, as_script, render
+from lightning_diffclf.results.settings import EVALUATION, Settings
 
 REPORT = "report.html"
 FIGURES = "figures"
+COLUMNS = ("name", "images", "accuracy", "low", "high", "calls per image", "mostly taken for")
 
 
 def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 240) -> Path:
-    """Make the report of a run, which may still be going on.
+    """Make the report of an evaluation, an attack or certificates, which may still be going on.
 
     Args:
-        run: Its folder.
+        run: The folder of the run.
         out: The HTML file; ``report.html`` in the run's folder if omitted. Figures go to ``figures/`` beside it.
-        gallery: Images to show at most.
+        gallery: Images of an evaluation to show at most.
 
     Returns:
         The HTML file.
@@ -38,16 +37,20 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
         ValueError: if it cannot be read, or has no images.
         OSError: if the report cannot be written.
     """
-    evaluation = Evaluation.read(run)
-    path = Path(run) / REPORT if out is None else Path(out)
+    folder, settings = Path(run), Settings.read(Path(run))
+    path = folder / REPORT if out is None else Path(out)
     with ThreadPoolExecutor(1) as beside:  # what needs seconds of its own
         library = beside.submit(chart_library)
-        specs = charts.specs(make_figures(evaluation))
+        if settings.kind == EVALUATION:
+            page = evaluation_page(Evaluation.read(folder), gallery)
+        else:
+            page = trial_report.page_of(folder, settings)
+        specs = charts.specs(dict(page.charts))
         for picture in (path.parent / FIGURES).glob("*.???"):  # of an earlier report; files of others stay
             if picture.stem in charts.NAMES_OF_PICTURES:
                 picture.unlink()
         pictures = beside.submit(charts.save, specs, path.parent / FIGURES)
-        html = render(evaluation, specs, library.result(), gallery)
+        html = render(page, folder, settings, specs, library.result())
         pictures.result()
     write_text(html, path, "report")
     return path
@@ -94,64 +97,34 @@ def make_figures(run: Evaluation) -> dict[str, charts.Chart]:
     return figures
 
 
-def templates() -> Environment:
-    """The templates of this folder; what is put into them is escaped."""
-    environment = Environment(loader=PackageLoader("lightning_diffclf.results", "."), undefined=StrictUndefined)
-    environment.autoescape = True
-    environment.filters["percent"] = headline.percent
-    return environment
-
-
-def render(run: Evaluation, specs: dict[str, dict[str, Any]], library: str, gallery: int) -> str:
-    """The report as HTML that needs nothing else, with the ``library`` that draws charts from their ``specs``."""
+def evaluation_page(run: Evaluation, gallery: int) -> Page:
+    """What the report of an evaluation shows, with so many of its images at most."""
     images = [one_image.page(run, row) for row in run.gallery(gallery)]
     images.sort(key=lambda image: -image["sure"] if image["kind"] == "wrong" else 1)  # wrong and sure first
-    return (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            title=f"{run.path.resolve().parent.name}/{run.path.resolve().name}",
-            sentence=headline.sentence(run),
-            cards=headline.cards(run),
-            numbers=headline.details(run),
-            figures={name: spec["title"] for name, spec in specs.items()},
-            specs=_safe(specs),
-            light=charts.LIGHT,
-            dark=charts.DARK,
-            themes=_safe({"light": charts.theme(charts.LIGHT), "dark": charts.theme(charts.DARK)}),
-            library=library.replace("</script", "<\\/script"),
-            classes=tables.classes(run.summary).to_dict("records") if run.summary.labelled else [],
-            images=images,
-            stories=_safe([image["story"] for image in images]),
-            total=run.summary.images,
-            wrong=run.summary.labelled - run.summary.right,
-            without_pixels=sum(image["picture"] is None for image in images),
-            settings=_flat(run.settings.identity) | _flat(_for_readers(run.settings.info)),
-            command=run.settings.info.get("command", "unknown"),
-            version=version("lightning-diffclf"),
-        )
+    rows = tables.classes(run.summary).to_dict("records") if run.summary.labelled else []
+    return Page(
+        headline.sentence(run),
+        headline.cards(run),
+        headline.details(run),
+        "Calibrated: with a temperature fitted to the other images. What each number means: docs/results.md.",
+        make_figures(run),
+        COLUMNS,
+        [
+            [
+                Cell(row["name"], place=row["class"]),
+                Cell(str(row["images"]), row["images"]),
+                *(Cell(headline.percent(row[share]), row[share]) for share in ("accuracy", "low", "high")),
+                Cell(f"{row['nfe']:.1f}", row["nfe"]),
+                Cell(row["taken for"]),
+            ]
+            for row in rows
+        ],
+        "report.html.j2",
+        {
+            "images": images,
+            "stories": as_script([image["story"] for image in images]),
+            "total": run.summary.images,
+            "wrong": run.summary.labelled - run.summary.right,
+            "without_pixels": sum(image["picture"] is None for image in images),
+        },
     )
-
-
-def _for_readers(info: dict[str, Any]) -> dict[str, Any]:
-    lists = ("candidate_names", "candidate_classes", "class_names", "timesteps_S", "log_snr_S", "command")
-    return {name: value for name, value in info.items() if name not in lists}
-
-
-def _flat(values: dict[str, Any]) -> dict[str, str]:
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-
-
-def _safe(values: Any) -> str:
-    """JSON that may stand inside a script element; NaN and infinity, which JSON does not have, become null."""
-    return json.dumps(_finite(values), separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _finite(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_finite(value) for value in values]
-    if isinstance(values, (float, np.floating)):
-        return float(values) if np.isfinite(values) else None
-    return values.item() if isinstance(values, np.generic) else values

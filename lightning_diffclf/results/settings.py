@@ -38,8 +38,8 @@ class Settings:
         """Raise ValueError unless the run is an evaluation; ``what`` names it."""
         if self.kind != EVALUATION:
             raise UserError(
-                f"run: {what} holds results of the kind {self.kind!r}, expected an evaluation; what it came to is in "
-                "its metrics.json"
+                f"run: {what} holds results of the kind {self.kind!r}, expected an evaluation; what it came to is "
+                "in its metrics.json and shown by `diffclf report`"
             )
 
     @property

@@ -30,16 +30,16 @@ def numbers(settings: Settings, tables: Iterable[pa.Table]) -> dict[str, Any]:
     """
     if settings.kind == attacks.KIND:
         return dict(attacks.numbers(tables))
-    return certificates.numbers(tables, _told(settings, "radii"))
+    return certificates.numbers(tables, told(settings, "radii"))
 
 
 def to_table(settings: Settings, found: dict[str, Any]) -> Table:
     """The numbers for the terminal, as :func:`numbers` returns them."""
-    title = _told(settings, "title")
+    title = told(settings, "title")
     if not found["images"]:
         return Table(title=f"{title}: no image")
     if settings.kind == attacks.KIND:
-        return attacks.to_table(found, title, _told(settings, "calls"))
+        return attacks.to_table(found, title, told(settings, "calls"))
     return certificates.to_table(found, title)
 
 
@@ -50,7 +50,7 @@ def write_metrics(folder: Path, settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _told(settings: Settings, name: str) -> Any:
+def told(settings: Settings, name: str) -> Any:
     """Of what an attack or a certification says of itself, for tables."""
     summary = settings.info.get("summary")
     if settings.kind not in (attacks.KIND, certificates.KIND) or not isinstance(summary, dict) or name not in summary:

@@ -148,6 +148,9 @@ def test_what_cannot_be_attacked_is_said():
         APGD(0.1)(network, images * 2 - 1, label)
     with pytest.raises(UserError, match="no gradient path to the images"):
         APGD(0.1)(lambda x: network(x.detach()), images, label)
+    for wrong in (2, -1):
+        with pytest.raises(UserError, match=rf"labels: {wrong}, expected columns of the logits, 0 … 1"):
+            APGD(0.1)(network, images, torch.tensor([0, wrong]))
     for name in ("steps", "restarts", "eot"):
         with pytest.raises(UserError, match=f"{name}: 0, expected at least 1"):
             APGD(0.1, **{name: 0})
@@ -171,5 +174,7 @@ def test_auto_attack_takes_the_network():
         auto_attack(network, images, label, eps=8)
     with pytest.raises(UserError, match="2 classes, expected at least 4"):
         auto_attack(network, images, label, eps=eps)
+    with pytest.raises(UserError, match="labels: 2, expected columns of the logits"):
+        auto_attack(network, images, torch.tensor([0, 0, 0, 0, 0, 2]), eps=eps)
     with pytest.raises(UserError, match="no gradient path to the images"):
         auto_attack(lambda x: network(x.detach()), images, label, eps=eps)

@@ -105,6 +105,10 @@ def test_what_cannot_be_calibrated_is_said():
         Conformal.fit(scores[:8], label[:8], 0.9)
     with pytest.raises(UserError, match=r"1 of 3 classes have too few calibration images: 'c' \(0\); .* at least 9 "):
         Conformal.fit(scores, label, 0.9, ["a", "b", "c"])
+    with pytest.raises(UserError, match="coverage: 19 labels for 20 scores, expected one for each"):
+        Conformal.fit(scores, label[1:], 0.9)
+    with pytest.raises(UserError, match=r"20 of 20 images have no score for their right class"):
+        Conformal.fit(np.full(20, np.nan), label, 0.9)
     scores[:3] = np.inf
     with pytest.raises(UserError, match=r"3 of 20 images have no score for their right class.*expected at most 1 "):
         Conformal.fit(scores, label, 0.9)

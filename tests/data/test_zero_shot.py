@@ -174,6 +174,10 @@ def test_missing_folders(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(ValueError, match=r"cat' has no image"):
         module(str(tmp_path))
+    for part in ("train", "test"):
+        (tmp_path / "divided" / part / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"the parts of a data set \('test', 'train'\), .* such as those in '.*/test'"):
+        module(str(tmp_path / "divided"))
 
 
 def shards(folder, count=7, per_shard=3):

@@ -144,10 +144,10 @@ def run_ranks(script: str, devices: int, *args: object) -> list[dict]:
 
 @pytest.mark.ddp
 def test_sharded_weights_and_their_average_become_what_whole_ones_would(tmp_path):
-    straight = run_ranks("fit_fsdp.py", 1, 8, tmp_path)[0]
+    straight = run_ranks("fit_fsdp.py", 1, 8, tmp_path, "compared")[0]
     whole = read_checkpoint(tmp_path / "1-8.ckpt")
-    begun = run_ranks("fit_fsdp.py", 2, 6, tmp_path)
-    resumed = run_ranks("fit_fsdp.py", 2, 8, tmp_path, tmp_path / "2-6.ckpt")
+    begun = run_ranks("fit_fsdp.py", 2, 6, tmp_path, "compared")
+    resumed = run_ranks("fit_fsdp.py", 2, 8, tmp_path, "compared", tmp_path / "2-6.ckpt")
     for name, count in (("losses", 2), ("validated", 1)):  # validation is with the average
         ranks = [one[name] + other[name] for one, other in zip(begun, resumed, strict=True)]
         assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(straight[name], rel=1e-4)
@@ -162,9 +162,19 @@ def test_sharded_weights_and_their_average_become_what_whole_ones_would(tmp_path
     average, trained = whole["state_dict"], whole["current_model_state"]
     assert any((trained[name] - value).norm() > 0.05 * value.norm() for name, value in average.items())
     # a checkpoint of sharded weights is one like any other: one process resumes from it
-    alone = run_ranks("fit_fsdp.py", 1, 8, tmp_path, tmp_path / "2-6.ckpt")[0]
+    alone = run_ranks("fit_fsdp.py", 1, 8, tmp_path, "compared", tmp_path / "2-6.ckpt")[0]
     assert alone["losses"] == pytest.approx(straight["losses"][6:], rel=1e-4)
     assert alone["validated"] == pytest.approx(straight["validated"][3:], rel=1e-4)
+
+
+@pytest.mark.ddp
+def test_sharded_weights_learn_the_same_contrast(tmp_path):
+    alone, *ranks = (one for count in (1, 2) for one in run_ranks("fit_fsdp.py", count, 6, tmp_path, "contrasted"))
+    for name in ("losses", "validated"):
+        found = [sum(pair) / 2 for pair in zip(*(one[name] for one in ranks), strict=True)]
+        assert found == pytest.approx(alone[name], rel=1e-4)
+    assert alone["losses"][0] < 0.9 * alone["validated"][0]  # less 0.3 of the distance to another image's target
+    assert all(one["share"] < 0.75 for one in ranks)
 
 
 @pytest.mark.parametrize("settings", [{}, FLOW, V_PREDICTION])

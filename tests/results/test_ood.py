@@ -105,6 +105,7 @@ def test_the_command(tmp_path, capsys):
     assert set(told) == {"margin", "probability", "error", "gap", "unconditional"}
     for flags, message in (
         ([str(tmp_path / "none")], "run: no settings.json"),
+        ([str(known)], "ood: .* is both, known and foreign images, expected two runs"),
         ([str(foreign), "--unconditional", "nothing"], "unconditional: no candidate 'nothing'"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -1,4 +1,7 @@
-"""Fit a tiny DiT on N processes with sharded weights and save it: fit_fsdp.py DEVICES STEPS FOLDER [CHECKPOINT]."""
+"""Fit a tiny DiT on N processes with sharded weights and save it.
+
+fit_fsdp.py DEVICES STEPS FOLDER OBJECTIVES [CHECKPOINT], with objectives "compared" or "contrasted"
+"""
 
 import json
 import sys
@@ -9,6 +12,23 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_diffclf import EMA, ClassConditionalDiT
 from lightning_diffclf.data.digits import DigitsDataModule
+from lightning_diffclf.modules import objectives
+from lightning_diffclf.modules.objectives import of_another_class
+
+OBJECTIVES = {
+    # Of the batch's first quarter, which the processes have half of each, errors of several classes are compared.
+    "compared": {"classification": 1.0, "separation": 1.0, "margin": 0.5, "compared_classes": 3, "class_sets": 0.5},
+    "contrasted": {"contrastive": 0.3, "schedule": "rectified_flow", "learn_sigma": False},
+}
+
+
+def of_the_same_half(labels, uniform):
+    """The other images that two processes would choose: each has every second image, and looks among these."""
+    index, found = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
+    for half in range(2):
+        own, found[half::2] = of_another_class(labels[half::2], uniform[half::2])
+        index[half::2] = 2 * own + half
+    return index, found
 
 
 class Recording(ClassConditionalDiT):
@@ -37,12 +57,12 @@ class Recording(ClassConditionalDiT):
 
 
 if __name__ == "__main__":
-    devices, steps, folder, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[4:] or [None])[0]
+    devices, steps, folder, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[5:] or [None])[0]
     torch.manual_seed(0)
     sizes = {"input_size": 8, "in_channels": 1, "num_classes": 10, "hidden_size": 16, "depth": 2, "num_heads": 2}
-    # Of the batch's first quarter, which the processes have half of each, errors of several classes are compared.
-    compared = {"classification": 1.0, "separation": 1.0, "margin": 0.5, "compared_classes": 3}
-    model = Recording(**sizes, **compared, latents=False, lr=1e-2, class_sets=0.5)
+    model = Recording(**sizes, **OBJECTIVES[sys.argv[4]], latents=False, lr=1e-2)
+    if devices == 1:
+        objectives.of_another_class = of_the_same_half
     model.seen, model.validated = [], []
     sharding = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=False, process_group_backend="gloo")
     trainer = L.Trainer(
