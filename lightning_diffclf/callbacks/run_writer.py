@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,25 +197,35 @@ class RunWriter:
             The numbers of the data set's own, by name.
         """
         settings, outline = self._store.settings, Outline.of(self._store.settings.info)
-        counts = sample, sureness, grouped = Sample(outline), Sureness(), Grouped()
-        finish(self.folder, settings, self._store.before, lambda table: show(table, counts))
-        if summary is None:
-            written = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
-        else:
-            calibrated = calibrate(sample, Stored(self.folder, settings, Sample.COLUMNS))
-            written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
-            written |= (
-                grouped.numbers()
-                | sureness.selective()
-                | sets_of(outline, Stored(self.folder, settings, RightScores.COLUMNS))
-            )
-            charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
+        with ThreadPoolExecutor(1) as beside:  # pictures are of the summary, which is there
+            pictures = None if summary is None else beside.submit(self._draw, summary)
+            written = self._whole(settings, outline, summary)
+            if pictures is not None:
+                pictures.result()
         own = {} if score is None else score(self._records())
         described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info
         self._numbers = own | written
         write_json({"metrics": self._numbers, "settings": described}, self.folder / "metrics.json", 2, "results")
         self.close()
         return own
+
+    def _draw(self, summary: Summary) -> None:
+        charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
+
+    def _whole(self, settings: Settings, outline: Outline, summary: Summary | None) -> dict[str, Any]:
+        """Make one file of all parts; the numbers of it."""
+        counts = sample, sureness, grouped = Sample(outline), Sureness(), Grouped()
+        finish(self.folder, settings, self._store.before, lambda table: show(table, counts))
+        if summary is None:
+            return Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
+        calibrated = calibrate(sample, Stored(self.folder, settings, Sample.COLUMNS))
+        return (
+            summary.numbers()
+            | (asdict(calibrated) if calibrated is not None else {})
+            | grouped.numbers()
+            | sureness.selective()
+            | sets_of(outline, Stored(self.folder, settings, RightScores.COLUMNS))
+        )
 
     def _records(self) -> list[Record]:
         """All records, without pictures: few, where a data set has numbers of its own."""
