@@ -10,24 +10,26 @@ are with those of what they import.
 "resume" counts what was decided before as one rank of one, so that all of it is its own, or as one rank of eight;
 "finish" is what follows the last image: one file of all parts, calibration, metrics.json and pictures. Both are work
 of an evaluation that runs: each is a fork of a process that has imported torch and all else and done nothing. Their
-seconds are without those of the imports; their peak memory is with them, and what they add is what is beyond them.
+seconds are without those of the imports; their peak memory is with them. "own" is the peak of what is neither a page of
+a file (of a library, say) nor was there when the process began: what the step itself takes.
 
 On a machine with other work, CPU seconds say more than seconds.
 """
 
 import argparse
+import inspect
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
 
 import lightning as L
@@ -203,12 +205,27 @@ class Cost(NamedTuple):
 
     seconds: float
     cpu: float
-    megabytes: float
+    megabytes: float  # resident at most
+    own: float  # of these, what is no file's, and was not there when it began
+
+
+def watched(child: int, begin: float) -> tuple[float, float, float, float]:
+    """Wait for a process that began at ``begin``: its cost. Looks every hundredth of a second what memory it has."""
+    anonymous, ended = list[float](), 0
+    while not ended:
+        with open(f"/proc/{child}/status") as file:
+            anonymous += [int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon")]
+        time.sleep(0.01)
+        ended, status, used = os.wait4(child, os.WNOHANG)
+    if status != 0:
+        raise SystemExit("the step failed")
+    own = max(anonymous) - anonymous[0] if anonymous else 0.0
+    return time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, own
 
 
 def forked(work: Callable[[], object]) -> Cost:
     """Of ``work`` in a fork, which prints nothing."""
-    begin = perf_counter()
+    begin = time.perf_counter()
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -218,20 +235,16 @@ def forked(work: Callable[[], object]) -> Cost:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    _, status, used = os.wait4(child, 0)
-    if status != 0:
-        raise SystemExit("the step failed")
-    return Cost(perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    return Cost(*watched(child, begin))
 
 
 # A process counts the memory of the one that began it as its own: one in between, which has imported little.
-BETWEEN = """
+BETWEEN = f"""
 import json, os, subprocess, sys, time
+{inspect.getsource(watched)}
 begin = time.perf_counter()
 child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, used = os.wait4(child.pid, 0)
-print(json.dumps([time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
-sys.exit(status != 0)
+print(json.dumps(watched(child.pid, begin)))
 """
 
 
@@ -274,15 +287,15 @@ def measure(folder: Path, images: int, candidates: int, classes: int, parts: int
     """Print the table of one size."""
     forked(lambda: make(folder, images, candidates, classes, parts))
     print(f"\n{images:,} images, {candidates:,} of {classes:,} candidates each, {parts:,} parts\n")
-    print("| what | s | CPU, s | peak, MB |\n" + "| --- " * 4 + "|")
+    print("| what | s | CPU, s | peak, MB | own, MB |\n" + "| --- " * 5 + "|")
     imports = {
         "imports of the commands": lambda: python("-c", "import lightning_diffclf.commands.results"),
         "imports of an evaluation": lambda: python("-c", "import lightning_diffclf.callbacks.rank_evaluation"),
         "a fork that does nothing": lambda: forked(lambda: None),
     }
     for what, work in (imports | steps(folder)).items():
-        found = work()
-        print(f"| {what} | {found.seconds:.1f} | {found.cpu:.1f} | {found.megabytes:.0f} |", flush=True)
+        seconds, cpu, megabytes, own = work()
+        print(f"| {what} | {seconds:.1f} | {cpu:.1f} | {megabytes:.0f} | {own:.0f} |", flush=True)
 
 
 def main() -> None:

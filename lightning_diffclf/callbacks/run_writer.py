@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,34 +198,48 @@ class RunWriter:
             The numbers of the data set's own, by name; and of what is stored, where that is less than the summary of.
         """
         settings, outline = self._store.settings, Outline.of(self._store.settings.info)
-        counts = sample, sureness, grouped = Sample(outline), Sureness(), Grouped()
-        images = finish(self.folder, settings, self._store.before, lambda table: show(table, counts))
-        recounted: dict[str, float] = {}
-        if summary is not None and summary.images > images:  # each process knows its own ids only
-            warnings.warn(
-                f"{summary.images - images} images have ids that images on other processes had as well, and count "
-                "once; expected an id of its own for each image",
-                stacklevel=2,
-            )
-            summary = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS))
-            recounted = summary.numbers()
-        if summary is None:
-            written = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers()
-        else:
-            calibrated = calibrate(sample, Stored(self.folder, settings, Sample.COLUMNS))
-            written = summary.numbers() | (asdict(calibrated) if calibrated is not None else {})
-            written |= (
-                grouped.numbers()
-                | sureness.selective()
-                | sets_of(outline, Stored(self.folder, settings, RightScores.COLUMNS))
-            )
-            charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
+        with ThreadPoolExecutor(1) as beside:  # pictures are of the summary, which is there
+            pictures = None if summary is None else beside.submit(self._draw, summary)
+            written, recounted = self._whole(settings, outline, summary)
+            if pictures is not None:
+                pictures.result()
+        if recounted is not None:
+            self._draw(recounted)
         own = {} if score is None else score(self._records())
         described = settings.identity | {"posterior": asdict(outline.posterior)} | settings.info
         self._numbers = own | written
         write_json({"metrics": self._numbers, "settings": described}, self.folder / "metrics.json", 2, "results")
         self.close()
-        return own | recounted
+        return own | (recounted.numbers() if recounted is not None else {})
+
+    def _draw(self, summary: Summary) -> None:
+        charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
+
+    def _whole(
+        self, settings: Settings, outline: Outline, summary: Summary | None
+    ) -> tuple[dict[str, Any], Summary | None]:
+        """Make one file of all parts; the numbers of it, and its summary where that is of fewer images than the other."""
+        counts = sample, sureness, grouped = Sample(outline), Sureness(), Grouped()
+        images = finish(self.folder, settings, self._store.before, lambda table: show(table, counts))
+        if summary is None:
+            return Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS)).numbers(), None
+        recounted = None
+        if summary.images > images:  # each process knows its own ids only
+            warnings.warn(
+                f"{summary.images - images} images have ids that images on other processes had as well, and count "
+                "once; expected an id of its own for each image",
+                stacklevel=2,
+            )
+            summary = recounted = Summary.of(outline, Stored(self.folder, settings, Summary.COLUMNS))
+        calibrated = calibrate(sample, Stored(self.folder, settings, Sample.COLUMNS))
+        numbers = (
+            summary.numbers()
+            | (asdict(calibrated) if calibrated is not None else {})
+            | grouped.numbers()
+            | sureness.selective()
+            | sets_of(outline, Stored(self.folder, settings, RightScores.COLUMNS))
+        )
+        return numbers, recounted
 
     def _records(self) -> list[Record]:
         """All records, without pictures: few, where a data set has numbers of its own."""

@@ -86,7 +86,8 @@ class Posterior:
         """A new array (B, K): 0 for the likeliest candidates, minus infinity for broken ones, unless all are."""
         logits_BK: np.ndarray = scores_BK * -(dims if self.reduction == "sum" else 1)
         logits_BK /= self.temperature
-        np.nan_to_num(logits_BK, copy=False, nan=-np.inf, posinf=np.finfo(np.float64).max, neginf=-np.inf)
+        np.fmax(logits_BK, -np.inf, out=logits_BK)  # of NaN and minus infinity, the latter
+        np.minimum(logits_BK, np.finfo(np.float64).max, out=logits_BK)
         best_B1 = logits_BK.max(1, initial=-np.inf, keepdims=True)
         logits_BK[np.isneginf(best_B1[:, 0])] = 0
         logits_BK -= np.where(np.isneginf(best_B1), 0, best_B1)

@@ -21,6 +21,7 @@ from lightning_diffclf.results.compare import ANSWERS, compare, save_plots
 from lightning_diffclf.results.compare import to_table as comparison_table
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.headline import details
+from lightning_diffclf.results.parts import Seen, unseen
 from lightning_diffclf.results.settings import EVALUATION, Settings
 from lightning_diffclf.results.store import merge
 
@@ -30,15 +31,20 @@ if TYPE_CHECKING:
 
 def merge_command(given: Namespace) -> None:
     """``diffclf merge``: several folders become one."""
-    merge([Path(run) for run in given.runs], Path(given.out))
-    settings, console = Settings.read(Path(given.out)), Console(soft_wrap=True)
+    out, run = Path(given.out), list[Evaluation]()
+
+    def watch() -> Seen:
+        run[:] = [Evaluation(out, Settings.read(out))]
+        return run[0].watch() if run[0].settings.kind == EVALUATION else unseen
+
+    merge([Path(run) for run in given.runs], out, watch)
+    settings, console = run[0].settings, Console(soft_wrap=True)
     if settings.kind != EVALUATION:
-        console.print(trials.to_table(settings, trials.write_metrics(Path(given.out), settings)))
+        console.print(trials.to_table(settings, trials.write_metrics(out, settings)))
         console.print(f"merged into {given.out}", markup=False, highlight=False)
         return
-    run = Evaluation.read(given.out)
     table = Table(title=escape(f"merged into {given.out}"), show_header=False)
-    for name, value, note in details(run):
+    for name, value, note in details(run[0]):
         table.add_row(name, value, note)
     console.print(table)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from heapq import nsmallest
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
 from lightning_diffclf.classifier import Posterior
-from lightning_diffclf.results.columns import Chunk, Columns, Tried
+from lightning_diffclf.results.columns import Chunk, Columns
 from lightning_diffclf.results.statistics import Judged, Scores
 from lightning_diffclf.results.summary import Outline, judge
 
@@ -47,18 +48,24 @@ def order_of(image_id: str) -> bytes:
     return hashlib.blake2b(image_id.encode()).digest()
 
 
-@dataclass(frozen=True)
-class _Example:
-    """A labelled image that temperatures can be fitted to: the differences of its classes (C,), float32."""
+def enough(folds: Sequence[int]) -> int:
+    """How many examples, in order and of these ``folds``, are needed to have 2,000 whatever fold is left out."""
+    seen_NF = np.cumsum(np.asarray(folds, int)[:, None] == np.arange(FOLDS), axis=0)
+    return int(np.searchsorted(seen_NF.sum(1) - seen_NF.max(1), ENOUGH)) + 1
+
+
+class _Example(NamedTuple):
+    """A labelled image that temperatures can be fitted to."""
 
     order: bytes
+    fold: int
     label: int
     dims: int
-    differences_C: np.ndarray
+    differences_C: np.ndarray  # of its classes, float32
 
 
 class Sample:
-    """Labelled images to fit temperatures to: of all that it is shown, it keeps at most 2,000 of each fold.
+    """Labelled images to fit temperatures to: of all that it is shown, it keeps those few that a fit takes.
 
     Args:
         outline: The evaluation.
@@ -72,8 +79,8 @@ class Sample:
     def __init__(self, outline: Outline) -> None:
         self.outline = outline
         self.labelled = 0
-        self._folds: list[list[_Example]] = [[] for _ in range(FOLDS)]
-        self._ends = [b"\xff" * 65] * FOLDS  # what comes after them in order is not kept
+        self._examples: list[_Example] = []  # in order
+        self._end = b"\xff" * 65  # what comes after it in order is not kept
 
     def update(self, chunk: Chunk) -> None:
         """Show it more images."""
@@ -85,26 +92,24 @@ class Sample:
             # Images whose class was not among the candidates, or that were not decided, say nothing about temperatures.
             tells_B = (tried.has(label_B) & np.isfinite(tried.differences_BW)).any(1)
             tells_B &= columns.numbers("prediction") >= 0
-            ids, found = columns.strings("id"), [list[tuple[bytes, int]]() for _ in range(FOLDS)]
-            for row in np.flatnonzero(tells_B).tolist():
-                found[fold_of(ids[row])].append((order_of(ids[row]), row))
-            for fold, some in enumerate(found):
-                self._keep(fold, tried, label_B, columns.dims, some)
+            ids = columns.strings("id")
+            ordered = ((order_of(ids[row]), row) for row in np.flatnonzero(tells_B).tolist())
+            found = sorted((order, fold_of(ids[row]), row) for order, row in ordered if order < self._end)
+            found = found[: enough([fold for _, fold, _ in found])]
+            if found:
+                rows = np.array([row for _, _, row in found])
+                differences_BC = tried.take(rows).spread(outline.num_classes)
+                self._keep(
+                    _Example(order, fold, int(label_B[row]), columns.dims, differences_C.copy())  # without the others
+                    for (order, fold, row), differences_C in zip(found, differences_BC, strict=True)
+                )
 
-    def _keep(self, fold: int, tried: Tried, label_B: np.ndarray, dims: int, found: list[tuple[bytes, int]]) -> None:
-        """Of what is kept of a fold and of more images, given by order and row, keep those that come first."""
-        first = nsmallest(ENOUGH, (one for one in found if one[0] < self._ends[fold]))
-        if not first:
-            return
-        differences_BC = tried.take(np.array([row for _, row in first])).spread(self.outline.num_classes)
-        more = [
-            _Example(order, int(label_B[row]), dims, differences_C.copy())  # which does not hold those of the others
-            for (order, row), differences_C in zip(first, differences_BC, strict=True)
-        ]
-        kept = nsmallest(ENOUGH, self._folds[fold] + more, key=lambda one: one.order)
-        self._folds[fold] = kept
-        if len(kept) == ENOUGH:
-            self._ends[fold] = kept[-1].order
+    def _keep(self, more: Iterable[_Example]) -> None:
+        """Of what is kept and of ``more``, keep what a fit takes."""
+        examples = sorted([*self._examples, *more], key=itemgetter(0))
+        self._examples = examples[: enough([one.fold for one in examples])]
+        if len(self._examples) < len(examples):
+            self._end = self._examples[-1].order
 
     def fit(self, leave_out: int | None = None) -> Posterior:
         """The evaluation's posterior with the temperature that suits these images best.
@@ -115,8 +120,7 @@ class Sample:
         Returns:
             The posterior as it is, if no image can tell.
         """
-        examples = [one for fold, some in enumerate(self._folds) if fold != leave_out for one in some]
-        examples = nsmallest(ENOUGH, examples, key=lambda one: one.order)
+        examples = [one for one in self._examples if one.fold != leave_out][:ENOUGH]
         if not examples:
             return self.outline.posterior
         differences_BC, label_B = np.stack([one.differences_C for one in examples]), [one.label for one in examples]
@@ -139,6 +143,7 @@ class CrossFitted:
     def __init__(self, sample: Sample) -> None:
         self.outline = sample.outline
         self.posteriors = [sample.fit(leave_out=fold) for fold in range(FOLDS)]
+        self._temperatures = np.array([posterior.temperature for posterior in self.posteriors])
         self.scores = Scores.zeros()
         self._judged: list[Judged] = []
 
@@ -147,15 +152,9 @@ class CrossFitted:
         for columns in Columns.of(chunk, self.COLUMNS).pieces():
             columns = columns.labelled
             tried = columns.tried(self.outline.classes, self.outline.num_classes)
-            numbers = Columns(columns, ("label", "prediction", "dims"))
-            fold_B = np.array([fold_of(image_id) for image_id in columns.strings("id")], dtype=int)
-            right_B, (confidence_B, label_B, squares_B) = np.empty(len(columns), bool), np.empty((3, len(columns)))
-            judged = Judged(confidence_B, right_B, label_B, squares_B)
-            for fold in np.unique(fold_B):
-                mine = fold_B == fold
-                found = judge(numbers.take(mine), self.outline, self.posteriors[fold], tried.take(mine))
-                for values_B, some in zip(judged, found, strict=True):
-                    values_B[mine] = some
+            temperature_B = self._temperatures[[fold_of(image_id) for image_id in columns.strings("id")]]
+            scaled = tried._replace(differences_BW=tried.differences_BW / temperature_B[:, None])
+            judged = judge(columns, self.outline, replace(self.outline.posterior, temperature=1.0), scaled)
             self.scores.add(judged)
             self._judged.append(judged)
 

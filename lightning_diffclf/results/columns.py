@@ -79,10 +79,9 @@ class Tried(NamedTuple):
 
     def spread(self, num_classes: int) -> np.ndarray:
         """The differences with a place for each class (B, num_classes), float32; infinite for classes without any."""
-        found_BC = np.full((len(self.classes_BW), num_classes), np.inf, np.float32)
-        row, place = np.nonzero(self.classes_BW >= 0)
-        found_BC[row, self.classes_BW[row, place]] = self.differences_BW[row, place]
-        return found_BC
+        found_BC = np.full((len(self.classes_BW), num_classes + 1), np.inf, np.float32)
+        np.put_along_axis(found_BC, self.classes_BW, self.differences_BW, axis=1)  # -1 is the last: of no class
+        return found_BC[:, :-1]
 
 
 class Counts(Protocol):
@@ -192,8 +191,8 @@ class Columns:
     def tried(self, classes: Sequence[int], num_classes: int) -> Tried:
         """The classes that have a candidate; arguments as of :meth:`class_differences`.
 
-        Where images have fewer candidates than there are classes, there is a place for each candidate; otherwise one
-        for each class.
+        There is a place for each candidate where no two are of one class, or where images have fewer candidates than
+        there are classes; otherwise one for each class.
         """
         key = tuple(classes), num_classes
         if key not in self._tried:
@@ -203,6 +202,9 @@ class Columns:
     def _find_tried(self, classes: Sequence[int], num_classes: int) -> Tried:
         candidates = self.lists("candidates_K")
         class_BK = np.append(np.asarray(classes), -1)[candidates.padded(-1, np.int64)]
+        if len(set(classes)) == len(classes):  # nothing to compare: the candidates of an image are distinct
+            differences_BK = self.lists("differences_K").padded(np.inf, np.float64)
+            return Tried(class_BK, np.fmin(differences_BK, np.inf, out=differences_BK))  # of NaN and infinity, infinity
         if class_BK.shape[1] >= num_classes:
             tried_BA = np.zeros((len(self), num_classes + 1), dtype=bool)  # the last for what pads
             row_B1 = np.arange(len(self))[:, None]

@@ -19,7 +19,7 @@ from lightning_diffclf.results.columns import Counts, show
 from lightning_diffclf.results.conformal import RightScores, sets_of
 from lightning_diffclf.results.curves import Costs, Sureness, Survivors
 from lightning_diffclf.results.groups import Grouped
-from lightning_diffclf.results.parts import together
+from lightning_diffclf.results.parts import Seen, together
 from lightning_diffclf.results.predictions import SCHEMA, Record, from_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.statistics import Interval, Scores
@@ -94,10 +94,18 @@ class Evaluation:
 
     @cached_property
     def _first_pass(self) -> tuple[Summary, Sample, Sureness, Costs, Survivors, Grouped]:
+        counts = self._counts()
+        self.show(*counts)
+        return counts
+
+    def _counts(self) -> tuple[Summary, Sample, Sureness, Costs, Survivors, Grouped]:
         outline = self.outline
-        parts = Summary(outline), Sample(outline), Sureness(), Costs(outline), Survivors(outline), Grouped()
-        self.show(*parts)
-        return parts
+        return Summary(outline), Sample(outline), Sureness(), Costs(outline), Survivors(outline), Grouped()
+
+    def watch(self) -> Seen:
+        """What counts all decisions as they are written, so that they need not be read for the first pass."""
+        counts = vars(self)["_first_pass"] = self._counts()
+        return lambda table: show(table, counts)
 
     @property
     def summary(self) -> Summary:

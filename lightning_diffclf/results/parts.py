@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,13 @@ WIDTHS = {
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+Seen: TypeAlias = Callable[[pa.Table], None]
+"""Is given what is written."""
+
+
+def unseen(table: pa.Table) -> None:
+    """Nobody wants to see it."""
 
 
 class Vanished(Exception):
@@ -91,9 +98,11 @@ def _look_into(path: Path, kept: Sequence[pa.Field], remedy: str) -> _File:
 def _rows(file: pq.ParquetFile, number: int, there: frozenset[str], fields: Sequence[pa.Field]) -> pa.Table:
     """Columns of a row group; one that is not there is null."""
     names = [field.name for field in fields if field.name in there]
-    table = file.read_row_group(number, columns=names, use_threads=False)
+    table, schema = file.read_row_group(number, columns=names, use_threads=False), pa.schema(fields)
+    if table.schema.equals(schema):  # as all files of this version
+        return table.replace_schema_metadata()
     arrays = [table[field.name] if field.name in there else pa.nulls(len(table), field.type) for field in fields]
-    return pa.table(arrays, schema=pa.schema(fields))
+    return pa.table(arrays, schema=schema)
 
 
 class Parts:
@@ -149,7 +158,7 @@ class Parts:
                 ids += some["id"].cast(pa.string()).chunks
                 rows += [some] if fields else []
         self.schema, self._starts = schema or pa.schema([]), np.cumsum(sizes)
-        self._kept = pa.concat_tables(rows).combine_chunks() if rows else pa.table({})
+        self._kept = rows  # of each row group
         encoded = pa.chunked_array(ids, pa.string()).combine_chunks().dictionary_encode("encode")
         self.ids = encoded.dictionary
         self._image_of = image_of = encoded.indices.to_numpy()  # of each row, in the order in which they come first
@@ -191,21 +200,22 @@ class Parts:
             size = min(8 * size, _rows_of(CHUNK_BYTES, table))  # rows may be larger than those before
             yield table
 
-    def write(self, path: Path, seen: Callable[[pa.Table], None] = lambda table: None, **settings: Any) -> None:
+    def write(self, path: Path, seen: Seen = unseen, **settings: Any) -> None:
         """Write all rows to one file, ordered by id.
 
         Args:
             path: The file; may be one of the parts.
-            seen: Is given all rows as they are written, some :data:`CHUNK_BYTES` at a time.
+            seen: Is given all rows as they are written, some :data:`CHUNK_BYTES` at a time, while these are encoded.
             **settings: Of ``pyarrow.parquet.ParquetWriter``.
 
         Raises:
             FailedWrite: if it cannot be written.
         """
-        with sealed_writer(path, self.schema, "results", **settings) as out:
+        with sealed_writer(path, self.schema, "results", **settings) as out, ThreadPoolExecutor(1) as beside:
             for table in self._sorted(path.parent):
-                out.write_table(table, _rows_of(ROW_GROUP_BYTES, table))
+                written = beside.submit(out.write_table, table, _rows_of(ROW_GROUP_BYTES, table))
                 seen(table)
+                written.result()
 
     def _sorted(self, folder: Path) -> Iterator[pa.Table]:
         """As :meth:`ordered`, but no file is read twice: rows wait in a temporary file in ``folder`` for their turn.
@@ -272,9 +282,8 @@ class Parts:
     def _read(self, number: int, fields: Sequence[pa.Field]) -> pa.Table:
         path, stamp, there, group, _ = self._groups[number]
         names = [field.name for field in fields]
-        if set(names) <= set(self._kept.column_names):
-            begin, end = self._starts[number : number + 2].tolist()
-            return self._kept.slice(begin, end - begin).select(names)
+        if self._kept and set(names) <= set(self._kept[number].column_names):
+            return self._kept[number].select(names)
         with _reading(path, self._remedy) as file:
             if _stamp(path) != stamp:
                 raise Vanished(path)
@@ -347,6 +356,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T], sizes: Iterable[float]) ->
             waiting += size
         for future, _ in begun:
             yield from future.result()
+    pa.default_memory_pool().release_unused()  # of threads that have ended: else it stays theirs
 
 
 def _batches(items: Iterable[T], sizes: Iterable[float]) -> Iterator[tuple[list[T], float]]:
@@ -364,11 +374,10 @@ def _batches(items: Iterable[T], sizes: Iterable[float]) -> Iterator[tuple[list[
 
 def together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The same rows in larger tables, of :data:`CHUNK_BYTES` about: parts of a run may have few rows each."""
-    waiting: list[pa.Table] = []
-    size = 0
+    waiting, size = list[pa.Table](), 0
     for table in tables:
         waiting.append(table)
-        size += table.nbytes
+        size += table.get_total_buffer_size()  # found much faster than nbytes, and the same where no table is a slice
         if size >= CHUNK_BYTES:
             yield pa.concat_tables(waiting)
             waiting, size = [], 0

@@ -201,14 +201,21 @@ SCHEMA = pa.schema(
 )
 
 
-# Numbers that hardly repeat, and pictures: a dictionary would only add to them.
+# Of numbers that hardly repeat, and of pictures, a dictionary would only add to them; whole numbers of each candidate
+# are near those before them, and written faster than a dictionary is made.
+_ENCODINGS = {
+    "scores_K": "BYTE_STREAM_SPLIT",
+    "differences_K": "BYTE_STREAM_SPLIT",
+    "candidates_K": "DELTA_BINARY_PACKED",
+    "draws_K": "DELTA_BINARY_PACKED",
+}
 ENCODING: dict[str, Any] = {
     "use_dictionary": [
         f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
         for field in SCHEMA
-        if field.name not in ("margin", "scores_K", "differences_K", "seconds", "thumbnail", "error_map", "trail")
+        if field.name not in (*_ENCODINGS, "margin", "seconds", "thumbnail", "error_map", "trail")
     ],
-    "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("scores_K", "differences_K")},
+    "column_encoding": {f"{name}.list.element": encoding for name, encoding in _ENCODINGS.items()},
 }
 
 

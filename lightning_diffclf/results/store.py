@@ -30,7 +30,7 @@ from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.files import FolderLock, make_folder, remove_temporaries, write_text
 from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
-from lightning_diffclf.results.parts import Vanished, has_rows
+from lightning_diffclf.results.parts import Seen, Vanished, has_rows, unseen
 from lightning_diffclf.results.predictions import ENCODING, to_table, write_table
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.stored import (
@@ -203,7 +203,7 @@ def finish(
     run: Path,
     settings: Settings,
     before: Stored | None = None,
-    seen: Callable[[pa.Table], None] = lambda table: None,
+    seen: Seen = unseen,
 ) -> int:
     """All parts become one file; those that were read go. Call it on one process. Returns the number of images.
 
@@ -225,7 +225,7 @@ def _write_whole(
     settings: Settings,
     run: Path,
     before: Stored | None = None,
-    seen: Callable[[pa.Table], None] = lambda table: None,
+    seen: Seen = unseen,
 ) -> int:
     records = parts_of(paths, settings, known=None if before is None else before.parts)
     # Errors whose records were not written any more are of images that will be evaluated again.
@@ -264,12 +264,13 @@ def _has_images(run: Path) -> bool:
     raise unsteady(run)
 
 
-def merge(runs: Sequence[Path], out: Path) -> int:
+def merge(runs: Sequence[Path], out: Path, watch: Callable[[], Seen] = lambda: unseen) -> int:
     """Join runs with the same settings, ended, killed or going on, in one folder. Returns its number of images.
 
     Args:
         runs: Their folders.
         out: Folder of the whole; may be one of them, or one with images of the same settings, which stay in it.
+        watch: What it returns is given all records as they are written; called anew where that begins anew.
 
     Raises:
         FileNotFoundError: if a folder is no run.
@@ -289,5 +290,5 @@ def merge(runs: Sequence[Path], out: Path) -> int:
         for _ in attempts():
             with suppress(Vanished):
                 paths = [path for run in dict.fromkeys([place, *runs]) for path in files_of(run)]
-                return _write_whole(paths, settings, place)
+                return _write_whole(paths, settings, place, seen=watch())
     raise unsteady(place)

@@ -58,7 +58,20 @@ def test_temperatures_are_fitted_to_some_images_only(monkeypatch):
     differences_BC = torch.tensor(np.stack([row.differences_K for row in first]))
     expected = Posterior().fit(differences_BC, torch.tensor([row.label for row in first]), 64)
     assert sample.fit().temperature == pytest.approx(expected.temperature)
-    assert sum(map(len, sample._folds)) <= 5 * 30  # what it keeps does not grow with the number of images
+    assert len(sample._examples) <= 60  # what it keeps does not grow with the number of images
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 200])
+def test_what_is_kept_is_enough_whatever_fold_is_left_out(chunk, monkeypatch):
+    """Also where folds are of very different sizes."""
+    rows, outline = list(made_up_rows(400, 4)), made_up_outline(4)
+    rows = [row for i, row in enumerate(rows) if fold_of(row.id) == 2 or i % 6 == 0]
+    monkeypatch.setattr(calibration, "ENOUGH", 20)
+    sample = sample_of_chunks([rows[a : a + chunk] for a in range(0, len(rows), chunk)], outline)
+    for fold in range(calibration.FOLDS):
+        first = sorted((row for row in rows if fold_of(row.id) != fold), key=lambda row: calibration.order_of(row.id))
+        differences_BC, labels = np.stack([row.differences_K for row in first[:20]]), [row.label for row in first[:20]]
+        assert sample.fit(leave_out=fold) == Posterior().fit(differences_BC, np.array(labels), 64)
 
 
 def test_no_image_is_judged_by_a_temperature_that_it_was_fitted_to():

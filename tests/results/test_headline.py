@@ -15,6 +15,7 @@ from lightning_diffclf.results.headline import cards, details, names, sentence
 from lightning_diffclf.results.predictions import to_table
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import claim, write_whole
+from lightning_diffclf.results.stored import scan
 from tests.results.made_up import made_up_outline, made_up_rows, proposed_rows
 
 IDENTITY = {
@@ -126,3 +127,13 @@ def test_runs_of_earlier_versions_have_the_date_of_their_settings(tmp_path):
     strange = run_of(tmp_path / "strange", made_up_rows(5, 5), info={"date": 7})
     with pytest.raises(UserError, match=r"settings.json has date 7, expected one such as '2026-11-28'"):
         sentence(strange)
+
+
+def test_decisions_counted_as_they_are_written_come_to_what_a_report_says(tmp_path):
+    read = run_of(tmp_path, made_up_rows(120, 5))
+    watching = Evaluation(read.path, read.settings)
+    watch = watching.watch()
+    for table in scan(tmp_path):
+        for begin in range(0, len(table), 50):
+            watch(table.slice(begin, 50))
+    assert details(watching) == details(read)

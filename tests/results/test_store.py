@@ -198,7 +198,14 @@ def test_a_run_that_ends_while_it_is_read_is_whole(reader, steps, tmp_path, monk
     elif reader == "scan":
         assert [i for table in scan(run, ["label"]) for i in table["id"].to_pylist()] == ids
     else:
-        assert merge([run], tmp_path / "all") == 9
+        shown = []
+
+        def watch():
+            shown.clear()
+            return lambda table: shown.extend(table["id"].to_pylist())
+
+        assert merge([run], tmp_path / "all", watch) == 9
+        assert shown == ids  # each once, also where writing began anew
         assert read_table(tmp_path / "all")["id"].to_pylist() == ids
         assert [one.image_id for one in StoredErrors(tmp_path / "all" / "errors.parquet")] == ids
     assert next(opened) > steps
