@@ -85,7 +85,7 @@ class DiffusionClassifier(FromCheckpoint, Differentiable):
         rule.check(self.loss.name)
         if isinstance(recipe.proposal, Search):
             recipe.proposal.check(denoiser)
-        keyed = {"seed": recipe.seed, "grid": recipe.grid, "antithetic": recipe.antithetic}
+        keyed: dict[str, Any] = {"seed": recipe.seed, "grid": recipe.grid, "antithetic": recipe.antithetic}
         draws = Draws(recipe.draws, **keyed) if isinstance(recipe.draws, int) else recipe.draws
         order = rule.order(draws.count if draws else Draws.count)
         self.draws = draws or Draws(len(order) if order is not None else Draws.count, **keyed)
