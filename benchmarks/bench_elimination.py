@@ -9,8 +9,9 @@ images are decided as without the proposal. Seconds and rows a second are measur
 (``--timed-rows``). Overhead is the time of the engine over that of the bare network on the very same micro-batches, in
 alternating repetitions: the median of the ratios.
 
-With ``--lost 1000``, something else: of at least so many decisions of LikelihoodRatio(0.002) alone, how many the search
-does not keep, and how many come out otherwise after it. All test images are decided with seed 0, then 1, and so on.
+With ``--lost 1000``, something else: of at least so many decisions of LikelihoodRatio(0.002) alone, how many a search
+does not keep, and how many come out otherwise after it. All test images are decided with seed 0, then 1, and so on;
+after each there is a row of all decisions so far.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from lightning_diffclf.results.statistics import wilson
 
 ALPHAS = (0.05, 0.01, 0.002)
 MICROBATCH = 256
+LOST = ("task", "search", "decisions", "not kept", "decided otherwise", "accuracy", "kept", "NFE / image")
 
 
 def stored(task: Task, classifier: DiffusionClassifier, folder: Path) -> StoredErrors:
@@ -126,8 +128,7 @@ def main() -> None:
         f"Python {platform.python_version()}"
     )
     if args.lost:
-        print("\n| task | search | decisions | not kept | decided otherwise | NFE alone | NFE after the search |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
+        print(f"\n| {' | '.join(LOST)} |\n|{' --- |' * len(LOST)}")
     for name in args.task or TASKS:
         if args.lost:
             count_lost(TASKS[name], args.lost)
@@ -136,25 +137,26 @@ def main() -> None:
 
 
 def count_lost(task: Task, least: int) -> None:
-    images, _, ids = task.test()
+    images, labels, ids = task.test()
     network, rule = task.network(), LikelihoodRatio(ALPHAS[-1], inflation=task.inflation)
-    searches: dict[str, Search] = {repr(task.search): task.search}
+    searches: dict[str, Search | None] = {"none": None, repr(task.search): task.search}
     if task.learns:
-        learnt = CovarianceSearch().fit(network, task.unlabelled())
+        learnt = CovarianceSearch().fit(network, [(task.unlabelled(), None)])
         searches[f"CovarianceSearch(), fitted to {task.learns} images"] = learnt
-    alone: list[Classification] = []
-    after: dict[str, list[Classification]] = {name: [] for name in searches}
+    found: dict[str, list[Classification]] = {name: [] for name in searches}
     for seed in range(math.ceil(least / len(images))):
         settings = {"draws": Draws(task.draws, seed=seed), "elimination": rule, "microbatch": MICROBATCH}
-        alone += DiffusionClassifier(network, **settings)(images, ids)
         for name, search in searches.items():
-            after[name] += DiffusionClassifier(network, **settings, proposal=search)(images, ids)
-    for name, results in after.items():
-        kept = [a.candidate in b.candidates_K for a, b in zip(alone, results, strict=True)]
-        same = [a.prediction == b.prediction for a, b in zip(alone, results, strict=True)]
-        lost = [f"{wilson(count, len(kept))} ({count})" for count in (kept.count(False), same.count(False))]
-        nfe = [np.mean([result.nfe for result in some]) for some in (alone, results)]
-        print(f"| {task.name} | {name} | {len(kept)} | {' | '.join(lost)} | {nfe[0]:.1f} | {nfe[1]:.1f} |", flush=True)
+            found[name] += DiffusionClassifier(network, **settings, proposal=search)(images, ids)
+        for name, results in found.items():
+            pairs = list(zip(found["none"], results, strict=True))
+            kept = [alone.candidate in after.candidates_K for alone, after in pairs]
+            same = [alone.prediction == after.prediction for alone, after in pairs]
+            lost = [f"{wilson(some.count(False), len(pairs))} ({some.count(False)})" for some in (kept, same)]
+            right = np.mean([after.prediction for _, after in pairs] == np.tile(labels, seed + 1))
+            count, nfe = np.mean([(len(after.candidates_K), after.nfe) for _, after in pairs], axis=0)
+            numbers = f"{lost[0]} | {lost[1]} | {right:.2%} | {count:.1f} | {nfe:.1f}"
+            print(f"| {task.name} | {name} | {len(pairs)} | {numbers} |", flush=True)
 
 
 def run_task(task: Task, timed_rows: int) -> None:

@@ -74,7 +74,8 @@ class Task:
         """Images that a ``CovarianceSearch`` learns from."""
         data = self.data()
         data.setup()
-        return data.train.parts["image"][nested_order(len(data.train))[: self.learns]]
+        images = data.train.parts["image"][nested_order(len(data.train))[: self.learns]]
+        return images.expand(-1, 3, -1, -1) if self.pipeline else images
 
     def errors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Stored errors (B, K, S), labels (B,) and timesteps (S,)."""
@@ -105,6 +106,7 @@ TASKS = {
             GradientSearch(),
             500,
             top=20,
+            learns=100,
         ),
         Task(
             "digit_triples",
@@ -114,7 +116,7 @@ TASKS = {
             GradientSearch(draws=16, timesteps=(0.2, 0.6)),
             exhaustive=0,
             images=275,
-            learns=256,
+            learns=100,
         ),
         Task(
             "captions",
@@ -124,6 +126,7 @@ TASKS = {
             GradientSearch(),
             100,
             inflation=5.0,
+            learns=100,
             pipeline="assets/sd_digits",
         ),
     )

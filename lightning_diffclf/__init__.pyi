@@ -5,6 +5,7 @@ from lightning_diffclf.callbacks.ema import EMA as EMA
 from lightning_diffclf.candidates import Candidates as Candidates
 from lightning_diffclf.classifier.classification import Classification as Classification
 from lightning_diffclf.classifier.conformal import Conformal as Conformal
+from lightning_diffclf.classifier.covariance_search import CovarianceSearch as CovarianceSearch
 from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier as DiffusionClassifier
 from lightning_diffclf.classifier.discriminative import DiscriminativeClassifier as DiscriminativeClassifier
 from lightning_diffclf.classifier.draws import Draws as Draws

@@ -61,7 +61,11 @@ CLASSES: Mapping[str, frozenset[str]] = {
     ),
     "classifier.proposal": frozenset(
         f"lightning_diffclf.{folder}{name}"
-        for file, name in (("search", "GradientSearch"), ("linear_probe", "LinearProbe"))
+        for file, name in (
+            ("search", "GradientSearch"),
+            ("linear_probe", "LinearProbe"),
+            ("covariance_search", "CovarianceSearch"),
+        )
         for folder in ("", "classifier.", f"classifier.{file}.")
     ),
 }  # that settings of others may name, and where

@@ -469,9 +469,9 @@ def test_proposals_by_name(run_dir, tmp_path, capsys):
     flags = [f"--ckpt={last(run_dir)}", "--trainer.enable_progress_bar=false", "--trainer.limit_test_batches=1"]
     probe = ["--classifier.proposal=LinearProbe", "--classifier.proposal.top=3", "--classifier.proposal.images=700"]
     evaluate([*flags, *probe, "--out=probe"])
-    assert "probe: fitted to 700 training images" in capsys.readouterr().out
+    assert "LinearProbe: fitted to 700 training images" in capsys.readouterr().out
     evaluate([*flags, *probe, "--out=probe", "--trainer.limit_test_batches=2"])
-    assert "probe: fitted" not in capsys.readouterr().out
+    assert "LinearProbe: fitted" not in capsys.readouterr().out
     rows = pq.read_table("probe/predictions.parquet").to_pydict()
     assert (len(rows["id"]), set(map(len, rows["candidates_K"])), set(rows["search_nfe"])) == (120, {3}, {1})
     data = DigitsDataModule()
@@ -484,6 +484,10 @@ def test_proposals_by_name(run_dir, tmp_path, capsys):
     evaluate([*flags, "--classifier.proposal=GradientSearch", "--classifier.proposal.most=4", "--out=search"])
     numbers = json.loads(Path("search/metrics.json").read_text())["metrics"]
     assert numbers["nfe_per_image"] == numbers["search_nfe_per_image"] + 3 * numbers["kept_per_image"]
+    covariance = ["--classifier.proposal=CovarianceSearch", "--classifier.proposal.anchors=4"]
+    evaluate([*flags, *covariance, "--classifier.proposal.images=20", "--out=covariance"])
+    assert "CovarianceSearch: fitted to 20 training images, 10 network calls each" in capsys.readouterr().out
+    assert json.loads(Path("covariance/metrics.json").read_text())["metrics"]["search_nfe_per_image"] == 4
     main(["report", "search"])
     assert "NFE of the search" in Path("search/report.html").read_text()
     capsys.readouterr()

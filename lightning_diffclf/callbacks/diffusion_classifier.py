@@ -53,9 +53,9 @@ class DiffusionClassifierCallback(L.Callback):
     ``answered_accuracy`` among them; with a ``proposal`` also ``proposal_recall``, the share of images whose class it
     named, ``kept_per_image``, ``search_nfe_per_image``, ``contest_nfe_per_image`` and ``dropped_draws``.
 
-    A :class:`~.linear_probe.LinearProbe` that was not fitted is fitted to the training images of the data module
-    (:class:`~lightning_diffclf.data.protocols.HasTrainingImages`) before the first image, and kept in ``output_dir``;
-    validation during ``fit`` does without it.
+    A :class:`~.linear_probe.LinearProbe` or :class:`~.covariance_search.CovarianceSearch` that was not fitted is fitted
+    to the training images of the data module (:class:`~lightning_diffclf.data.protocols.HasTrainingImages`) before the
+    first image, and kept in ``output_dir``; validation during ``fit`` does without it.
 
     Args:
         microbatch: Rows (image, candidate, draw) of one network call. Does not change results.
@@ -186,7 +186,7 @@ class DiffusionClassifierCallback(L.Callback):
         pl_module.add_module(f"{self.name}_metrics", self._metrics)
         self._planner = None
         if self.plan and stage != "fit":
-            calls = 0 if self.fitting is None else self.fitting.calls
+            calls = 0 if self.fitting is None else self.fitting.calls(len(self.classifier.candidates))
             self._planner = Planner(self.classifier, recipe.candidates, calls)
             self._planner.limit_batches(trainer)
 

@@ -1,4 +1,4 @@
-"""The LinearProbe of an evaluation: fitted to training images of the data module, once, and kept with the run."""
+"""The search of an evaluation that learns: from training images of the data module, once, and kept with the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from lightning_diffclf.callbacks.first_rank import on_first_rank
 from lightning_diffclf.callbacks.run_settings import data_module, dataset_identity
 from lightning_diffclf.callbacks.run_writer import RunWriter
-from lightning_diffclf.classifier import LinearProbe, Recipe
+from lightning_diffclf.classifier import Recipe
+from lightning_diffclf.classifier.search import FittedSearch
 from lightning_diffclf.data.batch import unpack
 from lightning_diffclf.data.protocols import HasTrainingImages
 from lightning_diffclf.denoiser import ConditionalDenoiser
@@ -30,7 +31,7 @@ PLAN_SECONDS = 20.0  # that a plan fits at most
 
 
 class ProbeFitting:
-    """Gives an evaluation a fitted probe. Made on all ranks before long work.
+    """Gives an evaluation a fitted search, such as a probe. Made on all ranks before long work.
 
     Args:
         probe: What the recipe has; it stays as it is.
@@ -43,11 +44,11 @@ class ProbeFitting:
         UserError: if ``data`` has no training images.
     """
 
-    def __init__(self, probe: LinearProbe, data: Any) -> None:
+    def __init__(self, probe: FittedSearch, data: Any) -> None:
         if not isinstance(data, HasTrainingImages):
             name = "no data module" if data is None else f"{type(data).__name__} has no training_images(count)"
             raise UserError(
-                f"proposal: {probe!r} is fitted to labelled training images, but {name}, expected a data module with "
+                f"proposal: {probe!r} is fitted to training images, but {name}, expected a data module with "
                 "them (see HasTrainingImages); or fit it in Python, or take GradientSearch, which needs none"
             )
         self.probe, self._loader = copy.copy(probe), data.training_images(probe.images)
@@ -59,18 +60,18 @@ class ProbeFitting:
         In validations during ``fit``, all candidates are tried instead: weights change, each would have to fit anew.
         """
         probe = recipe.proposal
-        if not isinstance(probe, LinearProbe) or probe.fitted:
+        if not isinstance(probe, FittedSearch) or probe.fitted:
             return recipe, None
         if stage == "fit":
             return replace(recipe, proposal=None), None
         fitting = cls(probe, data_module(trainer))
         return replace(recipe, proposal=fitting.probe), fitting
 
-    @property
-    def calls(self) -> int:
+    def calls(self, num_candidates: int) -> int:
         """Network calls that fitting takes, at most."""
         images = self._loader.dataset
-        return min(self.probe.images, len(images)) if hasattr(images, "__len__") else self.probe.images
+        count = min(self.probe.images, len(images)) if hasattr(images, "__len__") else self.probe.images
+        return count * self.probe.calls(num_candidates)
 
     def identity(self) -> dict[str, Any]:
         """Which images it is fitted to, in place of the map that comes of it."""
@@ -106,21 +107,21 @@ class ProbeFitting:
         """The map as it is saved; fitted to what batches there are in so many seconds, one at least."""
         most, end, count = self.probe.images, time.perf_counter() + seconds, 0
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        def batches() -> Iterator[tuple[Tensor, Any]]:
             nonlocal count
             for batch in self._loader:
                 images, labels, *_ = unpack(batch)
-                if labels is None:
-                    raise UserError("probe: training images without labels, expected a label for each")
                 images = trainer.precision_plugin.convert_input(images[: most - count])
                 count += len(images)
-                yield images.to(trainer.strategy.root_device), labels[: len(images)]
+                yield images.to(trainer.strategy.root_device), None if labels is None else labels[: len(images)]
                 if count == most or time.perf_counter() > end:
                     break
 
         with trainer.precision_plugin.forward_context():
             self.probe.fit(denoiser, batches())
-        print(f"probe: fitted to {count:,} training images, a network call each")
+        calls = self.probe.calls(len(denoiser.candidates))
+        each = "a network call" if calls == 1 else f"{calls:,} network calls"
+        print(f"{type(self.probe).__name__}: fitted to {count:,} training images, {each} each")
         return {name: value.cpu() for name, value in self.probe.state_dict().items()}
 
 
@@ -143,8 +144,8 @@ def read_probe(path: Path, run: str) -> dict[str, Tensor] | None:
         return None
     tensors = read_tensors(path, "probe", run=run)
     weight = tensors.get("weight", torch.empty(0))
-    if weight.dtype != torch.float32 or weight.ndim != 2:
+    if weight.dtype != torch.float32 or weight.ndim not in (2, 3):  # a map, or one for each value of x0
         raise UserError(
-            f"probe: {str(path)!r} holds {weight.dtype} {tuple(weight.shape)}, expected a matrix of float32"
+            f"probe: {str(path)!r} holds {weight.dtype} {tuple(weight.shape)}, expected matrices of float32"
         )
     return tensors

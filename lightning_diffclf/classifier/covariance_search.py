@@ -1,46 +1,54 @@
-"""Below one call per candidate, without gradients: the errors of a few candidates tell those of all others.
+"""Below one call per candidate, without gradients: what a few candidates predict tells what all others would.
 
-Suffixes of shapes: B images, K candidates, A candidates that were evaluated.
+Suffixes of shapes: B images, K candidates, A anchors, D values of x0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
-from lightning_diffclf.classifier.draws import Draws
-from lightning_diffclf.classifier.search import Found, Search, check_kept, groups_of, heaviest
-from lightning_diffclf.denoiser import ConditionalDenoiser
+from lightning_diffclf.classifier.checks import check_output
+from lightning_diffclf.classifier.search import FIRST_DRAW, FittedSearch, Found, check_kept, groups_of, heaviest
+from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating, predict_rows
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.features import timestep_at
 from lightning_diffclf.identity import digest_of_tensor
+from lightning_diffclf.noise import KeyedNoise
+
+if TYPE_CHECKING:
+    from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
 
 
-class CovarianceSearch(Search):
-    """Proposes candidates by how their errors vary together over images: neither labels nor gradients.
+class CovarianceSearch(FittedSearch):
+    """Proposes candidates by how their predictions vary together over images: neither labels nor gradients.
 
-    :meth:`fit` evaluates all candidates of some images without labels at one draw each. The log likelihoods
-    -D/2 · log e (e: mean squared error of the noise, D: values of x0) of an image then are taken to be normal, with the
-    mean and the covariance found there. To propose for another image, a few anchors are evaluated at one draw, and all
-    others are predicted given them (as in kriging); then the best ones by prediction are evaluated, at the same draw,
-    and all are predicted again, some times over. Those with most of the weight are proposed. See docs/elimination.md.
+    :meth:`fit` evaluates all candidates of some images, whose labels it does not read, at one draw each. For every
+    value of x0, what the candidates predict of the noise is taken to be normal, with the mean and the covariance found
+    there. To propose for another image, a few candidates, the anchors, are evaluated at one draw; the expected
+    predictions of all others given theirs (as in kriging) give all errors e. The log likelihoods -D/2 · log e (D:
+    values of x0), tempered, make the weights, and the candidates with most of the weight are proposed. See
+    docs/elimination.md. An evaluation under a Trainer fits it to training images of the data module, where that was not
+    done.
 
-    Results depend on (seed, image id, image, candidates) and on what it was fitted to. The draw is its own.
+    Results depend on (seed, image id, image, candidates) and on what it was fitted to. The draw is its own, so that
+    those which decide among the proposed are independent of the one that proposed them.
 
     Args:
-        anchors: Candidates to evaluate first: those that tell most about all others.
-        rounds: Times that more are chosen.
-        each: How many each time. Images with no more than ``anchors + rounds · each`` candidates are not searched.
+        anchors: Candidates to evaluate: those that tell most about all others, whether they are in play or not. Images
+            with no more candidates than these are not searched.
+        timestep: Where on the time axis, 0 being the cleanest and 1 the noisiest.
         miss: Candidates are kept until the weight of all others is below this, in (0, 1).
         least: Candidates to keep at least.
         most: Candidates to keep at most.
-        temper: Share of the predicted nats that makes weights, above 0: one draw is not all of them.
+        temper: Share of the nats that makes weights, above 0: one draw is not all of them.
         nugget: Variance that is no candidate's in common with others, in units of the mean variance, above 0.
+        images: Training images that an evaluation fits it to, at most.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -48,114 +56,130 @@ class CovarianceSearch(Search):
 
     SETTINGS: ClassVar[tuple[str, ...]] = (
         "anchors",
-        "rounds",
-        "each",
+        "timestep",
         "miss",
         "least",
         "most",
         "temper",
         "nugget",
+        "images",
     )
 
     def __init__(
         self,
-        anchors: int = 20,
-        rounds: int = 4,
-        each: int = 5,
+        anchors: int = 8,
+        timestep: float = 0.6,
         miss: float = 0.02,
         least: int = 2,
         most: int = 64,
-        temper: float = 0.2,
+        temper: float = 0.16,
         nugget: float = 0.02,
+        images: int = 100,
     ) -> None:
-        for name, count, lowest in (("anchors", anchors, 1), ("rounds", rounds, 0), ("each", each, 1)):
-            if count < lowest:
-                raise UserError(f"covariance search: {name} {count}, expected at least {lowest}")
+        for name, count, fewest in (("anchors", anchors, 1), ("images", images, 2)):
+            if count < fewest:
+                raise UserError(f"covariance search: {name} {count}, expected at least {fewest}")
+        if not 0 <= timestep < 1:
+            raise UserError(f"covariance search: timestep {timestep}, expected a place on the time axis, 0 … 1")
         check_kept("covariance search", miss, least, most)
         for name, value in (("temper", temper), ("nugget", nugget)):
             if not 0 < value < math.inf:
                 raise UserError(f"covariance search: {name} {value}, expected a number above 0")
-        self.anchors, self.rounds, self.each = anchors, rounds, each
+        self.anchors, self.timestep, self.images = anchors, timestep, images
         self.miss, self.least, self.most, self.temper, self.nugget = miss, least, most, temper, nugget
-        self._mean_K: np.ndarray | None = None
-        self._factor_FK = np.empty((0, 0))  # the covariance is its transpose times itself
-        self._own = 0.0  # variance that candidates have not in common
-        self._anchors_A = np.empty(0, dtype=np.int64)
+        self._anchors_A = torch.empty(0, dtype=torch.int64)
+        self._weight: Tensor | None = None  # (values, anchors + 1, candidates), float32, the constant last
 
     def __repr__(self) -> str:
         return f"CovarianceSearch({', '.join(f'{name}={getattr(self, name)!r}' for name in self.SETTINGS)})"
 
+    def calls(self, num_candidates: int) -> int:
+        return num_candidates
+
+    @torch.no_grad()
     def fit(
-        self, denoiser: ConditionalDenoiser, images: Tensor, seed: int = 0, microbatch: int = 256
+        self, denoiser: ConditionalDenoiser, batches: Iterable[tuple[Tensor, Any]], seed: int = 0, microbatch: int = 256
     ) -> CovarianceSearch:
-        """Learn from images without labels, one call for each candidate of each; returns itself.
+        """Learn from images, one call for each candidate of each; returns itself.
+
+        All that is predicted is held at once: images × candidates × values of x0.
 
         Args:
             denoiser: The network.
-            images: (B, C, H, W), as ``denoiser.encode`` takes them, at least two: about 100.
+            batches: Images (B, C, H, W), as ``denoiser.encode`` takes them, and anything, such as labels, which are not
+                read. At least two images: about 100.
             seed: Key of the noise.
             microbatch: Rows in one network call.
 
         Raises:
-            ValueError: if there is one image or none, or an error is NaN or infinite.
+            ValueError: if there is one image or none, or a prediction is NaN or infinite.
         """
-        if len(images) < 2:
-            raise UserError(f"covariance search: {len(images)} images to fit to, expected at least 2")
-        every, ids = list(range(len(denoiser.candidates))), [f"fit: {b}" for b in range(len(images))]
-        nats_BK = np.stack(self._nats(denoiser, images, ids, [every] * len(images), seed, microbatch))
-        if not np.isfinite(nats_BK).all():
+        every, found, count = torch.arange(len(denoiser.candidates)), list[Tensor](), 0
+        with evaluating(denoiser):
+            for images, _ in batches:
+                x0 = denoiser.encode(images).float()
+                noise = _noise(x0, [f"fit: {b}" for b in range(count, count + len(images))], seed)
+                found.append(self._predictions(denoiser, x0, noise, every.to(x0.device), microbatch))
+                count += len(images)
+        if count < 2:
+            raise UserError(f"covariance search: {count} images to fit to, expected at least 2")
+        found_BKD = torch.cat(found)
+        if not bool(found_BKD.isfinite().all()):
             raise UserError(
-                "covariance search: errors of the images to fit to are NaN or infinite, expected finite ones"
+                "covariance search: predictions for the images to fit to are NaN or infinite, expected finite ones"
             )
-        self._take(nats_BK.mean(0), (nats_BK - nats_BK.mean(0)) / math.sqrt(len(images) - 1))
+        with torch.autocast(found_BKD.device.type, enabled=False):
+            self._learn(found_BKD)
         return self
 
-    def _take(self, mean_K: np.ndarray, factor_FK: np.ndarray) -> None:
-        # Rounded to what is saved, so that proposals are the same after saving.
-        self._mean_K, self._factor_FK = (one.astype(np.float32).astype(np.float64) for one in (mean_K, factor_FK))
-        self._own = self.nugget * float(np.square(self._factor_FK).sum(0).mean()) + 1e-300
-        # Each anchor is the candidate that varies most given those before it (pivoted Cholesky decomposition).
-        left_FK, chosen = self._factor_FK, []
-        for _ in range(min(self.anchors, *left_FK.shape)):
-            pivot = int(np.square(left_FK).sum(0).argmax())
-            direction = left_FK[:, pivot] / max(float(np.linalg.norm(left_FK[:, pivot])), 1e-300)
-            left_FK = left_FK - direction[:, None] * (direction @ left_FK)
-            chosen.append(pivot)
-        self._anchors_A = np.unique(np.array(chosen, dtype=np.int64))
+    def _learn(self, found_BKD: Tensor) -> None:
+        mean_KD = found_BKD.mean(0)
+        varies_DBK = (found_BKD - mean_KD).permute(2, 0, 1).contiguous()
+        self._anchors_A = anchors_A = pivots(varies_DBK, self.anchors)
+        known_DBA = varies_DBK[:, :, anchors_A]
+        own_D = self.nugget * varies_DBK.square().sum(1).mean(1) + 1e-30
+        covariance_DAA = known_DBA.mT @ known_DBA
+        covariance_DAA.diagonal(dim1=1, dim2=2).add_(own_D[:, None])
+        weight_DAK = torch.linalg.solve(covariance_DAA, known_DBA.mT @ varies_DBK)
+        weight_DAK[:, :, anchors_A] = torch.eye(len(anchors_A)).to(weight_DAK)  # what they predict is known
+        constant_DK = mean_KD.T - (mean_KD.T[:, None, anchors_A] @ weight_DAK)[:, 0]
+        self._weight = torch.cat([weight_DAK, constant_DK[:, None]], 1)
 
-    @staticmethod
-    def _nats(
-        denoiser: ConditionalDenoiser,
-        images: Tensor,
-        ids: Sequence[str],
-        candidates: Sequence[Sequence[int]],
-        seed: int,
-        microbatch: int,
-    ) -> list[np.ndarray]:
-        """Log likelihoods of each image's candidates at its one draw, float64."""
-        one = DiffusionClassifier(denoiser, Draws(1, seed), keep_errors=True, microbatch=microbatch)
+    def _predictions(
+        self, denoiser: ConditionalDenoiser, x0: Tensor, noise: Tensor, candidates_A: Tensor, microbatch: int
+    ) -> Tensor:
+        """Noise that some candidates predict at the timestep of the search (B, A, D), float32."""
+        schedule, count = denoiser.schedule, len(candidates_A)
+        t_B = torch.as_tensor(timestep_at(schedule, self.timestep)).to(schedule.timesteps(1).dtype)
+        t_B = t_B.to(x0.device).expand(len(x0))
+        x_t_B = schedule.add_noise(x0, noise, t_B)
+        x_in_B, time_B = schedule.network_rows(x_t_B, t_B)
         found = []
-        for result in one(images, ids, candidates):
-            assert result.errors_KS is not None
-            with np.errstate(divide="ignore"):
-                found.append(-result.dims / 2 * np.log(result.errors_KS[:, 0].double().numpy()))
-        return found
+        for row_N in torch.arange(len(x0) * count, device=x0.device).split(microbatch):
+            pair_N, some = row_N // count, slice(int(row_N[0]) // count, int(row_N[-1]) // count + 1)
+            output = predict_rows(
+                denoiser, x_in_B[some], time_B[some], pair_N - some.start, candidates_A[row_N % count]
+            )
+            check_output(output, x_t_B[pair_N])
+            with torch.autocast(x0.device.type, enabled=False):
+                found.append(schedule.to_epsilon(output.float(), x_t_B[pair_N], t_B[pair_N]).flatten(1))
+        return torch.cat(found).unflatten(0, (len(x0), count))
 
-    def predicted(self, evaluated_A: np.ndarray, nats_A: np.ndarray) -> np.ndarray:
-        """Expected log likelihoods of all candidates (K,), given those of some, which stay as they are.
+    def predicted(self, evaluated_AD: Tensor) -> Tensor:
+        """What all candidates are expected to predict (K, D), given what the anchors do.
 
         Raises:
             ValueError: before :meth:`fit`.
         """
-        if self._mean_K is None:
-            raise UserError("covariance search: not fitted; call fit or load_state_dict first")
-        mean_K, factor_FK = self._mean_K, self._factor_FK
-        known_FA = factor_FK[:, evaluated_A]
-        covariance_AA = known_FA.T @ known_FA + self._own * np.eye(len(evaluated_A))
-        found_K = mean_K + (known_FA @ np.linalg.solve(covariance_AA, nats_A - mean_K[evaluated_A])) @ factor_FK
-        found_K[evaluated_A] = nats_A
-        return np.asarray(found_K)
+        weight = self._fitted().to(evaluated_AD.device)
+        return (torch.einsum("ad,dak->dk", evaluated_AD, weight[:, :-1]) + weight[:, -1]).T
 
+    def _fitted(self) -> Tensor:
+        if self._weight is None:
+            raise UserError("covariance search: not fitted; call fit or load_state_dict first")
+        return self._weight
+
+    @torch.no_grad()
     def propose(
         self,
         classifier: DiffusionClassifier,
@@ -163,50 +187,37 @@ class CovarianceSearch(Search):
         ids: Sequence[int | str],
         candidates: Sequence[np.ndarray],
     ) -> Found:
-        """As :meth:`Search.propose`. Where an error is NaN or infinite, the draw is dropped and all candidates stay.
+        """As :meth:`Search.propose`. Where a prediction is NaN or infinite, the draw is dropped and all stay.
 
         Raises:
-            ValueError: before :meth:`fit`, or if it was fitted to another number of candidates.
+            ValueError: before :meth:`fit`, or if it was fitted to another number of candidates or of values.
         """
-        count, fitted = len(classifier.denoiser.candidates), len(self.predicted(np.empty(0, np.int64), np.empty(0)))
-        if fitted != count:
-            raise UserError(f"covariance search: fitted to {fitted} candidates, found {count}")
+        denoiser, fitted = classifier.denoiser, self._fitted()
+        if fitted.shape[2] != len(denoiser.candidates):
+            raise UserError(
+                f"covariance search: fitted to {fitted.shape[2]} candidates, found {len(denoiser.candidates)}"
+            )
         found, nfe, dropped = list(candidates), [0] * len(ids), [0] * len(ids)
-        fewest = max(2, self.least, self.anchors + self.rounds * self.each)
-        searched = [b for b, one in enumerate(candidates) if len(one) > fewest]
-        seen = {b: (np.empty(0, np.int64), np.empty(0)) for b in searched}
-        for number in range(self.rounds + 1):
-            asked = [self._next(number, candidates[b], *seen[b]) for b in searched]
-            some = [(b, one) for b, one in zip(searched, asked, strict=True) if len(one)]
-            if some:
-                rows, named = [b for b, _ in some], [f"covariance: {ids[b]}" for b, _ in some]
-                lists = [one.tolist() for _, one in some]
-                seed, microbatch = classifier.draws.seed, classifier.microbatch
-                new = self._nats(classifier.denoiser, images[rows], named, lists, seed, microbatch)
-                for (b, one), nats_A in zip(some, new, strict=True):
-                    seen[b] = np.concatenate([seen[b][0], one]), np.concatenate([seen[b][1], nats_A])
+        anchors_A = self._anchors_A.to(images.device)
+        searched = [b for b, one in enumerate(candidates) if len(one) > max(2, self.least, len(anchors_A))]
         group_of = groups_of(classifier)
-        for b in searched:
-            evaluated_A, nats_A = seen[b]
-            nfe[b] = len(evaluated_A)
-            if not np.isfinite(nats_A).all():
-                dropped[b] = 1
-                continue
-            nats_K = self.temper * self.predicted(evaluated_A, nats_A)[candidates[b]]
-            weights_K = np.exp(nats_K - nats_K.max())
-            weights_K /= weights_K.sum()
-            found[b] = heaviest(weights_K, candidates[b], group_of, self.miss, self.least, self.most)
+        for first in range(0, len(searched), classifier.microbatch):  # some images at a time, whose predictions wait
+            some = searched[first : first + classifier.microbatch]
+            x0 = denoiser.encode(images[some]).float()
+            if x0[0].numel() != len(fitted):
+                raise UserError(f"covariance search: fitted to {len(fitted)} values of x0, found {x0[0].numel()}")
+            self._weight = fitted = fitted.to(x0.device)
+            noise = _noise(x0, [ids[b] for b in some], classifier.draws.seed)
+            predicted_BAD = self._predictions(denoiser, x0, noise, anchors_A, classifier.microbatch)
+            for b, predicted_AD, noise_D in zip(some, predicted_BAD, noise.flatten(1), strict=True):
+                with torch.autocast(x0.device.type, enabled=False):
+                    errors_K = (self.predicted(predicted_AD) - noise_D).square().mean(1).cpu().double()
+                nfe[b], dropped[b] = len(anchors_A), int(not errors_K.isfinite().all())
+                if not dropped[b]:
+                    nats_K = -len(noise_D) / 2 * errors_K[candidates[b]].clamp_min(1e-30).log()
+                    weights_K = (self.temper * nats_K).softmax(0).numpy()
+                    found[b] = heaviest(weights_K, candidates[b], group_of, self.miss, self.least, self.most)
         return Found(found, nfe, dropped)
-
-    def _next(self, number: int, in_play: np.ndarray, evaluated_A: np.ndarray, nats_A: np.ndarray) -> np.ndarray:
-        """Candidates to evaluate in a round, ascending; none after an error that is NaN or infinite."""
-        if number == 0:
-            return np.intersect1d(self._anchors_A, in_play)
-        left = np.setdiff1d(in_play, evaluated_A)
-        if not np.isfinite(nats_A).all():
-            return left[:0]
-        predicted = self.predicted(evaluated_A, nats_A)[left]
-        return np.sort(left[np.argsort(-predicted, kind="stable")[: self.each]])
 
     def identity(self) -> dict[str, Any]:
         """What proposals depend on beside the denoiser."""
@@ -214,12 +225,36 @@ class CovarianceSearch(Search):
         return {name: getattr(self, name) for name in self.SETTINGS} | learnt
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What it has learnt, for saving."""
-        if self._mean_K is None:
-            return {}
-        learnt = {"mean": self._mean_K, "factor": self._factor_FK}
-        return {name: torch.from_numpy(value.astype(np.float32)) for name, value in learnt.items()}
+        return {} if self._weight is None else {"weight": self._weight, "anchors": self._anchors_A}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take over what another one has learnt."""
-        self._take(state_dict["mean"].numpy(), state_dict["factor"].numpy())
+        self._weight, self._anchors_A = state_dict["weight"], state_dict["anchors"]
+
+
+def pivots(varies_DBK: Tensor, count: int) -> Tensor:
+    """The candidates (count,), or as many as there are, that tell most about all others, int64.
+
+    Each is the one whose values vary most given those of the ones before it: the pivots of Cholesky decompositions of
+    the covariances of all values, side by side.
+
+    Args:
+        varies_DBK: Deviations of each value's predictions from their mean over images.
+        count: How many.
+    """
+    left_DBK, chosen = varies_DBK.clone(), list[int]()
+    for _ in range(min(count, varies_DBK.shape[2])):
+        variance_K = left_DBK.square().sum((0, 1))
+        variance_K[chosen] = -1.0
+        chosen.append(int(variance_K.argmax()))
+        direction_DB1 = left_DBK[:, :, chosen[-1:]]
+        direction_DB1 = direction_DB1 / direction_DB1.norm(dim=1, keepdim=True).clamp_min(1e-20)
+        left_DBK -= direction_DB1 * (direction_DB1.mT @ left_DBK)
+    return torch.tensor(chosen, device=varies_DBK.device)
+
+
+def _noise(x0: Tensor, ids: Sequence[int | str], seed: int) -> Tensor:
+    """Noise of the search's draw of images with these ids, of the shape of x0."""
+    keyed, noise = KeyedNoise(seed), np.empty(x0.shape, dtype=np.float32)
+    for out, image_id in zip(noise, ids, strict=True):
+        keyed.fill(out, keyed.key(image_id), FIRST_DRAW)
+    return torch.from_numpy(noise).to(x0.device)

@@ -85,9 +85,10 @@ class DiffusionClassifier(FromCheckpoint, Differentiable):
         rule.check(self.loss.name)
         if isinstance(recipe.proposal, Search):
             recipe.proposal.check(denoiser)
-        draws = Draws(recipe.draws, recipe.seed, grid=recipe.grid) if isinstance(recipe.draws, int) else recipe.draws
+        keyed: dict[str, Any] = {"seed": recipe.seed, "grid": recipe.grid, "antithetic": recipe.antithetic}
+        draws = Draws(recipe.draws, **keyed) if isinstance(recipe.draws, int) else recipe.draws
         order = rule.order(draws.count if draws else Draws.count)
-        self.draws = draws or Draws(len(order) if order is not None else Draws.count, recipe.seed, grid=recipe.grid)
+        self.draws = draws or Draws(len(order) if order is not None else Draws.count, **keyed)
         self.timesteps_S = self.draws.visit(denoiser.schedule, order)
         log_snr_S = denoiser.schedule.log_snr(self.timesteps_S).double()
         weights_S = timestep_weights(recipe.weights, log_snr_S)

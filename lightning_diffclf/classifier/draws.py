@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,16 +52,21 @@ class Draws:
         timesteps: Fixed timesteps (count,) to use instead of the even grid, in the order to visit them.
         noise: Fixed noise (count, C, h, w) to use for every image instead of keyed noise: ``noise[j]`` belongs to
             the j-th draw, as in the paper's DiT and Winoground runs.
+        antithetic: Take draws in pairs, with noise ε and then -ε at the same timestep (Hammersley & Morton 1956).
+            What noise does to the difference between two candidates' errors is mostly odd in ε, and cancels. A grid
+            then has half as many timesteps as draws.
 
     Raises:
-        ValueError: if ``count`` is below 1, above ``grid``, or does not match ``timesteps`` or ``noise``; or if a grid
-            is given beside fixed timesteps.
+        ValueError: if ``count`` is below 1, above ``grid``, or does not match ``timesteps`` or ``noise``; if a grid
+            is given beside fixed timesteps; or if antithetic draws are odd in number, or beside what is fixed.
 
     Example:
         >>> Draws(4).visit(NoiseSchedule.linear(num_timesteps=1000)).tolist()
         [625, 125, 875, 375]
         >>> [Draws(n, grid=1000).visit(NoiseSchedule.linear(num_timesteps=1000)).tolist() for n in (2, 3)]
         [[500, 118], [500, 118, 736]]
+        >>> Draws(4, antithetic=True).visit(NoiseSchedule.linear(num_timesteps=1000)).tolist()
+        [750, 750, 250, 250]
     """
 
     count: int = 250
@@ -68,6 +74,7 @@ class Draws:
     timesteps: Tensor | None = None
     noise: Tensor | None = None
     grid: int | None = None
+    antithetic: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(1, draws=self.count, grid=self.grid)
@@ -79,8 +86,24 @@ class Draws:
 
         if self.grid is not None and self.timesteps is not None:
             raise UserError(f"draws: a grid of {self.grid} beside fixed timesteps, expected one of them")
-        if self.grid is not None and self.grid < self.count:
-            raise UserError(f"grid: {self.grid} timesteps for {self.count} draws, expected at least as many")
+        if self.antithetic and (self.timesteps is not None or self.noise is not None):
+            raise UserError("draws: antithetic ones beside fixed timesteps or noise, expected one of them")
+        if self.antithetic and self.count % 2:
+            raise UserError(f"draws: {self.count} antithetic ones, expected an even number: two for each timestep")
+        if self.grid is not None and self.grid < self._timesteps:
+            raise UserError(f"grid: {self.grid} timesteps for {self.count} draws, expected at least {self._timesteps}")
+
+    @property
+    def _timesteps(self) -> int:
+        """How many timesteps are visited."""
+        return self.count // 2 if self.antithetic else self.count
+
+    def fill(self, keyed: KeyedNoise, out: np.ndarray, key: np.ndarray, draw: int) -> None:
+        """Write the noise of one draw into ``out``, as :meth:`KeyedNoise.fill` does."""
+        second = self.antithetic and draw % 2 == 1
+        keyed.fill(out, key, draw - second)
+        if second:
+            np.negative(out, out=out)
 
     def visit(self, schedule: NoiseSchedule, order: Sequence[int] | None = None) -> Tensor:
         """Timesteps in the order in which they are spent.
@@ -99,8 +122,11 @@ class Draws:
             _check(self.timesteps, schedule)
             return self.timesteps if order is None else self.timesteps[torch.as_tensor(order)]
         if order is None:
-            grid = self.count if self.grid is None else self.grid
-            return schedule.timesteps(grid)[nested_order(grid)[: self.count]]
+            grid = self._timesteps if self.grid is None else self.grid
+            visited = schedule.timesteps(grid)[nested_order(grid)[: self._timesteps]]
+            return visited.repeat_interleave(2) if self.antithetic else visited
+        if self.antithetic:
+            raise UserError("antithetic: true, but the elimination rule has grids of its own; expected false")
         if self.grid is not None:
             raise UserError(f"grid: {self.grid}, but the elimination rule has grids of its own; expected null")
         return schedule.timesteps(len(order))[torch.as_tensor(order)]

@@ -196,7 +196,7 @@ class Packer:
             elif flight.last_noise is not None and flight.last_noise[0] == draw:
                 out_D[:] = flight.last_noise[1]
             else:
-                self._noise.fill(out_D, flight.key, draw)
+                self._classifier.draws.fill(self._noise, out_D, flight.key, draw)
         flight.last_noise = (draw, out_D.copy()) if piece.unfinished else None
 
     @torch.no_grad()

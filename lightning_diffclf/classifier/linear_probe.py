@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_diffclf.classifier.search import Found, Search
+from lightning_diffclf.classifier.search import FittedSearch, Found
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.features import layer_named, layer_output, timestep_at
@@ -27,7 +27,7 @@ MOST_FEATURES = 8192  # of an image: the products of all pairs are kept, in floa
 EARLY = 0.2  # of the time axis: features say most at little noise, but not at none
 
 
-class LinearProbe(Search):
+class LinearProbe(FittedSearch):
     """Ranks classes by a linear map of features inside the denoiser: one network call for each image.
 
     The features are the output of one layer for the clean image x0, scaled as at a chosen timestep but without noise,
@@ -71,10 +71,8 @@ class LinearProbe(Search):
         given = ("layer", "timestep", "top", "ridge", "images")
         return f"LinearProbe({', '.join(f'{name}={getattr(self, name)!r}' for name in given)})"
 
-    @property
-    def fitted(self) -> bool:
-        """Whether it has a map."""
-        return self._weight is not None
+    def calls(self, num_candidates: int) -> int:
+        return 1
 
     def check(self, denoiser: Any) -> None:
         """Raise ValueError if ``denoiser`` has no such layer."""
@@ -101,16 +99,19 @@ class LinearProbe(Search):
         except UserError as error:
             raise UserError(f"probe: {error}") from error
 
-    def fit(self, denoiser: ConditionalDenoiser, batches: Iterable[tuple[Tensor, Tensor]]) -> LinearProbe:
+    def fit(self, denoiser: ConditionalDenoiser, batches: Iterable[tuple[Tensor, Any]]) -> LinearProbe:
         """Fit the map to batches of images (B, C, H, W) and classes (B,), int64; returns itself.
 
         Raises:
-            ValueError: if there are no batches, a class is none of the candidates', or features are not finite.
+            ValueError: if there are no batches or no classes, a class is none of the candidates', or features are not
+                finite.
         """
         count, known = 0, denoiser.candidates.num_classes
         sums: list[Any] = [0, 0, 0, 0]  # of features, targets, products of features, products of features and targets
         with evaluating(denoiser):
             for images, labels in batches:
+                if labels is None:
+                    raise UserError("probe: training images without labels, expected a label for each")
                 labels = labels.cpu()
                 if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < known:
                     raise UserError(

@@ -153,7 +153,7 @@ def _noise(c: DiffusionClassifier, x0: Tensor, draw: int, noise_key: str = SHARE
     if c.draws.noise is not None:
         return c.draws.noise[draw].to(x0)
     keyed, noise = KeyedNoise(c.draws.seed), np.empty(tuple(x0.shape[1:]), dtype=np.float32)
-    keyed.fill(noise, keyed.key(noise_key), draw)
+    c.draws.fill(keyed, noise, keyed.key(noise_key), draw)
     return torch.from_numpy(noise).to(x0)
 
 

@@ -34,6 +34,7 @@ class Recipe:
         seed: Key of the noise.
         grid: Timesteps of the even grid that draws are the first of, in nested order; as many as draws if omitted. Runs
             on one grid (1000, say) can be extended: more draws begin with those of fewer.
+        antithetic: Take draws in pairs with opposite noise at one timestep; see :class:`~.draws.Draws`.
         loss: Error terms: ``l2``, ``l1``, ``huber``, ``kl``, ``nll``, or several joined by ``+``.
         elimination: Rule that drops candidates early; none if omitted.
         weights: What the draws weigh in the score: ``uniform``, ``sample``, ``velocity``, ``clark_jaini``, or a number
@@ -44,9 +45,9 @@ class Recipe:
             errors; its candidates then stay or go together.
         candidates: Indices of the candidates in play; all if omitted.
         proposal: Names the candidates to try for each image: :class:`~.search.GradientSearch`,
-            :class:`~.linear_probe.LinearProbe`, in Python also :class:`~.cascade.Cascade` and
-            :class:`~.covariance_search.CovarianceSearch`, or, where nothing else does, any callable from images
-            (B, C, H, W) to indices (B, m).
+            :class:`~.covariance_search.CovarianceSearch`, :class:`~.linear_probe.LinearProbe`, in Python also
+            :class:`~.cascade.Cascade`, or, where nothing else does, any callable from images (B, C, H, W) to indices
+            (B, m).
         reduction: ``mean`` or ``sum``: how probabilities are read off scores; see :class:`~.posterior.Posterior`.
         temperature: Temperature of the probabilities.
         coverage: Share of images whose conformal set of classes shall contain the right one, above 0 and below 1; no
@@ -72,6 +73,7 @@ class Recipe:
     coverage: float | None = None
     coverage_by_class: bool = False
     grid: int | None = None
+    antithetic: bool = False
 
     CANNOT_CHANGE_DECISIONS: ClassVar[dict[str, str]] = {
         "reduction": "probabilities are made of stored differences whenever they are read",
@@ -82,9 +84,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if isinstance(self.draws, int):
-            Draws(self.draws)
+            Draws(self.draws, antithetic=self.antithetic)
         elif self.draws is not None and self.seed not in (0, self.draws.seed):
             raise UserError(f"seed: {self.seed}, but draws have the seed {self.draws.seed}; expected one of them")
+        elif self.draws is not None and self.antithetic and not self.draws.antithetic:
+            raise UserError("antithetic: true, but draws are given that are not; expected one of them")
         elif self.draws is not None and self.grid not in (None, self.draws.grid):
             raise UserError(f"grid: {self.grid}, but draws have the grid {self.draws.grid}; expected one of them")
         Loss(self.loss)
@@ -110,11 +114,14 @@ class Recipe:
         """With what a classifier uses where it leaves things open: so that a default is what it stands for."""
         fixed = draws.timesteps is not None or draws.noise is not None
         given = draws if fixed else draws.count
-        return replace(self, draws=given, seed=draws.seed, elimination=rule, grid=draws.grid)
+        return replace(
+            self, draws=given, seed=draws.seed, elimination=rule, grid=draws.grid, antithetic=draws.antithetic
+        )
 
     def identity(self) -> dict[str, Any]:
         """What decisions depend on."""
         names = [field.name for field in fields(self) if field.name not in self.CANNOT_CHANGE_DECISIONS]
-        if self.grid is None:  # as in runs of earlier versions, which can go on
-            names.remove("grid")
+        for name in ("grid", "antithetic"):
+            if not getattr(self, name):  # as in runs of earlier versions, which can go on
+                names.remove(name)
         return {name: identity_of(getattr(self, name)) for name in names}

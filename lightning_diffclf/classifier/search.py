@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -65,6 +65,38 @@ class Search:
             ids: Their ids (B,), which key the noise.
             candidates: Indices of those in play, one int64 array for each image.
         """
+        raise NotImplementedError
+
+
+class FittedSearch(Search):
+    """A search that learns from images before it proposes any: by :meth:`fit`, or, where that was not called, by an
+    evaluation under a Trainer, from the training set of its data module.
+
+    Attributes:
+        images: Training images that an evaluation fits it to, at most.
+    """
+
+    images: int
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it has learnt."""
+        return bool(self.state_dict())
+
+    def calls(self, num_candidates: int) -> int:
+        """Network calls that learning from one image takes."""
+        raise NotImplementedError
+
+    def fit(self, denoiser: ConditionalDenoiser, batches: Iterable[tuple[Tensor, Any]]) -> FittedSearch:
+        """Learn from batches of images (B, C, H, W) and classes (B,), int64, or None; returns itself."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it has learnt, for saving; nothing before."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Take over what another one has learnt."""
         raise NotImplementedError
 
 

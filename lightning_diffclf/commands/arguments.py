@@ -112,6 +112,9 @@ def classify(args: Sequence[str]) -> Namespace:
         default=None,
         help="even grid of timesteps that draws are the first of (default: as many as draws)",
     )
+    parser.add_argument(
+        "--antithetic", type=bool, default=False, help="draws in pairs, with opposite noise at one timestep"
+    )
     parser.add_argument("--seed", type=int, default=0, help="key of the noise")
     parser.add_argument("--loss", type=str, default="l2", help="l2, l1, huber, kl, nll, or several joined by +")
     parser.add_argument(

@@ -81,7 +81,7 @@ class HasLatents(Protocol):
 
 @runtime_checkable
 class HasTrainingImages(Protocol):
-    """Asked by an evaluation whose proposal learns from labelled images (:class:`~.classifier.LinearProbe`)."""
+    """Asked by an evaluation whose proposal learns (:class:`~.classifier.search.FittedSearch`)."""
 
     def training_images(self, count: int) -> DataLoader[Any]:
         """Labelled images to learn from, on one process: not those that are evaluated, but prepared as they are.

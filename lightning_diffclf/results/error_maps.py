@@ -38,7 +38,7 @@ def error_map(
             keyed = KeyedNoise(classifier.draws.seed)
             noise_RD = np.empty((len(timesteps_R), x0.numel()), dtype=np.float32)
             for draw, out_D in enumerate(noise_RD):
-                keyed.fill(out_D, keyed.key(image_id), draw)
+                classifier.draws.fill(keyed, out_D, keyed.key(image_id), draw)
             noise = torch.from_numpy(noise_RD).view(-1, *x0.shape[1:])
         shape = len(timesteps_R), len(candidates)
         draw_N = torch.arange(shape[0]).repeat_interleave(shape[1])

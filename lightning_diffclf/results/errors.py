@@ -66,6 +66,7 @@ class ErrorsInfo:
         budget: Network calls for one image at most in the run; None for no limit.
         ensemble: What counted where a class has several candidates: ``best`` or ``mean``.
         dims: Number of values of x0, D; None as long as no image was classified.
+        antithetic: Whether draws were pairs with opposite noise.
     """
 
     loss: str
@@ -79,6 +80,7 @@ class ErrorsInfo:
     budget: int | None = None
     ensemble: str = "best"
     dims: int | None = None
+    antithetic: bool = False
 
     @property
     def draws(self) -> int:
@@ -105,6 +107,7 @@ class ErrorsInfo:
             weights=recipe.weights if isinstance(recipe.weights, str) else tuple(recipe.weights),
             budget=recipe.budget,
             ensemble=recipe.ensemble,
+            antithetic=classifier.draws.antithetic,
         )
 
     def to_json(self) -> str:

@@ -181,8 +181,12 @@ def visiting_order(info: ErrorsInfo, rule: Elimination) -> np.ndarray:
     """Positions of the stored draws in the order in which ``rule`` visits them (S,), int64.
 
     Raises:
-        ValueError: if the rule visits another number of draws than are stored.
+        ValueError: if the rule visits another number of draws than are stored, or in an order of its own pairs of them.
     """
+    if info.antithetic:
+        if rule.order(info.draws) is not None:
+            raise UserError(f"{type(rule).__name__}: has grids of its own, but the draws stored are antithetic pairs")
+        return np.arange(info.draws)
     # The grid goes from clean to noisy, which for some schedules is from large to small timesteps.
     grid_S = np.lexsort((np.array(info.timesteps_S), -np.array(info.log_snr_S)))
     order = rule.order(info.draws)

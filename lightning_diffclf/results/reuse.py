@@ -12,7 +12,7 @@ from lightning_diffclf.errors import MissingFile, UserError
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, StoredErrors, StoredImage
 from lightning_diffclf.results.settings import Settings, differences
 
-OF_ERRORS = ("seed", "loss")  # what of a recipe a single error depends on, beside its draws
+OF_ERRORS = ("seed", "loss", "antithetic")  # what of a recipe a single error depends on, beside its draws
 
 WITHOUT_ERRORS = ("recipe", "keep_errors", "keep_distances", "fitted_to")  # of an identity
 

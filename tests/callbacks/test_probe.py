@@ -1,4 +1,4 @@
-"""A LinearProbe under a Trainer: fitted to the training images of the data module, once, and kept with the run."""
+"""A search that learns, under a Trainer: fitted to training images of the data module, once, and kept with the run."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_diffclf import DiffusionClassifierCallback, LinearProbe
+from lightning_diffclf import CovarianceSearch, DiffusionClassifier, DiffusionClassifierCallback, LinearProbe
 from lightning_diffclf.callbacks import probe as callbacks_probe
 from lightning_diffclf.callbacks.probe import PROBE
 from lightning_diffclf.data.protocols import HasTrainingImages
@@ -100,9 +100,23 @@ def test_the_probe_is_that_of_the_training_images(tmp_path, capsys):
     right = sum(label in kept[i] for i, label in zip(rows["id"], rows["label"], strict=True))
     assert numbers["proposal_recall"] == right / 20
     assert load_file(tmp_path / "run" / PROBE)["weight"].shape == (13, CLASSES)
-    assert "probe: fitted to 60 training images" in capsys.readouterr().out
+    assert "LinearProbe: fitted to 60 training images" in capsys.readouterr().out
     assert evaluate(None, given=given) == kept
     assert evaluate(None, WithLayer(1), given=given) == in_python(module=WithLayer(1))
+
+
+def test_a_search_without_labels_is_fitted_to_the_same_images(tmp_path, monkeypatch):
+    given = {"anchors": 2, "temper": 1.0, "miss": 0.2}
+    kept = evaluate(tmp_path / "run", data=Data(labelled=False), given=CovarianceSearch(**given, images=50))
+    module, test = WithLayer(), Samples(20).images
+    found = CovarianceSearch(**given).fit(module, [(Samples(400).images[300:350], None)])
+    classifier = DiffusionClassifier(module, draws=DRAWS, proposal=found)
+    expected = {str(one.image_id): one.candidates_K.tolist() for one in classifier(test, range(100, 120))}
+    assert kept == expected
+    assert 2 < sum(map(len, kept.values())) / 20 < CLASSES
+    monkeypatch.setattr(CovarianceSearch, "fit", lambda *_: pytest.fail("fitted again"))
+    again = CovarianceSearch(**given, images=50)
+    assert evaluate(tmp_path / "run", data=Data(labelled=False), given=again) == kept
 
 
 def test_no_more_images_than_asked_for(tmp_path):
@@ -191,10 +205,13 @@ def test_a_plan_fits_for_a_moment_and_keeps_nothing(tmp_path, monkeypatch, capsy
     callback = DiffusionClassifierCallback(draws=DRAWS, proposal=probe(), output_dir=str(tmp_path / "out"), plan=True)
     trainer(callback).test(WithLayer(), datamodule=Data(), verbose=False)
     shown = capsys.readouterr().out
-    assert "probe: fitted to 8 training images" in shown
+    assert "LinearProbe: fitted to 8 training images" in shown
     assert callback.planned.fitting == 60
     assert "at most 60 network calls" in " ".join(shown.split())
     assert callback.planned.nfe == 1 + TOP * DRAWS
+    callback = DiffusionClassifierCallback(draws=DRAWS, proposal=CovarianceSearch(anchors=2), plan=True)
+    trainer(callback).test(WithLayer(), datamodule=Data(), verbose=False)
+    assert callback.planned.fitting == 60 * CLASSES
     assert not (tmp_path / "out").exists()
 
 

@@ -217,6 +217,7 @@ def table(files: Path) -> dict[type, Changes]:
         "draws": 3,
         "seed": 1,
         "grid": 500,
+        "antithetic": True,
         "loss": "l1",
         "elimination": PairedTest(),
         "weights": "sample",

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from lightning_diffclf import Draws, NoiseSchedule
+from lightning_diffclf import DiffusionClassifier, Draws, NoiseSchedule, Recipe, Stages
 from lightning_diffclf.classifier.draws import KeyedNoise, nested_order
+from tests.gaussians import Gaussians, Samples
 
 
 @given(st.integers(1, 400), st.data())
@@ -107,8 +108,51 @@ def test_given_timesteps_are_kept():
         (lambda: Draws(3, noise=torch.zeros(2, 1, 2, 2)), "count is 3 but 2 noise are given"),
         (lambda: Draws(2000).visit(NoiseSchedule.linear()), "2000 draws: the schedule allows 1 … 1000"),
         (lambda: Draws(3).visit(NoiseSchedule.linear(), range(5)), "draws: 3, but the elimination rule spends up to 5"),
+        (lambda: Draws(5, antithetic=True), "draws: 5 antithetic ones, expected an even number"),
+        (lambda: Draws(2, timesteps=torch.arange(2), antithetic=True), "antithetic ones beside fixed timesteps"),
+        (lambda: Draws(2, noise=torch.zeros(2, 1, 2, 2), antithetic=True), "antithetic ones beside fixed timesteps"),
+        (lambda: Draws(10, grid=4, antithetic=True), "grid: 4 timesteps for 10 draws, expected at least 5"),
+        (lambda: Draws(4, antithetic=True).visit(NoiseSchedule.linear(), range(4)), "antithetic: true, but the elimin"),
     ],
 )
 def test_bad_draws(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_antithetic_draws_are_pairs_with_opposite_noise_at_one_timestep():
+    schedule, keyed, draws = NoiseSchedule.linear(), KeyedNoise(3), Draws(8, seed=3, antithetic=True)
+    visited = draws.visit(schedule)
+    assert visited[::2].tolist() == visited[1::2].tolist() == Draws(4).visit(schedule).tolist()
+    on_one = [Draws(n, grid=100, antithetic=True).visit(schedule) for n in (6, 8)]
+    assert on_one[1][:6].tolist() == on_one[0].tolist()
+    out = np.empty((8, 64), dtype=np.float32)
+    for draw in (5, 2, 7, 0, 1, 3, 6, 4):
+        draws.fill(keyed, out[draw], keyed.key("image"), draw)
+    assert np.array_equal(out[1::2], -out[::2])
+    assert np.array_equal(out[::2], [noise(keyed, "image", draw) for draw in (0, 2, 4, 6)])
+
+
+@pytest.mark.parametrize("microbatch", [3, 256])
+def test_in_antithetic_pairs_the_noise_of_differences_cancels_where_predictions_are_linear(microbatch):
+    """Candidates of equal spread predict apart by what no noise changes, and the rest is linear in it: odd."""
+    images = Samples(3).images
+
+    def differences(seed: int, antithetic: bool) -> torch.Tensor:
+        draws = Draws(6, seed=seed, antithetic=antithetic)
+        results = DiffusionClassifier(Gaussians(), draws, microbatch=microbatch)(images)
+        return torch.stack([one.scores_K - one.scores_K[0] for one in results])
+
+    torch.testing.assert_close(differences(1, True), differences(2, True), rtol=1e-4, atol=1e-5)
+    assert (differences(1, False) - differences(2, False)).abs().max() > 0.01
+
+
+def test_antithetic_is_of_the_recipe_or_of_the_draws():
+    assert DiffusionClassifier(Gaussians(), draws=4, antithetic=True).draws.antithetic
+    assert DiffusionClassifier(Gaussians(), antithetic=True).draws.antithetic
+    with pytest.raises(ValueError, match="antithetic: true, but draws are given that are not"):
+        Recipe(Draws(4), antithetic=True)
+    with pytest.raises(ValueError, match="draws: 3 antithetic ones"):
+        Recipe(3, antithetic=True)
+    with pytest.raises(ValueError, match="antithetic: true, but the elimination rule has grids of its own"):
+        DiffusionClassifier(Gaussians(), antithetic=True, elimination=Stages((2, 4), (3, 1)))

@@ -73,6 +73,16 @@ def test_decisions_are_those_of_the_engine(rule, weights, budget, tmp_path):
         assert found.factor > 1.2  # the rule did drop candidates
 
 
+def test_antithetic_pairs_are_replayed_as_they_were_drawn(tmp_path):
+    images, settings = Samples(12).images, {"draws": 12, "antithetic": True}
+    errors = store(tmp_path / "e.parquet", Gaussians(), images, keep_distances=True, **settings)
+    rule = LikelihoodRatio(0.05)
+    live = DiffusionClassifier(Gaussians(), elimination=rule, **settings)(images)
+    same(replay(errors, rule).results, live)
+    with pytest.raises(ValueError, match="Stages: has grids of its own, but the draws stored are antithetic pairs"):
+        replay(errors, Stages((2, 12), (3, 1)))
+
+
 @pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.rectified_flow(0), NoiseSchedule.edm()])
 def test_rules_with_an_order_visit_the_stored_draws_in_it(schedule, tmp_path):
     """The same (timestep, noise) pairs for the engine: noise is given, in the order in which each run spends it."""

@@ -112,13 +112,14 @@ class Other(Counts):
         ({"grid": None, "draws": MANY}, r"do not begin alike: draw 1 is at timestep .*--classifier\.grid 1000"),
         ({"grid": None, "elimination": Stages((5, 10), (2, 1))}, r"do not begin alike.*Stages"),
         ({"seed": 3}, r"errors of something else \(recipe\.seed: 0 there, 3 here\)"),
+        ({"antithetic": True, "draws": 12}, r"recipe\.antithetic: None there, True here"),
         ({"loss": "l1"}, r"recipe\.loss: 'l2' there, 'l1' here"),
         ({"module": Other()}, r"module\.means"),
         ({"precision": "bf16-mixed"}, r"precision: '32-true' there, 'bf16-mixed' here"),
         ({"corruption": "gaussian_noise/1"}, "corruption: None there"),
         ({"images": 12}, r"something else \(data\."),
     ],
-    ids=["draws", "stages", "seed", "loss", "weights", "precision", "corruption", "data"],
+    ids=["draws", "stages", "seed", "antithetic", "loss", "weights", "precision", "corruption", "data"],
 )
 def test_errors_of_something_else_are_refused(few, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
