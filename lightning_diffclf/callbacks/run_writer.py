@@ -218,7 +218,7 @@ class RunWriter:
     def _whole(
         self, settings: Settings, outline: Outline, summary: Summary | None
     ) -> tuple[dict[str, Any], Summary | None]:
-        """Make one file of all parts; the numbers of it, and its summary where that is of fewer images than the other."""
+        """Make one file of all parts; its numbers, and its summary where that has fewer images."""
         counts = sample, sureness, grouped = Sample(outline), Sureness(), Grouped()
         images = finish(self.folder, settings, self._store.before, lambda table: show(table, counts))
         if summary is None:
