@@ -75,6 +75,7 @@ TAKEN: Mapping[str, frozenset[str]] = {
         {
             *("draws", "seed", "loss", "elimination", "weights", "budget", "abstain", "ensemble", "candidates"),
             *("proposal", "reduction", "temperature", "coverage", "coverage_by_class", "microbatch", "compile", "name"),
+            *("grid", "antithetic"),
         }
     ),
     "ema": frozenset({"decay"}),

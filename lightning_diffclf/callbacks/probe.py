@@ -104,7 +104,7 @@ class ProbeFitting:
         self.probe.load_state_dict(on_first_rank(trainer, fitted))
 
     def _fit(self, trainer: L.Trainer, denoiser: ConditionalDenoiser, seconds: float) -> dict[str, Tensor]:
-        """The map as it is saved; fitted to what batches there are in so many seconds, one at least."""
+        """What it learns, as it is saved; from what batches there are in so many seconds, but two images at least."""
         most, end, count = self.probe.images, time.perf_counter() + seconds, 0
 
         def batches() -> Iterator[tuple[Tensor, Any]]:
@@ -114,7 +114,7 @@ class ProbeFitting:
                 images = trainer.precision_plugin.convert_input(images[: most - count])
                 count += len(images)
                 yield images.to(trainer.strategy.root_device), None if labels is None else labels[: len(images)]
-                if count == most or time.perf_counter() > end:
+                if count == most or (count > 1 and time.perf_counter() > end):
                     break
 
         with trainer.precision_plugin.forward_context():

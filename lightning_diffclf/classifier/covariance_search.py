@@ -133,6 +133,7 @@ class CovarianceSearch(FittedSearch):
         return self
 
     def _learn(self, found_BKD: Tensor) -> None:
+        """Least squares of every value's predictions by those of the anchors, with a constant."""
         mean_KD = found_BKD.mean(0)
         varies_DBK = (found_BKD - mean_KD).permute(2, 0, 1).contiguous()
         self._anchors_A = anchors_A = pivots(varies_DBK, self.anchors)

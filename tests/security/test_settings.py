@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
+from dataclasses import fields
 from datetime import date
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import lightning_diffclf
 from lightning_diffclf.baselines.trained import TrainedClassifier
 from lightning_diffclf.classifier.cascade import Cascade
 from lightning_diffclf.classifier.elimination import Elimination
+from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.search import FittedSearch, Search
 from lightning_diffclf.classifier.sequential import SequentialTest
 from lightning_diffclf.cli import CONFIG_KEY, evaluate, evaluation_config
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.inert import CLASSES
+from lightning_diffclf.inert import CLASSES, TAKEN
 
 MODEL = "lightning_diffclf.modules.class_conditional_dit.ClassConditionalDiT"
 DIGITS = "lightning_diffclf.data.digits.DigitsDataModule"
@@ -186,6 +188,10 @@ def test_every_class_of_ours_may_be_named_and_opens_nothing_by_itself():
             hints = typing.get_type_hints(one.__init__)
             for argument in set(inspect.signature(one.__init__).parameters) - {"self"}:
                 assert plain(hints[argument]), f"{one.__name__}.{argument}: {hints[argument]}"
+
+
+def test_evaluation_takes_all_that_decides_results_of_a_run():
+    assert {field.name for field in fields(Recipe)} <= TAKEN["classifier"]
 
 
 def plain(hint) -> bool:
