@@ -61,8 +61,8 @@ def layers(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"config: {str(path)!r} is no YAML file ({reason})") from error
     if not isinstance(values, dict):
-        content = "is empty" if values is None else f"holds a {type(values).__name__}"
-        raise UserError(f"config: {str(path)!r} {content}, expected settings by name")
+        held = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise UserError(f"config: {str(path)!r} {held}, expected settings by name")
     below = values.get(EXTENDS)
     names = [below] if isinstance(below, str) else [] if below is None else below
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
