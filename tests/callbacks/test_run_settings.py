@@ -58,6 +58,7 @@ from lightning_diffclf.data.medmnist import MedMNISTDataModule
 from lightning_diffclf.data.parquet import ParquetDataModule
 from lightning_diffclf.data.winoground import WinogroundDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
+from lightning_diffclf.files import read_checked_json, write_checked_json
 from lightning_diffclf.identity import identity_of
 from lightning_diffclf.models.pipeline import load
 from tests.baselines.tiny_clip import write_clip
@@ -466,7 +467,8 @@ def test_the_autoencoder_counts_where_images_are_pixels(tmp_path):
         identity_of(module())
     index = tmp_path / "latents" / "index.json"
     data = ImageNetDataModule(val=latents, size=64).identity()
-    index.write_text(index.read_text().replace('"fingerprint": "', '"fingerprint": "f'))
+    values = read_checked_json(index)
+    write_checked_json(values | {"fingerprint": f"f{values['fingerprint']}"}, index)
     assert ImageNetDataModule(val=latents, size=64).identity() != data
 
 
