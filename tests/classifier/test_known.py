@@ -165,7 +165,7 @@ def test_draws_on_one_grid_nest():
 
 
 def test_a_grid_that_cannot_be():
-    with pytest.raises(ValueError, match="grid: 10 timesteps for 20 draws, expected at least as many"):
+    with pytest.raises(ValueError, match="grid: 10 timesteps for 20 draws, expected at least 20"):
         Draws(20, grid=10)
     with pytest.raises(ValueError, match="grid: 100, but the elimination rule has grids of its own"):
         classifier(20, Stages((10, 20), (2, 1)))

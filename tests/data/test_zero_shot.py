@@ -133,6 +133,7 @@ def test_torchvisions_sets_open_as_torchvision_has_them(tmp_path):
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("urllib.request._opener", None)  # which remembers the proxies that there were
     data = ZeroShotDataModule("pets", str(tmp_path), size=32, download=True)
     with pytest.raises(UserError, match=r"^data: torchvision did not get the images of 'pets' \(.*refused.*\); check"):
         data.setup()

@@ -85,6 +85,7 @@ def test_the_file_says_what_it_holds_in_plain_json_and_lists(tmp_path):
         "seed": 0,
         "draws": 4,
         "ensemble": "best",
+        "antithetic": False,
         "dims": 32,
         "timesteps_S": timesteps.tolist(),
         "log_snr_S": classifier.denoiser.schedule.log_snr(timesteps).tolist(),
