@@ -132,7 +132,7 @@ def main() -> None:
     for name in args.task or TASKS:
         if args.lost:
             count_lost(TASKS[name], args.lost)
-        elif TASKS[name].exhaustive:
+        else:
             run_task(TASKS[name], args.timed_rows)
 
 
@@ -171,7 +171,7 @@ def run_task(task: Task, timed_rows: int) -> None:
         f"\n## {task.name}\n\n{len(images)} images, {len(everything.denoiser.candidates)} candidates, {task.draws} "
         f"draws; all errors of {len(reference)} images. The search is {task.search}."
     )
-    proposals = {"": None}
+    proposals: dict[str, Search | None] = {"": None}
     if task.top:
         small = proposals["probe"] = probe(task, everything)
         denoiser = everything.denoiser
@@ -181,6 +181,8 @@ def run_task(task: Task, timed_rows: int) -> None:
             f"for of {agreeing:.2%}."
         )
     proposals["search"] = task.search
+    if task.learns:
+        proposals["covariance search"] = CovarianceSearch().fit(everything.denoiser, [(task.unlabelled(), None)])
     print(
         "\n| rule | accuracy | agreement | as alone | NFE / image | fewer than exhaustive | fewer than stages | "
         "s / image | rows / s | overhead |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"

@@ -22,8 +22,6 @@ def make(task: Task) -> None:
         weights = read_checkpoint(f"runs/dit_{task.name}/checkpoints/last.ckpt")["state_dict"]
         half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
         save_file(half, DATA / f"{task.name}.safetensors")
-    if not task.exhaustive:
-        return
     images, labels, ids = task.test()
     classifier = DiffusionClassifier(task.network(), Draws(task.draws), keep_errors=True, microbatch=256)
     errors: list[np.ndarray] = []

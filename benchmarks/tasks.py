@@ -29,8 +29,7 @@ class Task:
         draws: Draws of all candidates.
         stages: The paper's rule with its numbers for so many classes.
         search: What proposes without labels.
-        exhaustive: Images whose errors of all candidates are stored; of the first ones. 0 where nobody has waited for
-            that: such a task is for ``bench_elimination.py --lost`` only.
+        exhaustive: Images whose errors of all candidates are stored; of the first ones.
         inflation: Of ``LikelihoodRatio``.
         top: Candidates that the linear probe proposes; 0 for no probe.
         images: Test images to use, spread over the classes; all if omitted.
@@ -114,7 +113,7 @@ TASKS = {
             64,
             Stages((1, 4, 8, 64), (100, 20, 5, 1)),
             GradientSearch(draws=16, timesteps=(0.2, 0.6)),
-            exhaustive=0,
+            exhaustive=100,
             images=275,
             learns=100,
         ),
