@@ -126,6 +126,7 @@ class Requeue(Checkpoint):
         if anyone(bool(self._told)):
             told = {number for number in (*SIGNALS, *ENDS) if anyone(number in self._told)}
             ignore_ends()
+            trainer._logger_connector.update_train_step_metrics()  # of this step: Lightning's turn is after this hook
             path = self._save(trainer)
             leave(trainer, f"step {self._step} is saved in {path}", told)
 

@@ -1,7 +1,9 @@
+import csv
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_diffclf import EMA, ClassConditionalDiT, DiffusionClassifierCallback
 from lightning_diffclf.callbacks.checkpoint_io import AtomicCheckpointIO
+from lightning_diffclf.callbacks.loggers import AppendingCSVLogger
 from lightning_diffclf.callbacks.requeue import ENDS, SIGNALS, Requeue
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.results import store
@@ -79,6 +82,7 @@ def fit(
     batch: int | str | None = None,
     number: int | tuple[int, ...] = signal.SIGUSR1,
     every_n_steps: int = 1,
+    logger: AppendingCSVLogger | bool = False,
     **kwargs,
 ):
     """Eight steps, with validation after the fourth; resumes from last.ckpt if there is one."""
@@ -87,7 +91,7 @@ def fit(
     checkpoint = ModelCheckpoint(dirpath=folder, save_last=True, every_n_train_steps=8)
     trainer = L.Trainer(
         accelerator="cpu",
-        logger=False,
+        logger=logger,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -108,6 +112,11 @@ def fit(
     trainer.fit(dit, DigitsDataModule(batch_size=16), ckpt_path=str(last) if last.exists() else None)
 
 
+def rows(folder: Path) -> list[str]:
+    with open(folder / "logs" / "version_0" / "metrics.csv", newline="") as file:
+        return [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
+
+
 def read(folder: Path) -> dict:
     return torch.load(folder / "last.ckpt", weights_only=True)
 
@@ -121,6 +130,14 @@ def assert_same_training(first: dict, second: dict) -> None:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_step_that_is_saved_is_logged_too(tmp_path):
+    for batch, last in ((2, 2), (None, 7)):
+        settings = {"logger": AppendingCSVLogger(tmp_path, name="logs", version=0), "log_every_n_steps": 1}
+        with pytest.raises(SystemExit) if batch else nullcontext():
+            fit(tmp_path, batch, **settings)
+        assert rows(tmp_path) == [str(step) for step in range(last + 1)]
 
 
 @pytest.mark.parametrize(
