@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
@@ -40,8 +40,8 @@ class Cascade(Search):
     Made in Python: the other network comes with its weights.
 
     Args:
-        denoiser: The other network, on the device of the images.
-        recipe: How it classifies; ``LikelihoodRatio(0.002)`` if omitted.
+        denoiser: The other network. A module is moved to the device of the images.
+        recipe: How it classifies; ``LikelihoodRatio(0.002)`` if omitted. Its proposal may be a search.
         miss: Candidates are kept until the weight of all others is below this, in (0, 1). Weights are tempered: what
             they leave out is right far less often than they say.
         least: Candidates to keep at least. Images with no more than these, or two, are not searched.
@@ -49,7 +49,7 @@ class Cascade(Search):
         temper: Share of the nats that count, above 0: neighbouring values are correlated, and networks differ.
 
     Raises:
-        ValueError: if a setting is out of range, or the recipe names candidates or has a proposal.
+        ValueError: if a setting is out of range, or the recipe names candidates or has a proposal that is no search.
 
     Example:
         >>> cascade = Cascade(dit_s, temper=0.05)  # doctest: +SKIP
@@ -69,12 +69,18 @@ class Cascade(Search):
         check_kept("cascade", self.miss, self.least, self.most)
         if not 0 < self.temper < math.inf:
             raise UserError(f"cascade: temper {self.temper}, expected a number above 0")
-        for name in ("candidates", "proposal"):
-            if getattr(self.recipe, name) is not None:
-                raise UserError(f"cascade: a recipe with {name}, expected one of all candidates")
+        if self.recipe.candidates is not None:
+            raise UserError("cascade: a recipe with candidates, expected one of all candidates")
+        if not isinstance(self.recipe.proposal, Search | None):  # others are not asked where candidates are given
+            raise UserError("cascade: a recipe whose proposal is no search, expected one, such as GradientSearch")
 
     def check(self, denoiser: Any) -> None:
-        """Raise ValueError unless both networks have the same candidates."""
+        """Raise ValueError unless both networks have the same candidates and the recipe fits the other network.
+
+        Raises:
+            TypeError: if the other network is no denoiser.
+        """
+        DiffusionClassifier(self.denoiser, self.recipe)
         ours, theirs = self.denoiser.candidates, denoiser.candidates
         if len(ours) != len(theirs):
             raise UserError(f"cascade: a network with {len(ours)} candidates, expected the {len(theirs)} of the other")
@@ -102,6 +108,8 @@ class Cascade(Search):
         searched = [b for b, one in enumerate(candidates) if len(one) > max(2, self.least)]
         if not searched:
             return Found(found, nfe, dropped)
+        if isinstance(self.denoiser, nn.Module):  # no part of the module that a Trainer moves
+            self.denoiser.to(images.device)
         small = DiffusionClassifier(self.denoiser, self.recipe, microbatch=classifier.microbatch)
         cost, group_of = cost_of(classifier, small, images[:1]), groups_of(classifier)
         lists = [candidates[b].tolist() for b in searched]
@@ -112,7 +120,8 @@ class Cascade(Search):
                 dropped[b] = int(result.draws_K.max())
             else:
                 weights_K = self.weights(result)
-                found[b] = heaviest(weights_K, candidates[b], group_of, self.miss, self.least, self.most)
+                tried_K = result.candidates_K.numpy()
+                found[b] = heaviest(weights_K, tried_K, group_of, self.miss, self.least, self.most)
         return Found(found, nfe, dropped)
 
     def weights(self, result: Classification) -> np.ndarray:
