@@ -22,11 +22,8 @@ from tasks import TASKS
 
 from lightning_diffclf import (
     Cascade,
-    ClassConditionalDiT,
     CovarianceSearch,
     Draws,
-    GradientSearch,
-    LikelihoodRatio,
     Recipe,
 )
 from lightning_diffclf.classifier.search import Search, flops_of
@@ -37,23 +34,11 @@ NETWORKS: dict[str, dict[str, Any]] = {  # the shipped one has 4 blocks of width
     "patches of 4, half the depth": {"patch_size": 4, "depth": 2},
     "patches of 4, half the width and depth": {"patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 2},
 }
-RECIPES = {
-    "2 draws": Recipe(draws=2),
-    "4 draws": Recipe(draws=4),
-    "LikelihoodRatio(0.05)": Recipe(draws=64, elimination=LikelihoodRatio(0.05)),
+RECIPES = {  # how the smaller one decides
+    "1 draw": Recipe(draws=1),
+    "2 antithetic draws": Recipe(draws=2, antithetic=True),
     "LikelihoodRatio(0.002)": Recipe(draws=64, elimination=RULE),
-    "GradientSearch(), LikelihoodRatio(0.002)": Recipe(draws=64, elimination=RULE, proposal=GradientSearch()),
 }
-TEMPERS = (0.05, 0.1, 0.2)
-
-
-def cascades(small: ClassConditionalDiT) -> dict[str, Cascade]:
-    """By their recipes and tempers."""
-    return {
-        f"{text}, temper={temper}": Cascade(small, recipe, temper=temper)
-        for text, recipe in RECIPES.items()
-        for temper in TEMPERS
-    }
 
 
 def main() -> None:
@@ -91,7 +76,7 @@ def main() -> None:
     proposals: dict[str, Search | None] = {"none": None, "GradientSearch()": task.search}
     proposals["CovarianceSearch()"] = CovarianceSearch().fit(shipped, [(task.unlabelled(), None)])
     for name, small in networks.items():
-        proposals |= {f"{name}: {text}": cascade for text, cascade in cascades(small).items()}
+        proposals |= {f"{name}: {text}": Cascade(small, recipe) for text, recipe in RECIPES.items()}
     for text, proposal in proposals.items():
         results, flops = run(shipped, images, ids, proposal=proposal)
         kept = np.mean([k in r.candidates_K for k, r in zip(decided, results, strict=True)])

@@ -19,7 +19,6 @@ from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.search import Found, Search, check_kept, flops_of, groups_of, heaviest
-from lightning_diffclf.classifier.sequential import LikelihoodRatio
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import UserError
 
@@ -28,9 +27,9 @@ from lightning_diffclf.errors import UserError
 class Cascade(Search):
     """Proposes the candidates that another network finds likely, usually a much cheaper one: no labels are needed.
 
-    The other network classifies the images by a recipe of its own. Against each candidate that it tried there is
-    evidence of n · D · d / (2e) nats: its mean error over n draws is larger by d than the winner's, e (D: values of
-    x0). Tempered, these make weights, and the candidates with most of the weight are proposed.
+    The other network classifies the images by a recipe of its own, best of few draws of all candidates. Against each
+    there is evidence of n · D · d / (2e) nats: its mean error over n draws is larger by d than the winner's, e (D:
+    values of x0). Tempered, these make weights, and the candidates with most of the weight are proposed.
 
     Both networks see the same images, each in the space of its own ``encode``, and have the same candidates. Calls of
     the other network are counted by their FLOPs, in calls of the one that decides; ``encode`` is not counted, as
@@ -41,7 +40,7 @@ class Cascade(Search):
 
     Args:
         denoiser: The other network. A module is moved to the device of the images.
-        recipe: How it classifies; ``LikelihoodRatio(0.002)`` if omitted. Its proposal may be a search.
+        recipe: How it classifies; two antithetic draws of all candidates, in the middle of the time axis, if omitted.
         miss: Candidates are kept until the weight of all others is below this, in (0, 1). Weights are tempered: what
             they leave out is right far less often than they say.
         least: Candidates to keep at least. Images with no more than these, or two, are not searched.
@@ -49,17 +48,17 @@ class Cascade(Search):
         temper: Share of the nats that count, above 0: neighbouring values are correlated, and networks differ.
 
     Raises:
-        ValueError: if a setting is out of range, or the recipe names candidates or has a proposal that is no search.
+        ValueError: if a setting is out of range, or the recipe names candidates or has a proposal.
 
     Example:
-        >>> cascade = Cascade(dit_s, temper=0.05)  # doctest: +SKIP
+        >>> cascade = Cascade(dit_s)  # doctest: +SKIP
         >>> classifier = DiffusionClassifier(  # doctest: +SKIP
         ...     dit_xl, draws=250, elimination=LikelihoodRatio(), proposal=cascade
         ... )
     """
 
     denoiser: ConditionalDenoiser = field(repr=False)
-    recipe: Recipe = field(default_factory=lambda: Recipe(elimination=LikelihoodRatio(0.002)))
+    recipe: Recipe = field(default_factory=lambda: Recipe(draws=2, antithetic=True))
     miss: float = 0.1
     least: int = 2
     most: int = 64
@@ -69,10 +68,9 @@ class Cascade(Search):
         check_kept("cascade", self.miss, self.least, self.most)
         if not 0 < self.temper < math.inf:
             raise UserError(f"cascade: temper {self.temper}, expected a number above 0")
-        if self.recipe.candidates is not None:
-            raise UserError("cascade: a recipe with candidates, expected one of all candidates")
-        if not isinstance(self.recipe.proposal, Search | None):  # others are not asked where candidates are given
-            raise UserError("cascade: a recipe whose proposal is no search, expected one, such as GradientSearch")
+        for name in ("candidates", "proposal"):
+            if getattr(self.recipe, name) is not None:
+                raise UserError(f"cascade: a recipe with {name}, expected one of all candidates")
 
     def check(self, denoiser: Any) -> None:
         """Raise ValueError unless both networks have the same candidates and the recipe fits the other network.
@@ -120,8 +118,7 @@ class Cascade(Search):
                 dropped[b] = int(result.draws_K.max())
             else:
                 weights_K = self.weights(result)
-                tried_K = result.candidates_K.numpy()
-                found[b] = heaviest(weights_K, tried_K, group_of, self.miss, self.least, self.most)
+                found[b] = heaviest(weights_K, candidates[b], group_of, self.miss, self.least, self.most)
         return Found(found, nfe, dropped)
 
     def weights(self, result: Classification) -> np.ndarray:

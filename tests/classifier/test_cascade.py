@@ -10,13 +10,12 @@ from lightning_diffclf import (
     DiffusionClassifier,
     DiT,
     Draws,
-    GradientSearch,
     LikelihoodRatio,
     NoiseSchedule,
     Recipe,
+    Stages,
 )
 from lightning_diffclf.classifier.cascade import cost_of
-from lightning_diffclf.classifier.search import Found, Search
 from tests.classifier.gaussians import ExactGaussians, mixture
 from tests.classifier.toys import SHAPE, Toy, some_images
 
@@ -162,22 +161,6 @@ def test_whole_classes_stay_where_their_mean_counts():
         assert all({3 * (k // 3), 3 * (k // 3) + 1, 3 * (k // 3) + 2} <= set(one) for k in one)
 
 
-def test_the_other_network_may_be_searched_itself():
-    """What its own search leaves out is not proposed, and that search is paid for."""
-
-    class Favourites(Search):
-        def propose(self, classifier, images, ids, candidates):
-            assert [one.tolist() for one in candidates] == [list(range(12))] * 4
-            return Found([np.array([b, 10, 11]) for b in range(len(images))], [2] * len(images), [0] * len(images))
-
-    recipe, images = Recipe(draws=4, proposal=Favourites()), some_images(4)
-    found = propose(Cascade(Toy(12), recipe, least=3), images)
-    assert lists(found) == [[b, 10, 11] for b in range(4)]
-    assert found.nfe == [2 + 3 * 4] * 4
-    few = propose(Cascade(Toy(12), recipe, least=1, miss=0.5, temper=0.5), images)
-    assert all(set(one) < {b, 10, 11} for b, one in enumerate(lists(few)))
-
-
 def test_the_other_network_moves_to_the_images():
     small, moved = Toy(12), []
     small.to = moved.append
@@ -189,8 +172,8 @@ def test_the_other_network_moves_to_the_images():
 def test_a_recipe_that_does_not_fit_the_other_network_is_refused_before_any_image():
     with pytest.raises(TypeError, match="denoiser: Linear lacks"):
         DiffusionClassifier(Toy(5), Draws(8), proposal=Cascade(torch.nn.Linear(2, 2)))
-    with pytest.raises(TypeError, match=r"search: Toy lacks \['conditions', 'predict_from'\]"):
-        DiffusionClassifier(Toy(5), Draws(8), proposal=Cascade(Toy(5), Recipe(draws=4, proposal=GradientSearch())))
+    with pytest.raises(ValueError, match="draws: 8, but the elimination rule spends up to 500"):
+        DiffusionClassifier(Toy(5), Draws(8), proposal=Cascade(Toy(5), Recipe(draws=8, elimination=Stages())))
 
 
 @pytest.mark.filterwarnings("ignore:image 'cascade:RuntimeWarning")
@@ -229,7 +212,7 @@ def test_candidates_that_differ_are_refused():
         ({"temper": 0.0}, "temper 0.0, expected a number above 0"),
         ({"temper": float("nan")}, "temper nan"),
         ({"recipe": Recipe(candidates=[0, 1])}, "a recipe with candidates, expected one of all candidates"),
-        ({"recipe": Recipe(proposal=len)}, "a recipe whose proposal is no search"),
+        ({"recipe": Recipe(proposal=Cascade(Toy(5)))}, "a recipe with proposal"),
     ],
 )
 def test_settings_out_of_range(settings, message):
