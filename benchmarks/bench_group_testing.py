@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_training_for_search import VARIANTS, row, run, table, trained
+from bench_training_for_search import DRAWS, MICROBATCH, RULE, VARIANTS, row, table, trained
 from tasks import TASKS
 from torch import Tensor
 
-from lightning_diffclf import ClassConditionalDiT, CovarianceSearch, DiffusionClassifier, GradientSearch
+from lightning_diffclf import ClassConditionalDiT, CovarianceSearch, DiffusionClassifier, Draws, GradientSearch
 from lightning_diffclf.classifier.draws import nested_order
 from lightning_diffclf.noise import KeyedNoise
 
@@ -103,7 +103,8 @@ def main() -> None:
     table("network", "search", "calls", *(f"in the first {count}" for count in FIRST), "right half")
     for name in args.variant or list(VARIANTS):
         module, _ = trained(name, args.steps, args.batch, args.seed, args.folder / task.name, task.name)
-        wanted_B1 = torch.tensor([[result.candidate] for result in run(module, images, ids)[0]])
+        alone = DiffusionClassifier(module, Draws(DRAWS), elimination=RULE, microbatch=MICROBATCH)
+        wanted_B1 = torch.tensor([[result.candidate] for result in alone(images, ids)])
         for how, at_one_draw in HALVES:
             text, right = f"halves {how}" + f", {at_one_draw} at one draw" * (at_one_draw > 1), []
             for log_w_BK, better_BK in group_testing(module, images, ids, how, at_one_draw):
