@@ -1,18 +1,16 @@
-"""Training for the search: python benchmarks/bench_training_for_search.py [--variant ordinary] [--steps 1200].
+"""Training for the search: python benchmarks/bench_training_for_search.py [--task digit_triples] [--variant ordinary].
 
-Digit pairs (100 classes), networks of `dit_digit_pairs.yaml` trained for equally many steps, anew or from the shipped
-weights on: an ordinary one, ones that see sets of classes (`class_sets`), a small one. Weights are averaged, kept in
-runs/training_for_search/ every 100 steps, and used again.
+Networks of `dit_digit_pairs.yaml` (100 classes) or `dit_digit_triples.yaml` (1,000), trained for equally many steps,
+anew or from the shipped weights on: ordinary ones, and ones that see sets of classes (`class_sets`). Weights are
+averaged, kept in runs/training_for_search/ every 100 steps, and used again.
 
 The first table is about the networks: accuracy and calls of LikelihoodRatio(0.002) alone on the first test images, and
 accuracy of all candidates with a few draws (`--exhaustive`, 0 for none), the loss on all test images without sets, and
-how good samples are: the Fréchet distance between the pixels of samples and those of 2,000 training images, and the
+how good samples are: the Fréchet distance between the pixels of samples and those of training images, and the
 share of samples whose digits a support vector machine, trained on the single scans, reads as asked.
 
-The second one is about GradientSearch before LikelihoodRatio(0.002), for several numbers of draws and tempers. "Kept"
-is the share of images whose decision by LikelihoodRatio alone is among the candidates that the search keeps.
-
-The third one, if both networks are asked for, is about the small one as Cascade before the shipped one.
+The second one is about searches before LikelihoodRatio(0.002). "Kept" is the share of images whose decision by
+LikelihoodRatio alone is among the candidates that the search keeps.
 """
 
 import argparse
@@ -33,17 +31,30 @@ from tasks import DATA, TASKS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_diffclf import EMA, ClassConditionalDiT, DiffusionClassifier, Draws, GradientSearch, LikelihoodRatio
-from lightning_diffclf.classifier import Cascade, Recipe
+from lightning_diffclf import (
+    EMA,
+    ClassConditionalDiT,
+    CovarianceSearch,
+    DiffusionClassifier,
+    Draws,
+    GradientSearch,
+    LikelihoodRatio,
+)
 from lightning_diffclf.classifier.search import Search
 from lightning_diffclf.commands.configs import CONFIGS
-from lightning_diffclf.data.digits import DigitPairsDataModule, DigitsDataModule
+from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.results.sample_quality import Reference, frechet_distance
 
 RULE = LikelihoodRatio(0.002)
 DRAWS, MICROBATCH = 64, 256
-SEARCHES = [(draws, temper) for draws in (3, 6) for temper in (0.03, 0.06)]
-CASCADES = [(miss, temper) for miss in (0.1, 0.3) for temper in (0.05, 0.1)]
+SEARCHES: dict[str, list[dict[str, Any]]] = {  # GradientSearches
+    "digit_pairs": [{"draws": draws, "temper": temper} for draws in (3, 6) for temper in (0.03, 0.06)],
+    "digit_triples": [
+        {"draws": 16, "temper": temper, "timesteps": times}
+        for temper in (0.03, 0.06)
+        for times in ((0.2, 0.6), (0.3, 0.7))
+    ],
+}
 EMA_DECAY = 0.995  # a short training has forgotten its beginning then
 SHORT = {
     "lr": 2e-3,
@@ -54,7 +65,6 @@ EVERY = 100  # steps after which weights are kept
 VARIANTS: dict[str, dict[str, Any]] = {
     "ordinary": {},
     "class_sets 0.25": {"class_sets": 0.25},
-    "small": {"hidden_size": 32, "depth": 2, "num_heads": 2},
     "shipped": {},
     "shipped, then ordinary": {"lr": 1e-3},
     "shipped, then class_sets 0.5": {"class_sets": 0.5, "lr": 1e-3},
@@ -83,7 +93,7 @@ def trained(
         if variant == "shipped":
             return module.eval(), 0.0
     name = variant.replace(", ", "-").replace(" ", "_")
-    data = TASKS[task].data(batch_size=batch, seed=seed)
+    data = TASKS[task].data(**config["data"]["init_args"] | {"batch_size": batch, "seed": seed})
     return fitted(module, data, steps, seed, lambda step: folder / f"{name}-{step}-{batch}-{seed}.safetensors")
 
 
@@ -121,21 +131,24 @@ def fitted(
     return fitted(module, data, steps, seed, path_of)
 
 
-def validation_loss(module: ClassConditionalDiT) -> float:
+def validation_loss(module: ClassConditionalDiT, task: str) -> float:
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    return trainer.validate(module, DigitPairsDataModule(eval_batch_size=250), verbose=False)[0]["val/loss"]
+    return trainer.validate(module, TASKS[task].data(eval_batch_size=250), verbose=False)[0]["val/loss"]
 
 
 def sample_quality(module: ClassConditionalDiT, train: Tensor, count: int) -> tuple[float, float]:
     """Fréchet distance of pixels to training images, and the share of samples that show the digits asked for."""
-    labels = torch.arange(count) % 100
+    classes = module.hparams["num_classes"]
+    labels = torch.arange(count) % classes
     samples = torch.cat([module.sample(labels[i : i + 250], seed=i) for i in range(0, count, 250)])
     digits = DigitsDataModule()
     digits.setup()
     scans = digits.train.parts
     reader = SVC(gamma=0.001 * 64).fit(scans["image"].flatten(1), scans["label"])
-    read = [reader.predict(half.flatten(1)) for half in samples.chunk(2, dim=3)]
-    right = (read[0] == (labels // 10).numpy()) & (read[1] == (labels % 10).numpy())
+    read = sum(  # the number that the digits make
+        10**place * reader.predict(digit.flatten(1)) for place, digit in enumerate(reversed(samples.split(8, dim=3)))
+    )
+    right = read == labels.numpy()
     pixels = [Reference.of(images.flatten(1)) for images in (samples, train)]
     return frechet_distance(*pixels), float(right.mean())
 
@@ -190,24 +203,26 @@ def row(*cells: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(SEARCHES), default="digit_pairs")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="may be repeated (default: all)")
     parser.add_argument("--steps", type=int, default=1200, help=f"a multiple of {EVERY}")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=500, help="test images to classify")
+    parser.add_argument("--images", type=int, default=500, help="test images to classify, at most")
     parser.add_argument("--exhaustive", type=int, default=16, help="draws of all candidates")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--folder", type=Path, default=Path("runs/training_for_search"), help="for weights")
     args = parser.parse_args()
     print(
         f"{date.today()}, {platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}; {args.steps} steps of {args.batch}, seed {args.seed}; "
+        f"Python {platform.python_version()}; {args.task}, {args.steps} steps of {args.batch}, seed {args.seed}; "
         f"{args.images} images"
     )
-    data = DigitPairsDataModule()
+    task = TASKS[args.task]
+    data = task.data()
     data.setup()
-    images, labels, ids = (data.test.parts[name][: args.images] for name in ("image", "label", "id"))
-    ids, truth, train = ids.tolist(), labels.numpy(), data.train.parts["image"][:2000]
+    images, labels, ids = (part[: args.images] for part in task.test())
+    truth, train = labels.numpy(), data.train.parts["image"][:2000]
     names = args.variant or list(VARIANTS)
     modules, decided = {}, {}
     exhaustive = f"accuracy, {args.exhaustive} draws of all"
@@ -215,7 +230,7 @@ def main() -> None:
         "network", "accuracy", exhaustive, "NFE", "MFLOPs", "loss", "Fréchet distance", "read as asked", "training, s"
     )
     for name in names:
-        modules[name], seconds = trained(name, args.steps, args.batch, args.seed, args.folder)
+        modules[name], seconds = trained(name, args.steps, args.batch, args.seed, args.folder / args.task, args.task)
         decided[name], flops = run(modules[name], images, ids)
         every = "–"
         if args.exhaustive:
@@ -228,22 +243,20 @@ def main() -> None:
             every,
             f"{np.mean([r.nfe for r in decided[name]]):.1f}",
             f"{flops / 1e6:.0f}",
-            f"{validation_loss(modules[name]):.4f}",
+            f"{validation_loss(modules[name], args.task):.4f}",
             f"{distance:.2f}",
             f"{right:.1%}",
             f"{seconds:.0f}",
         )
-    table("network", "draws", "temper", *AFTER)
+    table("network", "search", *AFTER)
     for name in names:
-        for draws, temper in SEARCHES:
-            search = GradientSearch(draws=draws, temper=temper)
-            row(name, draws, temper, *after_proposal(modules[name], images, ids, truth, decided[name], search))
-    if {"small", "shipped"} <= set(names):
-        table("network", "miss", "temper", *AFTER)
-        for miss, temper in CASCADES:
-            cascade = Cascade(modules["small"], Recipe(draws=DRAWS, elimination=RULE), miss=miss, temper=temper)
-            cells = after_proposal(modules["shipped"], images, ids, truth, decided["shipped"], cascade)
-            row("small, then shipped", miss, temper, *cells)
+        searches: dict[str, Search] = {}
+        for settings in SEARCHES[args.task]:
+            text = ", ".join(f"{key}={value}" for key, value in settings.items())
+            searches[f"GradientSearch({text})"] = GradientSearch(**settings)
+        searches["CovarianceSearch()"] = CovarianceSearch().fit(modules[name], [(task.unlabelled(), None)])
+        for text, search in searches.items():
+            row(name, text, *after_proposal(modules[name], images, ids, truth, decided[name], search))
 
 
 if __name__ == "__main__":

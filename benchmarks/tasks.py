@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ TASKS = {
         ),
         Task(
             "digit_triples",
-            lambda: DigitTriplesDataModule(train_triples=1000),
+            partial(DigitTriplesDataModule, train_triples=1000),
             64,
             Stages((1, 4, 8, 64), (100, 20, 5, 1)),
             GradientSearch(draws=16, timesteps=(0.2, 0.6)),
@@ -119,7 +120,7 @@ TASKS = {
         ),
         Task(
             "captions",
-            lambda: DigitPairsDataModule(train_pairs=1000),
+            partial(DigitPairsDataModule, train_pairs=1000),
             100,
             Stages((4, 10, 20, 100), (20, 10, 5, 1)),
             GradientSearch(),

@@ -3,6 +3,7 @@
 from lightning_diffclf.callbacks.diffusion_classifier import DiffusionClassifierCallback as DiffusionClassifierCallback
 from lightning_diffclf.callbacks.ema import EMA as EMA
 from lightning_diffclf.candidates import Candidates as Candidates
+from lightning_diffclf.classifier.cascade import Cascade as Cascade
 from lightning_diffclf.classifier.classification import Classification as Classification
 from lightning_diffclf.classifier.conformal import Conformal as Conformal
 from lightning_diffclf.classifier.covariance_search import CovarianceSearch as CovarianceSearch

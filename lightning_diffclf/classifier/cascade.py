@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_diffclf.classifier.classification import Classification
 from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
 from lightning_diffclf.classifier.recipe import Recipe
 from lightning_diffclf.classifier.search import Found, Search, check_kept, flops_of, groups_of, heaviest
-from lightning_diffclf.classifier.sequential import LikelihoodRatio
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.errors import UserError
 
@@ -28,9 +27,9 @@ from lightning_diffclf.errors import UserError
 class Cascade(Search):
     """Proposes the candidates that another network finds likely, usually a much cheaper one: no labels are needed.
 
-    The other network classifies the images by a recipe of its own. Against each candidate that it tried there is
-    evidence of n · D · d / (2e) nats: its mean error over n draws is larger by d than the winner's, e (D: values of
-    x0). Tempered, these make weights, and the candidates with most of the weight are proposed.
+    The other network classifies the images by a recipe of its own, best of few draws of all candidates. Against each
+    there is evidence of n · D · d / (2e) nats: its mean error over n draws is larger by d than the winner's, e (D:
+    values of x0). Tempered, these make weights, and the candidates with most of the weight are proposed.
 
     Both networks see the same images, each in the space of its own ``encode``, and have the same candidates. Calls of
     the other network are counted by their FLOPs, in calls of the one that decides; ``encode`` is not counted, as
@@ -40,8 +39,8 @@ class Cascade(Search):
     Made in Python: the other network comes with its weights.
 
     Args:
-        denoiser: The other network, on the device of the images.
-        recipe: How it classifies; ``LikelihoodRatio(0.002)`` if omitted.
+        denoiser: The other network. A module is moved to the device of the images.
+        recipe: How it classifies; two antithetic draws of all candidates, in the middle of the time axis, if omitted.
         miss: Candidates are kept until the weight of all others is below this, in (0, 1). Weights are tempered: what
             they leave out is right far less often than they say.
         least: Candidates to keep at least. Images with no more than these, or two, are not searched.
@@ -52,14 +51,14 @@ class Cascade(Search):
         ValueError: if a setting is out of range, or the recipe names candidates or has a proposal.
 
     Example:
-        >>> cascade = Cascade(dit_s, temper=0.05)  # doctest: +SKIP
+        >>> cascade = Cascade(dit_s)  # doctest: +SKIP
         >>> classifier = DiffusionClassifier(  # doctest: +SKIP
         ...     dit_xl, draws=250, elimination=LikelihoodRatio(), proposal=cascade
         ... )
     """
 
     denoiser: ConditionalDenoiser = field(repr=False)
-    recipe: Recipe = field(default_factory=lambda: Recipe(elimination=LikelihoodRatio(0.002)))
+    recipe: Recipe = field(default_factory=lambda: Recipe(draws=2, antithetic=True))
     miss: float = 0.1
     least: int = 2
     most: int = 64
@@ -74,7 +73,12 @@ class Cascade(Search):
                 raise UserError(f"cascade: a recipe with {name}, expected one of all candidates")
 
     def check(self, denoiser: Any) -> None:
-        """Raise ValueError unless both networks have the same candidates."""
+        """Raise ValueError unless both networks have the same candidates and the recipe fits the other network.
+
+        Raises:
+            TypeError: if the other network is no denoiser.
+        """
+        DiffusionClassifier(self.denoiser, self.recipe)
         ours, theirs = self.denoiser.candidates, denoiser.candidates
         if len(ours) != len(theirs):
             raise UserError(f"cascade: a network with {len(ours)} candidates, expected the {len(theirs)} of the other")
@@ -102,6 +106,8 @@ class Cascade(Search):
         searched = [b for b, one in enumerate(candidates) if len(one) > max(2, self.least)]
         if not searched:
             return Found(found, nfe, dropped)
+        if isinstance(self.denoiser, nn.Module):  # no part of the module that a Trainer moves
+            self.denoiser.to(images.device)
         small = DiffusionClassifier(self.denoiser, self.recipe, microbatch=classifier.microbatch)
         cost, group_of = cost_of(classifier, small, images[:1]), groups_of(classifier)
         lists = [candidates[b].tolist() for b in searched]

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_diffclf import Candidates, DiffusionClassifier, DiT, Draws, LikelihoodRatio, NoiseSchedule
-from lightning_diffclf.classifier import Cascade, Recipe
+from lightning_diffclf import (
+    Candidates,
+    Cascade,
+    DiffusionClassifier,
+    DiT,
+    Draws,
+    LikelihoodRatio,
+    NoiseSchedule,
+    Recipe,
+    Stages,
+)
 from lightning_diffclf.classifier.cascade import cost_of
 from tests.classifier.gaussians import ExactGaussians, mixture
 from tests.classifier.toys import SHAPE, Toy, some_images
@@ -150,6 +159,21 @@ def test_whole_classes_stay_where_their_mean_counts():
     for one in lists(propose(cascade, some_images(6), large=large, ensemble="mean")):
         assert len(one) >= 6  # the least number of classes
         assert all({3 * (k // 3), 3 * (k // 3) + 1, 3 * (k // 3) + 2} <= set(one) for k in one)
+
+
+def test_the_other_network_moves_to_the_images():
+    small, moved = Toy(12), []
+    small.to = moved.append
+    images = some_images(2)
+    propose(Cascade(small, FOUR), images)
+    assert moved == [images.device]
+
+
+def test_a_recipe_that_does_not_fit_the_other_network_is_refused_before_any_image():
+    with pytest.raises(TypeError, match="denoiser: Linear lacks"):
+        DiffusionClassifier(Toy(5), Draws(8), proposal=Cascade(torch.nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="draws: 8, but the elimination rule spends up to 500"):
+        DiffusionClassifier(Toy(5), Draws(8), proposal=Cascade(Toy(5), Recipe(draws=8, elimination=Stages())))
 
 
 @pytest.mark.filterwarnings("ignore:image 'cascade:RuntimeWarning")
