@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_diffclf.errors import UserError
+from lightning_diffclf.files import TEMPORARY
 from lightning_diffclf.results.row_files import RowFile, opened
 from lightning_diffclf.results.seal import Damaged, sealed_writer
 
@@ -33,6 +34,8 @@ CHECKED_TOGETHER = 64  # rows that are in several files
 AHEAD_BYTES = 2 * CHUNK_BYTES  # read before they are asked for
 
 BATCH_BYTES = CHUNK_BYTES // 4  # read in one go: to change threads takes longer than to read a small part
+
+SPILL_BUFFER = 2**20  # bytes that are written in one go to a temporary file
 
 READERS = 2  # threads that read and decode: for most of that, Arrow lets others work
 
@@ -201,16 +204,18 @@ class Parts:
             FailedWrite: if it cannot be written.
         """
         with sealed_writer(path, self.schema, "results", **settings) as out, ThreadPoolExecutor(1) as beside:
-            for table in self._sorted(path.parent):
+            for table in ahead(_in_order, self._windows(path.parent), repeat(CHUNK_BYTES)):
                 written = beside.submit(out.write_table, table, _rows_of(ROW_GROUP_BYTES, table))
                 seen(table)
                 written.result()
+        release_unused()
 
-    def _sorted(self, folder: Path) -> Iterator[pa.Table]:
+    def _windows(self, folder: Path) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """As :meth:`ordered`, but no file is read twice: rows wait in a temporary file in ``folder`` for their turn.
 
         All rows are cut into windows, each of :data:`CHUNK_BYTES` about and after the one before. What is read at a
-        time goes to the file in pieces, one for each window; then a window is the pieces of it, put in order.
+        time goes to the file in pieces, one for each window; then a window is the pieces of it, and the place of each
+        row in all.
         """
         place_of = np.empty(len(self), dtype=np.int64)
         order = order_by_id(self.ids)
@@ -218,8 +223,13 @@ class Parts:
         sizes = np.array([group.row_bytes for group in self._groups])[self._group_of(self._rows)]
         window_at = (sizes[order].cumsum() // CHUNK_BYTES).astype(np.int64)
         pieces: dict[int, list[tuple[int, np.ndarray]]] = {window: [] for window in np.unique(window_at).tolist()}
-        with tempfile.TemporaryFile(dir=folder) as file:
-            with pa.ipc.new_file(file, self.schema) as spill:
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=TEMPORARY) as file:
+            # Through Arrow's own files: pieces are many and small, and each of their buffers would be a call of Python.
+            with (
+                pa.OSFile(file.name, "wb") as plain,
+                pa.BufferedOutputStream(plain, SPILL_BUFFER) as sink,
+                pa.ipc.new_file(sink, self.schema) as spill,
+            ):
                 number = end = 0
                 for table in together(self.tables()):
                     begin, end = end, end + len(table)
@@ -233,11 +243,10 @@ class Parts:
                         spill.write_batch(mixed.slice(first, count))
                         pieces[int(window)].append((number, places[first : first + count]))
                         number += 1
-            file.seek(0)
-            with pa.ipc.open_file(file) as spilled:
+            with pa.OSFile(file.name) as source, pa.ipc.open_file(source) as spilled:
                 for some in pieces.values():
                     table = pa.Table.from_batches([spilled.get_batch(number) for number, _ in some], self.schema)
-                    yield table.take(pa.array(np.argsort(np.concatenate([places for _, places in some]))))
+                    yield table, np.concatenate([places for _, places in some])
 
     def _take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows by their numbers over all files, in the order given."""
@@ -339,7 +348,18 @@ def ahead(work: Callable[[T], R], items: Iterable[T], sizes: Iterable[float]) ->
             waiting += size
         for future, _ in begun:
             yield from future.result()
-    pa.default_memory_pool().release_unused()  # of threads that have ended: else it stays theirs
+    release_unused()
+
+
+def release_unused() -> None:
+    """Give memory back that Arrow holds for threads that have ended: else it stays theirs."""
+    pa.default_memory_pool().release_unused()
+
+
+def _in_order(window: tuple[pa.Table, np.ndarray]) -> pa.Table:
+    """Rows in the order of the places that come with them."""
+    table, places = window
+    return table.take(pa.array(np.argsort(places)))
 
 
 def _batches(items: Iterable[T], sizes: Iterable[float]) -> Iterator[tuple[list[T], float]]:
