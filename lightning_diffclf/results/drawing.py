@@ -1,4 +1,4 @@
-"""Charts as pictures, drawn by a process of its own: ``python -m lightning_diffclf.results.drawing``.
+"""Charts as pictures, drawn by a process of its own.
 
 The engine that draws, V8, holds Python's lock meanwhile, so that nothing happens beside it in one process, and keeps
 80 MB of memory.
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 
 SCALE = 2  # pixels of a PNG for one of a chart
+
+# Modules are those of this process, and none of the folder in which it runs, which may be that of a run of others.
+PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from lightning_diffclf.results import drawing
+drawing.main()
+"""
 
 
 def svg(chart: str) -> str:
@@ -37,15 +44,13 @@ def pictures(charts: Mapping[str, str]) -> dict[str, tuple[str, bytes]]:
     Raises:
         ValueError: if a chart cannot be drawn.
     """
-    path = os.pathsep.join(filter(None, sys.path))
     # Where it was told to end, as a scheduler tells all processes of a job, or what is wrong with a chart: drawn here.
     with suppress(OSError, ValueError, subprocess.CalledProcessError):
         found = subprocess.run(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-I", "-c", PROGRAM, json.dumps(sys.path)],
             input=json.dumps(charts).encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path},
             check=True,
         ).stdout
         return {name: (drawn, base64.b64decode(pixels)) for name, (drawn, pixels) in json.loads(found).items()}
@@ -57,6 +62,7 @@ def _draw(charts: Mapping[str, str]) -> dict[str, tuple[str, bytes]]:
     return {name: (one, png(one)) for name, one in drawn.items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draw the charts of the standard input, by name, and write them to the standard output."""
     found = _draw(json.load(sys.stdin))
     json.dump({name: (drawn, base64.b64encode(pixels).decode()) for name, (drawn, pixels) in found.items()}, sys.stdout)

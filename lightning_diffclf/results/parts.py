@@ -204,7 +204,7 @@ class Parts:
             FailedWrite: if it cannot be written.
         """
         with sealed_writer(path, self.schema, "results", **settings) as out, ThreadPoolExecutor(1) as beside:
-            for table in ahead(_in_order, self._windows(path.parent), repeat(CHUNK_BYTES)):
+            for table in ahead(_in_order, self._windows(path.parent), repeat(AHEAD_BYTES)):  # one ahead
                 written = beside.submit(out.write_table, table, _rows_of(ROW_GROUP_BYTES, table))
                 seen(table)
                 written.result()
