@@ -11,7 +11,8 @@ are with those of what they import.
 "finish" is what follows the last image: one file of all parts, calibration, metrics.json and pictures. Both are work
 of an evaluation that runs: each is a fork of a process that has imported torch and all else and done nothing. Their
 seconds are without those of the imports; their peak memory is with them. "own" is the peak of what is neither a page of
-a file (of a library, say) nor was there when the process began: what the step itself takes.
+a file (of a library, say) nor was there when the process began: what the step itself takes. Charts are drawn by another
+process: its CPU seconds are in the step's, its memory (some 260 MB, for a second or two) is not added.
 
 On a machine with other work, CPU seconds say more than seconds.
 """
