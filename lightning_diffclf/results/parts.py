@@ -308,7 +308,7 @@ def _reading(path: Path, remedy: str = REMEDY, verify: bool = True) -> Iterator[
             yield file
     except FileNotFoundError as error:
         raise Vanished(path) from error
-    except (Damaged, pa.ArrowException, OSError) as error:
+    except (Damaged, pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"run: {str(path)!r} cannot be read ({error}); {remedy}") from error
 
 

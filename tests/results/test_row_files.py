@@ -8,6 +8,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from lightning_diffclf.errors import UserError
+from lightning_diffclf.results.parts import Parts
 from lightning_diffclf.results.predictions import SCHEMA, from_table, to_table, write_table
 from lightning_diffclf.results.row_files import MARK, _crc, _footer, opened, write_part
 from lightning_diffclf.results.seal import Damaged
@@ -101,3 +103,12 @@ def test_what_would_fill_the_memory_is_refused(tmp_path):
     path.write_bytes(sealed(arrow_file(coded)))
     with pytest.raises(Damaged, match="expected"):
         read(path)
+
+
+@pytest.mark.parametrize("column", ["other", "id"])
+def test_a_part_of_others_with_strange_columns_is_one_error(column, tmp_path):
+    ids = pa.chunked_array([["a", "b"]])
+    path = tmp_path / "strange.arrow"
+    path.write_bytes(sealed(arrow_file(pa.Table.from_arrays([ids, ids], [column, column]))))
+    with pytest.raises(UserError, match=r"strange.arrow' cannot be read .*remove it"):
+        Parts([path], SCHEMA)
