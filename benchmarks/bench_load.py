@@ -11,7 +11,8 @@ are with those of what they import.
 "finish" is what follows the last image: one file of all parts, calibration, metrics.json and pictures. Both are work
 of an evaluation that runs: each is a fork of a process that has imported torch and all else and done nothing. Their
 seconds are without those of the imports; their peak memory is with them. "own" is the peak of what is neither a page of
-a file (of a library, say) nor was there when the process began: what the step itself takes.
+a file (of a library, say) nor was there when the process began: what the step itself takes. Charts are drawn by another
+process: its CPU seconds are in the step's, its memory (some 260 MB, for a second or two) is not added.
 
 On a machine with other work, CPU seconds say more than seconds.
 """
@@ -41,7 +42,8 @@ from lightning_diffclf import Candidates, DiffusionClassifier, NoiseSchedule, Re
 from lightning_diffclf.callbacks.rank_evaluation import RankEvaluation
 from lightning_diffclf.callbacks.run_writer import RunWriter
 from lightning_diffclf.results.metrics import ClassifierMetrics
-from lightning_diffclf.results.predictions import SCHEMA, write_table
+from lightning_diffclf.results.predictions import SCHEMA
+from lightning_diffclf.results.row_files import PART_SUFFIX, write_part
 from lightning_diffclf.results.settings import Settings
 from lightning_diffclf.results.store import claim
 from lightning_diffclf.results.stored import PARTS, SETTINGS_KEY
@@ -158,8 +160,8 @@ def make_run(run: Path, seed: int, images: int, candidates: int, classes: int, p
     for part, ids_B in enumerate(np.array_split(rng.permutation(images), parts)):
         number, rank = divmod(part, RANKS)
         table = decisions(rng, ids_B, labels[ids_B], rank, candidates, classes)
-        path = run / PARTS / f"{rank:05d}-0123456789ab-{number:06d}.parquet"
-        write_table(table.replace_schema_metadata({SETTINGS_KEY: its.digest.encode()}), path)
+        path = run / PARTS / f"{rank:05d}-0123456789ab-{number:06d}{PART_SUFFIX}"
+        write_part(table.replace_schema_metadata({SETTINGS_KEY: its.digest.encode()}), path)
 
 
 def halve(run: Path, halves: list[Path], its: Settings) -> None:

@@ -28,7 +28,6 @@ from lightning_diffclf.data.protocols import HasScore, NeedsEveryDraw
 from lightning_diffclf.denoiser import ConditionalDenoiser
 from lightning_diffclf.discriminative import Discriminative
 from lightning_diffclf.errors import FailedWrite, UserError, WrongType, check_at_least
-from lightning_diffclf.results import charts
 from lightning_diffclf.results.conformal import CalibrationRun
 from lightning_diffclf.results.errors import ErrorsInfo
 from lightning_diffclf.results.metrics import ClassifierMetrics
@@ -305,6 +304,8 @@ class DiffusionClassifierCallback(L.Callback):
             score = data.score if isinstance(data, HasScore) else None
             self.metrics |= self._writer.finish(summary, score)
         elif trainer.is_global_zero and summary is not None and trainer.loggers and trainer.state.fn == "fit":
+            from lightning_diffclf.results import charts  # with altair, which nothing else needs
+
             folder = Path(trainer.default_root_dir) / "validation"
             for path in charts.save(charts.specs(charts.of_summary(summary)), folder, ["png"]):
                 log_picture(trainer, f"{self.name}/{path.stem}", path)

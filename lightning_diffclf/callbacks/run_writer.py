@@ -20,7 +20,6 @@ from lightning_diffclf.callbacks.first_rank import on_first_rank
 from lightning_diffclf.classifier import Classification, DiffusionClassifier
 from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.files import FolderLock, write_json
-from lightning_diffclf.results import charts
 from lightning_diffclf.results.calibration import Sample, calibrate
 from lightning_diffclf.results.columns import show
 from lightning_diffclf.results.conformal import RightScores, sets_of
@@ -213,6 +212,8 @@ class RunWriter:
         return own | (recounted.numbers() if recounted is not None else {})
 
     def _draw(self, summary: Summary) -> None:
+        from lightning_diffclf.results import charts  # with altair, which nothing before needs
+
         charts.save(charts.specs(charts.of_summary(summary)), self.folder, ["png"])
 
     def _whole(

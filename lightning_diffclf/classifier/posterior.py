@@ -122,7 +122,8 @@ class Posterior:
         if not spread > 0:  # no two candidates differ: all temperatures are equally likely
             return self
         logits_BK /= spread  # so that the search begins at unit spread
-        best_B1 = np.where(broken_BK, -np.inf, logits_BK).max(1, keepdims=True)
+        logits_BK[broken_BK] = -np.inf
+        best_B1 = logits_BK.max(1, keepdims=True)
         logits_BK -= best_B1  # so that no exponential overflows
         logits_BK[broken_BK] = 0
         some_broken, together = bool(broken_BK.any()), max(1, CELLS // num_candidates)

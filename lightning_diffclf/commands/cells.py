@@ -14,6 +14,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.files import read_json, write_json
 from lightning_diffclf.interruption import Left
 from lightning_diffclf.results.paper import Cell
+from lightning_diffclf.results.stored import files_of
 
 EVALUATION = "evaluation"
 PARTS = "part-*-of-*"  # in it: parts of its images, to be joined
@@ -79,7 +80,7 @@ def run_cell(cell: Cell, folder: Path, flags: list[str]) -> None:
     """
     name = f"{cell.row}, {cell.column}"
     *before, evaluation = commands_of(cell, folder, flags)
-    parts = [str(part) for part in sorted((folder / EVALUATION).glob(PARTS)) if any(part.rglob("*.parquet"))]
+    parts = [str(part) for part in sorted((folder / EVALUATION).glob(PARTS)) if files_of(part)]
     joins = [["merge", *parts, f"--out={folder / EVALUATION}"]] if parts else []
     for command in (*before, *joins, evaluation):
         run_command(command, name)

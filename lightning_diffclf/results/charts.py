@@ -9,10 +9,9 @@ from typing import Any
 
 import altair as alt
 import pandas as pd
-import vl_convert
 
 from lightning_diffclf.files import write_bytes, write_text
-from lightning_diffclf.results import tables
+from lightning_diffclf.results import drawing, tables
 from lightning_diffclf.results.summary import Summary
 
 WIDTH, HEIGHT = 460, 300
@@ -114,19 +113,23 @@ def specs(charts: dict[str, Chart]) -> dict[str, dict[str, Any]]:
 
 def svg(spec: dict[str, Any], colors: dict[str, str] = LIGHT) -> str:
     """One of :func:`specs` as SVG, on a background in the color of the page."""
+    return drawing.svg(_with_look(spec, colors))
+
+
+def _with_look(spec: dict[str, Any], colors: dict[str, str]) -> str:
     look = theme(colors) | {"background": colors["page"]}
-    return str(vl_convert.vegalite_to_svg(json.dumps(spec | {"config": look})))
+    return json.dumps(spec | {"config": look})
 
 
 def save(specs: dict[str, dict[str, Any]], folder: Path, kinds: Iterable[str] = ("png", "svg")) -> list[Path]:
     """Write each of :func:`specs` as PNG (for slides) and SVG (for papers) to ``folder``; returns the files."""
     paths = []
-    for name, spec in specs.items():
-        drawn = svg(spec)
+    pictures = drawing.pictures({name: _with_look(spec, LIGHT) for name, spec in specs.items()}) if specs else {}
+    for name, (drawn, pixels) in pictures.items():
         for kind in kinds:
             path = folder / f"{name}.{kind}"
             if kind == "png":
-                write_bytes(vl_convert.svg_to_png(drawn, scale=2), path, "figure")
+                write_bytes(pixels, path, "figure")
             else:
                 write_text(drawn, path, "figure")
             paths.append(path)

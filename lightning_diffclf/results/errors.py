@@ -345,8 +345,8 @@ def merge_errors(parts: Sequence[Path], path: Path) -> int:
     """
     whole = Parts(
         parts,
-        remedy="remove it and what was decided with it (predictions.parquet, or the part of its name without .errors), "
-        "and their images will be evaluated again",
+        remedy="remove it and what was decided with it (predictions.parquet, or the part with .arrow in place of "
+        ".errors.parquet), and their images will be evaluated again",
     )
     whole.write(path, **ENCODING)
     return len(whole)

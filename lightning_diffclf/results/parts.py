@@ -1,4 +1,4 @@
-"""Parquet files that together are one table, an image a row: read a few megabytes at a time, each image once.
+"""Files that together are one table, an image a row: read a few megabytes at a time, each image once.
 
 Of a row that is in several files, the first counts. Only the ids of all rows are in memory, as Arrow has them: a few
 bytes more than their text.
@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lightning_diffclf.errors import UserError
-from lightning_diffclf.results.seal import Damaged, sealed_file, sealed_writer
+from lightning_diffclf.files import TEMPORARY
+from lightning_diffclf.results.row_files import RowFile, opened
+from lightning_diffclf.results.seal import Damaged, sealed_writer
 
 CHUNK_BYTES = 2**23  # what is read at a time, about; a few times as much is in memory while it is put in order
 
@@ -34,18 +35,11 @@ AHEAD_BYTES = 2 * CHUNK_BYTES  # read before they are asked for
 
 BATCH_BYTES = CHUNK_BYTES // 4  # read in one go: to change threads takes longer than to read a small part
 
+SPILL_BUFFER = 2**20  # bytes that are written in one go to a temporary file
+
 READERS = 2  # threads that read and decode: for most of that, Arrow lets others work
 
 REMEDY = "remove it, and its images will be evaluated again"  # of a file that cannot be read
-
-WIDTHS = {
-    "BOOLEAN": 1,
-    "INT32": 4,
-    "INT64": 8,
-    "FLOAT": 4,
-    "DOUBLE": 8,
-}  # bytes of a value in memory, by Parquet's types
-
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -86,19 +80,17 @@ class _File(NamedTuple):
 def _look_into(path: Path, kept: Sequence[pa.Field], remedy: str) -> _File:
     stamp = _stamp(path)
     with _reading(path, remedy) as file:
-        schema = file.schema_arrow
-        there, fields = frozenset(schema.names), [schema.field("id"), *kept]
+        there, fields = frozenset(file.schema.names), [file.schema.field("id"), *kept]
         groups, rows = list[_Group](), list[pa.Table]()
-        for number in range(file.num_row_groups):
-            groups.append(_Group(path, stamp, there, number, _row_bytes(file.metadata.row_group(number))))
+        for number, size in enumerate(file.group_bytes):
             rows.append(_rows(file, number, there, fields))
-        return _File(schema, groups, rows)
+            groups.append(_Group(path, stamp, there, number, size / max(1, len(rows[-1]))))
+        return _File(file.schema, groups, rows)
 
 
-def _rows(file: pq.ParquetFile, number: int, there: frozenset[str], fields: Sequence[pa.Field]) -> pa.Table:
+def _rows(file: RowFile, number: int, there: frozenset[str], fields: Sequence[pa.Field]) -> pa.Table:
     """Columns of a row group; one that is not there is null."""
-    names = [field.name for field in fields if field.name in there]
-    table, schema = file.read_row_group(number, columns=names, use_threads=False), pa.schema(fields)
+    table, schema = file.read(number, [field for field in fields if field.name in there]), pa.schema(fields)
     if table.schema.equals(schema):  # as all files of this version
         return table.replace_schema_metadata()
     arrays = [table[field.name] if field.name in there else pa.nulls(len(table), field.type) for field in fields]
@@ -212,16 +204,18 @@ class Parts:
             FailedWrite: if it cannot be written.
         """
         with sealed_writer(path, self.schema, "results", **settings) as out, ThreadPoolExecutor(1) as beside:
-            for table in self._sorted(path.parent):
+            for table in ahead(_in_order, self._windows(path.parent), repeat(AHEAD_BYTES)):  # one ahead
                 written = beside.submit(out.write_table, table, _rows_of(ROW_GROUP_BYTES, table))
                 seen(table)
                 written.result()
+        release_unused()
 
-    def _sorted(self, folder: Path) -> Iterator[pa.Table]:
+    def _windows(self, folder: Path) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """As :meth:`ordered`, but no file is read twice: rows wait in a temporary file in ``folder`` for their turn.
 
         All rows are cut into windows, each of :data:`CHUNK_BYTES` about and after the one before. What is read at a
-        time goes to the file in pieces, one for each window; then a window is the pieces of it, put in order.
+        time goes to the file in pieces, one for each window; then a window is the pieces of it, and the place of each
+        row in all.
         """
         place_of = np.empty(len(self), dtype=np.int64)
         order = order_by_id(self.ids)
@@ -229,8 +223,13 @@ class Parts:
         sizes = np.array([group.row_bytes for group in self._groups])[self._group_of(self._rows)]
         window_at = (sizes[order].cumsum() // CHUNK_BYTES).astype(np.int64)
         pieces: dict[int, list[tuple[int, np.ndarray]]] = {window: [] for window in np.unique(window_at).tolist()}
-        with tempfile.TemporaryFile(dir=folder) as file:
-            with pa.ipc.new_file(file, self.schema) as spill:
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=TEMPORARY) as file:
+            # Through Arrow's own files: pieces are many and small, and each of their buffers would be a call of Python.
+            with (
+                pa.OSFile(file.name, "wb") as plain,
+                pa.BufferedOutputStream(plain, SPILL_BUFFER) as sink,
+                pa.ipc.new_file(sink, self.schema) as spill,
+            ):
                 number = end = 0
                 for table in together(self.tables()):
                     begin, end = end, end + len(table)
@@ -244,11 +243,10 @@ class Parts:
                         spill.write_batch(mixed.slice(first, count))
                         pieces[int(window)].append((number, places[first : first + count]))
                         number += 1
-            file.seek(0)
-            with pa.ipc.open_file(file) as spilled:
+            with pa.OSFile(file.name) as source, pa.ipc.open_file(source) as spilled:
                 for some in pieces.values():
                     table = pa.Table.from_batches([spilled.get_batch(number) for number, _ in some], self.schema)
-                    yield table.take(pa.array(np.argsort(np.concatenate([places for _, places in some]))))
+                    yield table, np.concatenate([places for _, places in some])
 
     def _take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows by their numbers over all files, in the order given."""
@@ -284,7 +282,7 @@ class Parts:
         names = [field.name for field in fields]
         if self._kept and set(names) <= set(self._kept[number].column_names):
             return self._kept[number].select(names)
-        with _reading(path, self._remedy) as file:
+        with _reading(path, self._remedy, verify=False) as file:  # it was verified when it was looked into
             if _stamp(path) != stamp:
                 raise Vanished(path)
             return _rows(file, group, there, fields)
@@ -298,18 +296,19 @@ def has_rows(path: Path) -> bool:
         UserError: if it cannot be read.
     """
     with _reading(path) as file:
-        return bool(file.metadata.num_rows)
+        ids = [file.schema.field("id")]
+        return any(len(file.read(number, ids)) for number in range(len(file.group_bytes)))
 
 
 @contextmanager
-def _reading(path: Path, remedy: str = REMEDY) -> Iterator[pq.ParquetFile]:
-    """An open Parquet file; what goes wrong with it is told with its name."""
+def _reading(path: Path, remedy: str = REMEDY, verify: bool = True) -> Iterator[RowFile]:
+    """An open file; what goes wrong with it is told with its name."""
     try:
-        with sealed_file(path) as file:
+        with opened(path, verify) as file:
             yield file
     except FileNotFoundError as error:
         raise Vanished(path) from error
-    except (Damaged, pa.ArrowException, OSError) as error:
+    except (Damaged, pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"run: {str(path)!r} cannot be read ({error}); {remedy}") from error
 
 
@@ -324,13 +323,6 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     except FileNotFoundError as error:
         raise Vanished(path) from error
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _row_bytes(group: pq.RowGroupMetaData) -> float:
-    """What a row of a row group takes in memory, about: equal values take next to nothing in the file."""
-    columns = [group.column(number) for number in range(group.num_columns)]
-    sizes = [max(c.total_uncompressed_size, c.num_values * WIDTHS.get(c.physical_type, 1)) for c in columns]
-    return sum(sizes) / max(1, group.num_rows)
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T], sizes: Iterable[float]) -> Iterator[R]:
@@ -356,7 +348,18 @@ def ahead(work: Callable[[T], R], items: Iterable[T], sizes: Iterable[float]) ->
             waiting += size
         for future, _ in begun:
             yield from future.result()
-    pa.default_memory_pool().release_unused()  # of threads that have ended: else it stays theirs
+    release_unused()
+
+
+def release_unused() -> None:
+    """Give memory back that Arrow holds for threads that have ended: else it stays theirs."""
+    pa.default_memory_pool().release_unused()
+
+
+def _in_order(window: tuple[pa.Table, np.ndarray]) -> pa.Table:
+    """Rows in the order of the places that come with them."""
+    table, places = window
+    return table.take(pa.array(np.argsort(places)))
 
 
 def _batches(items: Iterable[T], sizes: Iterable[float]) -> Iterator[tuple[list[T], float]]:

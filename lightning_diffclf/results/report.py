@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-
-import vl_convert
 
 from lightning_diffclf.files import write_text
 from lightning_diffclf.results import charts, headline, one_image, tables, trial_report
@@ -39,18 +39,21 @@ def write_report(run: str | Path, out: str | Path | None = None, gallery: int = 
     """
     folder, settings = Path(run), Settings.read(Path(run))
     path = folder / REPORT if out is None else Path(out)
-    with ThreadPoolExecutor(1) as beside:  # what needs seconds of its own
+    with ThreadPoolExecutor(2) as beside:  # what needs seconds of its own
         library = beside.submit(chart_library)
         if settings.kind == EVALUATION:
-            page = evaluation_page(Evaluation.read(folder), gallery)
+            evaluation = Evaluation.read(folder)
+            figures: Mapping[str, charts.Chart] = make_figures(evaluation)
+            make_page: Callable[[], Page] = partial(evaluation_page, evaluation, figures, gallery)
         else:
             page = trial_report.page_of(folder, settings)
-        specs = charts.specs(dict(page.charts))
+            figures, make_page = page.charts, lambda: page
+        specs = charts.specs(dict(figures))
         for picture in (path.parent / FIGURES).glob("*.???"):  # of an earlier report; files of others stay
             if picture.stem in charts.NAMES_OF_PICTURES:
                 picture.unlink()
         pictures = beside.submit(charts.save, specs, path.parent / FIGURES)
-        html = render(page, folder, settings, specs, library.result())
+        html = render(make_page(), folder, settings, specs, library.result())
         pictures.result()
     write_text(html, path, "report")
     return path
@@ -75,6 +78,8 @@ def chart_library() -> str:
 
 
 def _bundle() -> str:
+    import vl_convert  # a library of 50 MB, needed once
+
     return vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub knows no default
 
 
@@ -97,8 +102,8 @@ def make_figures(run: Evaluation) -> dict[str, charts.Chart]:
     return figures
 
 
-def evaluation_page(run: Evaluation, gallery: int) -> Page:
-    """What the report of an evaluation shows, with so many of its images at most."""
+def evaluation_page(run: Evaluation, figures: Mapping[str, charts.Chart], gallery: int) -> Page:
+    """What the report of an evaluation shows, with its ``figures`` and so many of its images at most."""
     images = [one_image.page(run, row) for row in run.gallery(gallery)]
     images.sort(key=lambda image: -image["sure"] if image["kind"] == "wrong" else 1)  # wrong and sure first
     rows = tables.classes(run.summary).to_dict("records") if run.summary.labelled else []
@@ -107,7 +112,7 @@ def evaluation_page(run: Evaluation, gallery: int) -> Page:
         headline.cards(run),
         headline.details(run),
         "Calibrated: with a temperature fitted to the other images. What each number means: docs/results.md.",
-        make_figures(run),
+        figures,
         COLUMNS,
         [
             [

@@ -3,7 +3,7 @@
 ::
 
     settings.json         what the results depend on, and what they were made with
-    parts/*.parquet       records, a few images each; beside them *.errors.parquet, if errors are kept
+    parts/*.arrow         records, a few images each; beside them *.errors.parquet, if errors are kept
     predictions.parquet   all records, once the run has ended; the parts are gone then
     errors.parquet        all errors, likewise
     .lock                 while a process writes to the folder
@@ -32,6 +32,7 @@ from lightning_diffclf.interruption import uninterrupted
 from lightning_diffclf.results.errors import ERRORS, ErrorsInfo, ErrorsWriter, merge_errors
 from lightning_diffclf.results.parts import Seen, Vanished, has_rows, unseen
 from lightning_diffclf.results.predictions import ENCODING, to_table, write_table
+from lightning_diffclf.results.row_files import PART_SUFFIX, write_part
 from lightning_diffclf.results.settings import SETTINGS, Settings
 from lightning_diffclf.results.stored import (
     ERRORS_SUFFIX,
@@ -188,7 +189,7 @@ class Store:
                 errors.close()
             table = to_table(records, schema_of(self.settings))
             described = {SETTINGS_KEY: self.settings.digest.encode()}
-            write_table(table.replace_schema_metadata(described), self._part(".parquet"))
+            write_part(table.replace_schema_metadata(described), self._part(PART_SUFFIX))
             self._number += 1
         self._flushed = time.monotonic()
 

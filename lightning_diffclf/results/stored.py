@@ -17,10 +17,12 @@ from lightning_diffclf.results import attacks, certificates
 from lightning_diffclf.results.errors import ERRORS
 from lightning_diffclf.results.parts import Parts, Vanished
 from lightning_diffclf.results.predictions import SCHEMA, list_views
+from lightning_diffclf.results.row_files import PART_SUFFIX
 from lightning_diffclf.results.settings import EVALUATION, SETTINGS, Settings
 
 PREDICTIONS = "predictions.parquet"
 PARTS = "parts"
+PART_SUFFIXES = (PART_SUFFIX, ".parquet")  # the latter, of earlier versions
 ERRORS_SUFFIX = ".errors.parquet"
 
 ATTEMPTS = 10  # to read a run that changes meanwhile
@@ -179,7 +181,8 @@ def unsteady(run: Path) -> UserError:
 def files_of(run: Path) -> list[Path]:
     """The files of records of a run, in the order in which they count."""
     # Parts first: they go when the whole is there.
-    parts = [p for p in sorted((run / PARTS).glob("*.parquet")) if not p.name.endswith(ERRORS_SUFFIX)]
+    there = sorted((run / PARTS).glob("*"))
+    parts = [p for p in there if p.suffix in PART_SUFFIXES and not p.name.endswith(ERRORS_SUFFIX)]
     whole = run / PREDICTIONS
     return [whole, *parts] if whole.is_file() else parts
 

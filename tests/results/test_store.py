@@ -71,7 +71,7 @@ def test_what_goes_in_comes_out(tmp_path):
 def test_parts_then_one_file(tmp_path):
     store = fill(tmp_path / "run", 7, flush_every=3)
     parts = sorted((tmp_path / "run" / "parts").iterdir())
-    assert [pq.read_metadata(p).num_rows for p in parts] == [3, 3, 1]
+    assert [len(pl.read_ipc(p)) for p in parts] == [3, 3, 1]
     before = read_table(tmp_path / "run")
     assert finish(tmp_path / "run", SETTINGS) == 7
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"settings.json", "predictions.parquet"}
@@ -251,8 +251,8 @@ def test_what_is_known_of_files_is_not_read_again(monkeypatch, tmp_path):
     paths, old = [tmp_path / f"{i}.parquet" for i in range(3)], to_table(rows[2:4]).drop_columns("rank")
     for path, table in zip(paths, (to_table(rows[:3]), old, to_table(rows[3:])), strict=True):
         write_table(table, path)
-    opened, open_it = [], parts_module.sealed_file
-    monkeypatch.setattr(parts_module, "sealed_file", lambda path: opened.append(path) or open_it(path))
+    opened, open_it = [], parts_module.opened
+    monkeypatch.setattr(parts_module, "opened", lambda path, verify: opened.append(path) or open_it(path, verify))
     first = Parts(paths[:2], SCHEMA, kept=["rank"])
     assert pa.concat_tables(first.tables(["id", "rank"])).to_pydict() == {"id": [*"0123"], "rank": [0, 0, 0, None]}
     assert opened == paths[:2]
@@ -345,14 +345,16 @@ def test_errors_that_are_damaged_or_missing_are_told_with_what_helps(tmp_path):
     content = bytearray(errors.read_bytes())
     content[len(content) // 2] ^= 1
     errors.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{errors.name}' cannot be read .*without .errors\), and their images"):
+    with pytest.raises(
+        UserError, match=rf"{errors.name}' cannot be read .*in place of .errors.parquet\), and their images"
+    ):
         finish(tmp_path / "run", SETTINGS)
     shutil.copytree(tmp_path / "run", tmp_path / "less")
     (tmp_path / "less" / "parts" / errors.name).unlink()
     with pytest.warns(UserWarning, match="errors.parquet has the errors of 2 of 4 images only"):
         finish(tmp_path / "less", SETTINGS)
     errors.unlink()
-    errors.with_name(errors.name.replace(".errors", "")).unlink()
+    errors.with_name(errors.name.replace(".errors.parquet", ".arrow")).unlink()
     assert Store(tmp_path / "run", SETTINGS).finished == {"2", "3"}
     fill(tmp_path / "run", 2, errors=ErrorsInfo.of(classifier))
     assert finish(tmp_path / "run", SETTINGS) == len(StoredErrors(tmp_path / "run" / "errors.parquet")) == 4
