@@ -185,14 +185,25 @@ def test_what_does_not_fit(make, message):
         make()
 
 
-def test_from_a_configuration_to_an_evaluation(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "summary"),
+    [
+        ("sd_lora", "network: adapter (ParameterDict, 39.4 K); 39.4 K weights are trained"),
+        ("sd_soft_prompts", "network: other params (256); 256 weights are trained"),
+    ],
+)
+def test_from_a_configuration_to_an_evaluation(tmp_path, monkeypatch, capsys, name, summary):
     monkeypatch.chdir(tmp_path)
     small = ["--model.pretrained", MODEL, "--model.prompts", "digits", "--model.dtype", "float32"]
     small += ["--data", "lightning_diffclf.data.digit_scenes.DigitScenesDataModule", "--data.batch_size", "8"]
     small += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
     small += ["--classifier.fit_images=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    train(["--config=sd_lora.yaml", *small])
-    path = "runs/sd_lora/checkpoints/last.ckpt"
+    train([f"--config={name}.yaml", *small])
+    shown = capsys.readouterr().out
+    assert summary in shown
+    assert "diffclf evaluate --ckpt" in shown
+    assert "diffclf sample" not in shown  # which does not take such checkpoints
+    path = f"runs/{name}/checkpoints/last.ckpt"
     settings = yaml.safe_load(read_checkpoint(path)["diffclf_config"])
     check_inert({"model": settings["model"]}, path)
     capsys.readouterr()
