@@ -247,8 +247,21 @@ class DiffClfCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say where everything is."""
         run_dir = Path(self._get(self.config, "run_dir"))
-        if self.trainer.is_global_zero and (left := _left_in(run_dir)):
+        if self.trainer.is_global_zero and (left := self._left_in(run_dir)):
             print("\n".join([f"trained {self.trainer.global_step:,} steps; in {run_dir}:", *left]))
+
+    def _left_in(self, run_dir: Path) -> list[str]:
+        """What a training leaves in its folder, a line each."""
+        sampled = ", diffclf sample --ckpt" if isinstance(self.model, ClassConditionalDiT) else ""
+        what = {
+            "checkpoints/last.ckpt": f"weights and settings: diffclf evaluate --ckpt{sampled}",
+            "samples.png": "generated images",
+            "validation": "confusion matrix, accuracy of each timestep",
+            "logs": "numbers as CSV, and the configuration",
+            "tensorboard": f"curves and pictures: tensorboard --logdir {shlex.quote(str(run_dir))}",
+        }
+        width = max(map(len, what))
+        return [f"  {name:{width}}  {about}" for name, about in what.items() if (run_dir / name).exists()]
 
     def _check_trained(self) -> None:
         """Raise where an evaluation would be of a network that nobody trained; its cost may be measured."""
@@ -276,19 +289,6 @@ class DiffClfCLI(LightningCLI):
             check_checkpoint(self.model, checkpoint, path)
             self.model.load_state_dict(checkpoint["state_dict"])
         print(f"weights of {path}")
-
-
-def _left_in(run_dir: Path) -> list[str]:
-    """What a training leaves in its folder, a line each."""
-    what = {
-        "checkpoints/last.ckpt": "weights and settings: diffclf evaluate --ckpt, diffclf sample --ckpt",
-        "samples.png": "generated images",
-        "validation": "confusion matrix, accuracy of each timestep",
-        "logs": "numbers as CSV, and the configuration",
-        "tensorboard": f"curves and pictures: tensorboard --logdir {shlex.quote(str(run_dir))}",
-    }
-    width = max(map(len, what))
-    return [f"  {name:{width}}  {about}" for name, about in what.items() if (run_dir / name).exists()]
 
 
 def evaluation_config(path: str | Path, trusted: bool = False) -> str:

@@ -25,9 +25,9 @@ class NetworkSummary(ModelSummary):
         **summarize_kwargs: Any,
     ) -> None:
         """Print it, on the first process; arguments as Lightning gives them."""
-        columns = dict(summary_data)
+        columns = dict(summary_data)  # what belongs to no part is of type "n/a"
         parts = [
-            f"{name} ({kind}, {count.strip()})"
+            f"{name} ({', '.join(one for one in (kind, count.strip()) if one != 'n/a')})"
             for name, kind, count in zip(columns["Name"], columns["Type"], columns["Params"], strict=True)
             if count.strip() not in ("0", "--")
         ]

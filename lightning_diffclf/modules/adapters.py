@@ -244,7 +244,8 @@ class SoftPrompts(_Adapted):
         drop_t5: Leave the T5 text encoder of Stable Diffusion 3 out.
         tokens: Tokens that are changed, M. There are M · D parameters for all classes, or for each, with D the width of
             a token: 4 of width 1,024 for 100 classes are 409,600.
-        num_classes: Number of classes, if each has vectors of its own; null: all share them.
+        num_classes: Number of classes, if each has vectors of its own; 1: all share them. On the command line, null
+            is the number that the data say.
         classification: Weight of the classification loss; see :class:`~.objectives.Objectives`, also for the next
             three.
         temperature: Its temperature.
@@ -276,7 +277,7 @@ class SoftPrompts(_Adapted):
         attention: str | None = None,
         drop_t5: bool = False,
         tokens: int = 4,
-        num_classes: int | None = None,
+        num_classes: int | None = 1,
         classification: float = 0.0,
         temperature: float = 2.0,
         compared_classes: int = 4,
@@ -288,6 +289,9 @@ class SoftPrompts(_Adapted):
         decay: Literal["none", "cosine", "linear"] = "none",
         seed: int = 0,
     ) -> None:
+        if num_classes is None:
+            raise UserError("num_classes: None, and the data do not say; expected a number")
+        check_at_least(1, tokens=tokens, num_classes=num_classes)
         super().__init__(
             pretrained=pretrained,
             prompts=prompts,
@@ -299,11 +303,10 @@ class SoftPrompts(_Adapted):
             attention=attention,
             drop_t5=drop_t5,
         )
-        check_at_least(1, tokens=tokens, num_classes=num_classes)
         widths = [width for name in WIDTHS if isinstance(width := self._network.config.get(name), int)]
         if not widths:
             raise UserError(f"pretrained: {pretrained!r} takes no text, expected a text-to-image model")
-        self.vectors = nn.Parameter(torch.zeros(num_classes or 1, tokens, widths[0]))
+        self.vectors = nn.Parameter(torch.zeros(num_classes, tokens, widths[0]))
 
     def contents(self) -> dict[str, Any]:
         """Networks, prompts, and what was learned."""
@@ -312,7 +315,7 @@ class SoftPrompts(_Adapted):
     def setup(self, stage: str) -> None:
         """As in training of any part; also: are there as many classes?"""
         super().setup(stage)
-        if self.hparams["num_classes"] not in (None, len(self.candidates)):
+        if self.hparams["num_classes"] not in (1, len(self.candidates)):
             raise UserError(f"num_classes: {self.hparams['num_classes']}, but there are {len(self.candidates)} prompts")
 
     def conditions(self, candidate: Tensor) -> tuple[Tensor, ...]:

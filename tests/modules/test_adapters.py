@@ -167,6 +167,7 @@ def test_half_precision_keeps_the_trained_weights_whole():
         (lambda: made("lora", targets=["nothing"]), r"targets: \['nothing'\], expected layers of UNet2DConditionModel"),
         (lambda: made("lora", lr=0.0), "lr: 0.0, expected a positive number"),
         (lambda: made("lora", classification=-1.0), "classification: -1.0"),
+        (lambda: made("shared", num_classes=None), "num_classes: None, and the data do not say; expected a number"),
         (lambda: made("shared", tokens=0), "tokens: 0, expected at least 1"),
         (lambda: rows(made("shared", tokens=99)), r"tokens: 99, but prompts are \(16, 64\)"),
         (lambda: validated(made("each", num_classes=3)), "num_classes: 3, but there are 10 prompts"),
@@ -185,14 +186,31 @@ def test_what_does_not_fit(make, message):
         make()
 
 
-def test_from_a_configuration_to_an_evaluation(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "flags", "summary"),
+    [
+        ("sd_lora", [], "network: adapter (ParameterDict, 39.4 K); 39.4 K weights are trained"),
+        ("sd_soft_prompts", [], "network: other params (256); 256 weights are trained"),
+        (
+            "sd_soft_prompts",
+            ["--model.num_classes=null"],
+            "network: other params (2.6 K); 2.6 K weights are trained",  # the data say how many there are
+        ),
+    ],
+    ids=["lora", "shared", "each"],
+)
+def test_from_a_configuration_to_an_evaluation(tmp_path, monkeypatch, capsys, name, flags, summary):
     monkeypatch.chdir(tmp_path)
     small = ["--model.pretrained", MODEL, "--model.prompts", "digits", "--model.dtype", "float32"]
     small += ["--data", "lightning_diffclf.data.digit_scenes.DigitScenesDataModule", "--data.batch_size", "8"]
     small += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
     small += ["--classifier.fit_images=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    train(["--config=sd_lora.yaml", *small])
-    path = "runs/sd_lora/checkpoints/last.ckpt"
+    train([f"--config={name}.yaml", *small, *flags])
+    shown = capsys.readouterr().out
+    assert summary in shown
+    assert "diffclf evaluate --ckpt" in shown
+    assert "diffclf sample" not in shown  # which does not take such checkpoints
+    path = f"runs/{name}/checkpoints/last.ckpt"
     settings = yaml.safe_load(read_checkpoint(path)["diffclf_config"])
     check_inert({"model": settings["model"]}, path)
     capsys.readouterr()
