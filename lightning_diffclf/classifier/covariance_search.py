@@ -143,7 +143,7 @@ class CovarianceSearch(FittedSearch):
         found_BKD = torch.cat(found)
         with torch.autocast(found_BKD.device.type, enabled=False):
             self._learn(found_BKD)
-        self.inflation = float(np.mean(inflation)) if inflation else 1.0
+        self.inflation = round(float(np.mean(inflation)), 2) if inflation else 1.0
         return self
 
     def _learn(self, found_BKD: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class DiffusionClassifier(FromCheckpoint, Differentiable):
         self.timesteps_S = self.draws.visit(denoiser.schedule, order)
         log_snr_S = denoiser.schedule.log_snr(self.timesteps_S).double()
         weights_S = timestep_weights(recipe.weights, log_snr_S)
-        self._terms = Terms(rule, self.loss.name, log_snr_S.numpy(), weights_S.numpy(), recipe.budget)
+        self.terms = Terms(rule, self.loss.name, log_snr_S.numpy(), weights_S.numpy(), recipe.budget)
         self.microbatch = microbatch
         self.in_flight = in_flight or microbatch
         self.keep_errors, self.keep_distances = keep_errors, keep_distances
@@ -105,15 +104,10 @@ class DiffusionClassifier(FromCheckpoint, Differentiable):
         return self.denoiser.candidates
 
     @property
-    def terms(self) -> Terms:
-        """What contests have in common."""
-        return replace(self._terms, rule=self.rule)
-
-    @property
     def rule(self) -> Elimination:
         """Drops candidates early. It knows what the search measured, which may be fitted after this was made."""
         proposal = self.recipe.proposal
-        return self._terms.rule.informed(proposal.inflation if isinstance(proposal, Search) else 1.0)
+        return self.terms.rule.informed(proposal.inflation if isinstance(proposal, Search) else 1.0)
 
     def __call__(
         self,
