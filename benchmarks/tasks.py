@@ -115,6 +115,7 @@ TASKS = {
             Stages((1, 4, 8, 64), (100, 20, 5, 1)),
             GradientSearch(draws=16, timesteps=(0.2, 0.6)),
             exhaustive=100,
+            inflation=2.0,
             images=275,
             learns=100,
         ),

@@ -121,7 +121,8 @@ class ProbeFitting:
             self.probe.fit(denoiser, batches())
         calls = self.probe.calls(len(denoiser.candidates))
         each = "a network call" if calls == 1 else f"{calls:,} network calls"
-        print(f"{type(self.probe).__name__}: fitted to {count:,} training images, {each} each")
+        measured = "" if self.probe.inflation in (None, 1.0) else f"; measured inflation {self.probe.inflation:.2f}"
+        print(f"{type(self.probe).__name__}: fitted to {count:,} training images, {each} each{measured}")
         return {name: value.cpu() for name, value in self.probe.state_dict().items()}
 
 

@@ -152,7 +152,9 @@ class Contest:
         if not survives_A.all():
             self._weigh(~survives_A)
             self._active_A = self._active_A[survives_A]
-            self.playing = self.playing[np.isin(self._contestant_K[self.playing], self._active_A)]
+            pools = self._num_contestants < len(self._contestant_K)
+            stays_P = np.isin(self._contestant_K[self.playing], self._active_A) if pools else survives_A
+            self.playing = self.playing[stays_P]
 
     def _weigh(self, rivals_A: np.ndarray) -> None:
         sums_A = self._sums[self._active_A]
@@ -185,7 +187,11 @@ class Contest:
         behind[best] = 0
         whole = np.zeros(self._num_contestants, dtype=bool)  # not out by NaN
         whole[self._contestant_K[np.isfinite(self._sums_K)]] = True
+        followed = 0
         for stop, active_A, sums_A in reversed(self._history):
+            if len(active_A) == followed:  # nobody was dropped
+                continue
+            followed = len(active_A)
             stays_A = (self._draws[active_A] > stop) | (active_A == best)
             victor = np.where(stays_A & whole[active_A], sums_A, np.inf).argmin()
             drops_A = ~stays_A & whole[active_A]

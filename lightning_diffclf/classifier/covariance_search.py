@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_diffclf.classifier.checks import check_output
+from lightning_diffclf.classifier.draws import Draws
 from lightning_diffclf.classifier.search import FIRST_DRAW, FittedSearch, Found, check_kept, groups_of, heaviest
+from lightning_diffclf.classifier.sequential import inflation_of
 from lightning_diffclf.denoiser import ConditionalDenoiser, evaluating, predict_rows
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.features import timestep_at
@@ -23,6 +25,9 @@ from lightning_diffclf.noise import KeyedNoise
 
 if TYPE_CHECKING:
     from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
+
+RIVALS, RIVALS_DRAWS = 3, 8  # candidates of an image, and draws, that measure the inflation
+EXPECTED_AT_ONCE = 2**18  # expected predictions, as numbers
 
 
 class CovarianceSearch(FittedSearch):
@@ -33,7 +38,9 @@ class CovarianceSearch(FittedSearch):
     there. To propose for another image, a few candidates, the anchors, are evaluated at one draw; the expected
     predictions of all others given theirs (as in kriging) give all errors e. The log likelihoods -D/2 · log e (D:
     values of x0), tempered, make the weights, and the candidates with most of the weight are proposed. See
-    docs/elimination.md. An evaluation under a Trainer fits it to training images of the data module, where that was not
+    docs/elimination.md. :meth:`fit` also measures the ``inflation`` that :class:`~.sequential.LikelihoodRatio` has
+    afterwards, unless it was given one: of each image, the three best candidates are evaluated at eight more draws. An
+    evaluation under a Trainer fits it to training images of the data module, where that was not
     done.
 
     Results depend on (seed, image id, image, candidates) and on what it was fitted to. The draw is its own, so that
@@ -89,18 +96,19 @@ class CovarianceSearch(FittedSearch):
         self.miss, self.least, self.most, self.temper, self.nugget = miss, least, most, temper, nugget
         self._anchors_A = torch.empty(0, dtype=torch.int64)
         self._weight: Tensor | None = None  # (values, anchors + 1, candidates), float32, the constant last
+        self.inflation = None  # not measured yet
 
     def __repr__(self) -> str:
         return f"CovarianceSearch({', '.join(f'{name}={getattr(self, name)!r}' for name in self.SETTINGS)})"
 
     def calls(self, num_candidates: int) -> int:
-        return num_candidates
+        return num_candidates + min(num_candidates, RIVALS) * RIVALS_DRAWS
 
     @torch.no_grad()
     def fit(
         self, denoiser: ConditionalDenoiser, batches: Iterable[tuple[Tensor, Any]], seed: int = 0, microbatch: int = 256
     ) -> CovarianceSearch:
-        """Learn from images, one call for each candidate of each; returns itself.
+        """Learn from images, one call for each candidate of each and 24 more; returns itself.
 
         All that is predicted is held at once: images × candidates × values of x0.
 
@@ -114,22 +122,28 @@ class CovarianceSearch(FittedSearch):
         Raises:
             ValueError: if there is one image or none, or a prediction is NaN or infinite.
         """
-        every, found, count = torch.arange(len(denoiser.candidates)), list[Tensor](), 0
+        every, found, inflation, count = torch.arange(len(denoiser.candidates)), list[Tensor](), list[float](), 0
         with evaluating(denoiser):
             for images, _ in batches:
                 x0 = denoiser.encode(images).float()
-                noise = _noise(x0, [f"fit: {b}" for b in range(count, count + len(images))], seed)
+                ids = [f"fit: {b}" for b in range(count, count + len(images))]
+                noise = _noise(x0, ids, seed)
                 found.append(self._predictions(denoiser, x0, noise, every.to(x0.device), microbatch))
+                if not bool(found[-1].isfinite().all()):
+                    raise UserError(
+                        "covariance search: predictions for the images to fit to are NaN or infinite, expected finite "
+                        "ones"
+                    )
+                if len(every) > 1:
+                    error_BK = (found[-1] - noise.flatten(1)[:, None]).square().mean(2)
+                    inflation += inflations(denoiser, images, ids, error_BK, seed, microbatch)
                 count += len(images)
         if count < 2:
             raise UserError(f"covariance search: {count} images to fit to, expected at least 2")
         found_BKD = torch.cat(found)
-        if not bool(found_BKD.isfinite().all()):
-            raise UserError(
-                "covariance search: predictions for the images to fit to are NaN or infinite, expected finite ones"
-            )
         with torch.autocast(found_BKD.device.type, enabled=False):
             self._learn(found_BKD)
+        self.inflation = round(float(np.mean(inflation)), 2) if inflation else 1.0
         return self
 
     def _learn(self, found_BKD: Tensor) -> None:
@@ -166,14 +180,23 @@ class CovarianceSearch(FittedSearch):
                 found.append(schedule.to_epsilon(output.float(), x_t_B[pair_N], t_B[pair_N]).flatten(1))
         return torch.cat(found).unflatten(0, (len(x0), count))
 
-    def predicted(self, evaluated_AD: Tensor) -> Tensor:
-        """What all candidates are expected to predict (K, D), given what the anchors do.
+    def errors(self, evaluated_BAD: Tensor, noise_BD: Tensor) -> Tensor:
+        """Mean squared errors of what all candidates are expected to predict (B, K), float32.
+
+        Args:
+            evaluated_BAD: What the anchors predict.
+            noise_BD: What there is to predict.
 
         Raises:
             ValueError: before :meth:`fit`.
         """
-        weight = self._fitted().to(evaluated_AD.device)
-        return (torch.einsum("ad,dak->dk", evaluated_AD, weight[:, :-1]) + weight[:, -1]).T
+        weight_DAK = self._fitted().to(evaluated_BAD.device)
+        squares_BK = evaluated_BAD.new_zeros(len(evaluated_BAD), weight_DAK.shape[2])
+        some = max(1, EXPECTED_AT_ONCE // squares_BK.numel())  # of the values, so that what is expected stays in caches
+        parts = (evaluated_BAD.permute(2, 0, 1), noise_BD.T[:, :, None], weight_DAK)
+        for known_DBA, noise_DB1, weight in zip(*(part.split(some) for part in parts), strict=True):
+            squares_BK += torch.baddbmm(weight[:, -1:] - noise_DB1, known_DBA, weight[:, :-1]).square_().sum(0)
+        return squares_BK / len(weight_DAK)
 
     def _fitted(self) -> Tensor:
         if self._weight is None:
@@ -210,12 +233,12 @@ class CovarianceSearch(FittedSearch):
             self._weight = fitted = fitted.to(x0.device)
             noise = _noise(x0, [ids[b] for b in some], classifier.draws.seed)
             predicted_BAD = self._predictions(denoiser, x0, noise, anchors_A, classifier.microbatch)
-            for b, predicted_AD, noise_D in zip(some, predicted_BAD, noise.flatten(1), strict=True):
-                with torch.autocast(x0.device.type, enabled=False):
-                    errors_K = (self.predicted(predicted_AD) - noise_D).square().mean(1).cpu().double()
+            with torch.autocast(x0.device.type, enabled=False):
+                errors_BK = self.errors(predicted_BAD, noise.flatten(1)).cpu().double()
+            for b, errors_K in zip(some, errors_BK, strict=True):
                 nfe[b], dropped[b] = len(anchors_A), int(not errors_K.isfinite().all())
                 if not dropped[b]:
-                    nats_K = -len(noise_D) / 2 * errors_K[candidates[b]].clamp_min(1e-30).log()
+                    nats_K = -len(fitted) / 2 * errors_K[candidates[b]].clamp_min(1e-30).log()
                     weights_K = (self.temper * nats_K).softmax(0).numpy()
                     found[b] = heaviest(weights_K, candidates[b], group_of, self.miss, self.least, self.most)
         return Found(found, nfe, dropped)
@@ -226,10 +249,14 @@ class CovarianceSearch(FittedSearch):
         return {name: getattr(self, name) for name in self.SETTINGS} | learnt
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self._weight is None else {"weight": self._weight, "anchors": self._anchors_A}
+        if self._weight is None:
+            return {}
+        inflation = torch.tensor(self.inflation, dtype=torch.float64)
+        return {"weight": self._weight, "anchors": self._anchors_A, "inflation": inflation}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         self._weight, self._anchors_A = state_dict["weight"], state_dict["anchors"]
+        self.inflation = float(state_dict.get("inflation", 1.0))  # earlier versions did not measure it
 
 
 def pivots(varies_DBK: Tensor, count: int) -> Tensor:
@@ -251,6 +278,28 @@ def pivots(varies_DBK: Tensor, count: int) -> Tensor:
         direction_DB1 = direction_DB1 / direction_DB1.norm(dim=1, keepdim=True).clamp_min(1e-20)
         left_DBK -= direction_DB1 * (direction_DB1.mT @ left_DBK)
     return torch.tensor(chosen, device=varies_DBK.device)
+
+
+def inflations(
+    denoiser: ConditionalDenoiser,
+    images: Tensor,
+    ids: Sequence[int | str],
+    error_BK: Tensor,
+    seed: int,
+    microbatch: int,
+) -> list[float]:
+    """The ``inflation`` of each image (B,): of its best candidates by ``error_BK``, at draws of their own."""
+    from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier  # which imports searches
+
+    best_BA = error_BK.topk(min(RIVALS, error_BK.shape[1]), largest=False).indices.sort().values
+    draws = Draws(RIVALS_DRAWS, seed=seed)
+    classifier = DiffusionClassifier(denoiser, draws, microbatch=microbatch, keep_errors=True, keep_distances=True)
+    found = []
+    for result in classifier(images, ids, best_BA.tolist()):
+        assert result.errors_KS is not None
+        assert result.distances_SKK is not None
+        found.append(inflation_of("l2", result.dims, result.errors_KS.T.numpy(), result.distances_SKK.numpy()))
+    return found
 
 
 def _noise(x0: Tensor, ids: Sequence[int | str], seed: int) -> Tensor:

@@ -105,8 +105,9 @@ class DiffusionClassifier(FromCheckpoint, Differentiable):
 
     @property
     def rule(self) -> Elimination:
-        """Drops candidates early."""
-        return self.terms.rule
+        """Drops candidates early. It knows what the search measured, which may be fitted after this was made."""
+        proposal = self.recipe.proposal
+        return self.terms.rule.informed(proposal.inflation if isinstance(proposal, Search) else 1.0)
 
     def __call__(
         self,

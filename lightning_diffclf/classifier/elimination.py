@@ -63,6 +63,15 @@ class Elimination:
     def check(self, loss: str) -> None:
         """Raise ValueError if the rule makes no sense for errors of this :class:`~.score.Loss`."""
 
+    def informed(self, inflation: float | None) -> Elimination:
+        """With what was measured of a network, where the rule left it open.
+
+        Args:
+            inflation: How many times as much differences of errors vary within an image as :class:`~.LikelihoodRatio`
+                assumes; None if that is still to be measured.
+        """
+        return self
+
     def order(self, count: int) -> Sequence[int] | None:
         """Order in which the ascending grid of timesteps is visited: positions, as many as the rule spends at most.
 

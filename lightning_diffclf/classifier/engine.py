@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,9 +90,10 @@ class Packer:
         for image_id, one, spent in zip(id_list, found.candidates, found.nfe, strict=True):
             c.terms.check_budget(image_id, len(one), spent)
         classes, pools = np.array(c.denoiser.candidates.classes), c.recipe.ensemble == "mean"
+        terms = replace(c.terms, rule=c.rule)  # which knows what a search has measured by now
         added = zip(images, id_list, *found, strict=True)
         for number, (image, image_id, one, spent, dropped) in enumerate(added, self._added):
-            contest = Contest(c.terms, len(one), classes[one] if pools else None, spent)
+            contest = Contest(terms, len(one), classes[one] if pools else None, spent)
             errors = None if known is None else known[number - self._added]
             key = self._noise.key(image_id)
             self._waiting.append(Flight(number, image, image_id, one, key, contest, dropped, errors, measures))

@@ -45,7 +45,14 @@ class Found(NamedTuple):
 
 
 class Search:
-    """Proposes candidates with the help of the denoiser itself."""
+    """Proposes candidates with the help of the denoiser itself.
+
+    Attributes:
+        inflation: That of :class:`~.sequential.LikelihoodRatio` where it was given none: what the search measured, or 1
+            if it measures nothing; None if it has not been fitted yet.
+    """
+
+    inflation: float | None = 1.0
 
     def check(self, denoiser: Any) -> None:
         """Raise TypeError if ``denoiser`` cannot be searched."""

@@ -6,7 +6,7 @@ Shape suffixes: F images, A contestants in play, R draws of a round, N draws so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -186,19 +186,21 @@ class LikelihoodRatio(SequentialTest):
         alpha: Accepted probability that the decision differs from that of all draws, in (0, 0.5).
         growth: The rule is asked again when the draws have grown by this factor, or by one; 1 is after each draw.
             Larger rounds fill micro-batches better when few images are left, and spend a few draws more.
-        inflation: Least c, at least 0; :func:`~lightning_diffclf.results.replay.measure_inflation` measures it.
+        inflation: Least c, at least 0. If omitted, what the search of the recipe measured when it was fitted (see
+            :class:`~.covariance_search.CovarianceSearch`), or else 1. For other runs,
+            :func:`~lightning_diffclf.results.replay.measure_inflation` measures it.
 
     Raises:
         ValueError: if ``alpha``, ``growth`` or ``inflation`` is out of range.
     """
 
-    inflation: float = 1.0
+    inflation: float | None = None
     needs: ClassVar[Needs] = "distances"
     losses: ClassVar[tuple[str, ...]] = ("l2", "l1", "huber")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.inflation < np.inf:
+        if self.inflation is not None and not 0 <= self.inflation < np.inf:
             raise UserError(f"{type(self).__name__}: inflation {self.inflation}, expected a number from 0 on")
 
     def check(self, loss: str) -> None:
@@ -207,6 +209,9 @@ class LikelihoodRatio(SequentialTest):
                 f"{type(self).__name__}: loss {loss!r} is no distance between noises, expected one of {self.losses}; "
                 "PairedTest takes any"
             )
+
+    def informed(self, inflation: float | None) -> LikelihoodRatio:
+        return self if self.inflation is not None or inflation is None else replace(self, inflation=inflation)
 
     def reversal(self, states: Sequence[_Paired], rounds: Sequence[Round], best_F: np.ndarray) -> np.ndarray:
         from scipy.special import ndtr  # slow to import: only those who decide wait for it
@@ -228,9 +233,10 @@ class LikelihoodRatio(SequentialTest):
         n_F = np.array([current.done for current in rounds])
         scores_FA = np.stack([current.scores_A for current in rounds])
         num_rivals = scores_FA.shape[1] - 1
-        measured_F = (PRIOR_DRAWS * self.inflation + misfit_FA.sum(1) / num_rivals) / (PRIOR_DRAWS + n_F - 1)
+        least = 1.0 if self.inflation is None else self.inflation
+        measured_F = (PRIOR_DRAWS * least + misfit_FA.sum(1) / num_rivals) / (PRIOR_DRAWS + n_F - 1)
         unseen_F = 1 - n_F / rounds[0].total
-        scale_F = np.maximum(self.inflation, measured_F) * unseen_F
+        scale_F = np.maximum(least, measured_F) * unseen_F
         difference_FA = n_F[:, None] * (scores_FA - scores_FA[images, best_F][:, None])
         return ndtr(-difference_FA / np.sqrt(scale_F[:, None] * variance_FA + TINY))
 

@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_diffclf import CovarianceSearch, DiffusionClassifier, DiffusionClassifierCallback, LinearProbe
+from lightning_diffclf import (
+    CovarianceSearch,
+    DiffusionClassifier,
+    DiffusionClassifierCallback,
+    LikelihoodRatio,
+    LinearProbe,
+)
 from lightning_diffclf.callbacks import probe as callbacks_probe
 from lightning_diffclf.callbacks.probe import PROBE
 from lightning_diffclf.data.protocols import HasTrainingImages
@@ -119,6 +125,19 @@ def test_a_search_without_labels_is_fitted_to_the_same_images(tmp_path, monkeypa
     assert evaluate(tmp_path / "run", data=Data(labelled=False), given=again) == kept
 
 
+def test_the_rule_takes_the_inflation_that_the_fit_measured(tmp_path, capsys):
+    given, rule = {"anchors": 2, "temper": 1.0, "miss": 0.001, "least": 3}, LikelihoodRatio(0.05)
+    evaluate(tmp_path / "run", given=CovarianceSearch(**given), elimination=rule)
+    found = CovarianceSearch(**given).fit(WithLayer(), [(Samples(400).images[300:360], None)])
+    assert f"measured inflation {found.inflation:.2f}" in capsys.readouterr().out
+    classifier = DiffusionClassifier(WithLayer(), draws=DRAWS, proposal=found, elimination=rule)
+    assert classifier.rule.inflation == found.inflation != 1
+    rows = pq.read_table(tmp_path / "run" / "predictions.parquet").to_pydict()
+    assert rows["nfe"] == [one.nfe for one in classifier(Samples(20).images, range(100, 120))]
+    with pytest.raises(ValueError, match="run"):  # an inflation of one's own is another run
+        evaluate(tmp_path / "run", given=CovarianceSearch(**given), elimination=LikelihoodRatio(0.05, inflation=1.0))
+
+
 def test_no_more_images_than_asked_for(tmp_path):
     assert evaluate(None, given=probe(images=30)) == in_python(30) != in_python()
 
@@ -211,7 +230,7 @@ def test_a_plan_fits_for_a_moment_and_keeps_nothing(tmp_path, monkeypatch, capsy
     assert callback.planned.nfe == 1 + TOP * DRAWS
     callback = DiffusionClassifierCallback(draws=DRAWS, proposal=CovarianceSearch(anchors=2), plan=True)
     trainer(callback).test(WithLayer(), datamodule=Data(), verbose=False)
-    assert callback.planned.fitting == 60 * CLASSES
+    assert callback.planned.fitting == 60 * (CLASSES + 3 * 8)
     assert not (tmp_path / "out").exists()
 
 

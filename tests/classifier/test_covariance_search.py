@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_diffclf import DiffusionClassifier, Draws
+from lightning_diffclf import DiffusionClassifier, Draws, GradientSearch, LikelihoodRatio
 from lightning_diffclf.classifier import CovarianceSearch
 from lightning_diffclf.classifier.covariance_search import pivots
 from lightning_diffclf.classifier.search import FIRST_DRAW
@@ -61,7 +61,7 @@ def test_what_is_predicted_is_the_conditional_mean_of_a_normal_distribution():
     seen_BKD = np.stack([predictions_of_all(x0, f"fit: {b}", 0)[0] for b, x0 in enumerate(IMAGES[:60])])
     mean_KD = seen_BKD.mean(0)
     anchors = FITTED.state_dict()["anchors"].numpy()
-    truth_KD, _ = predictions_of_all(IMAGES[70], 70, 5)
+    truth_KD, noise_D = predictions_of_all(IMAGES[70], 70, 5)
     expected_KD = mean_KD.astype(np.float64)
     for d in range(mean_KD.shape[1]):
         covariance = np.cov(seen_BKD[:, :, d].T.astype(np.float64), bias=True)
@@ -69,10 +69,53 @@ def test_what_is_predicted_is_the_conditional_mean_of_a_normal_distribution():
         told = np.linalg.solve(noisy, truth_KD[anchors, d] - mean_KD[anchors, d])
         expected_KD[:, d] += covariance[:, anchors] @ told
     expected_KD[anchors] = truth_KD[anchors]
-    predicted_KD = FITTED.predicted(torch.from_numpy(truth_KD[anchors])).numpy()
-    np.testing.assert_allclose(predicted_KD, expected_KD, atol=2e-3)
+    for told_D in (noise_D, *truth_KD[3:6]):  # of other noise too: what is expected, from more than one side
+        asked = torch.from_numpy(truth_KD[anchors])[None], torch.from_numpy(told_D)[None]
+        np.testing.assert_allclose(
+            FITTED.errors(*asked)[0], np.square(expected_KD - told_D).mean(1), rtol=1e-3, atol=1e-5
+        )
     # Eight of a hundred say nearly all about the others, whose halves they share.
-    assert np.square(predicted_KD - truth_KD).mean() < 0.1 * truth_KD.var(0).mean()
+    assert np.square(expected_KD - truth_KD).mean() < 0.1 * truth_KD.var(0).mean()
+
+
+def test_it_measures_how_much_more_differences_vary_than_residuals_say():
+    search = CovarianceSearch().fit(NET, [(IMAGES[:3], None)])
+    keyed, noise, timesteps = KeyedNoise(0), np.empty(SHAPE, dtype=np.float32), Draws(8).visit(NET.schedule)
+    found = []
+    for b, x0 in enumerate(IMAGES[:3]):
+        predicted_KD, noise_D = predictions_of_all(x0, f"fit: {b}", 0)
+        best = np.square(predicted_KD - noise_D).mean(1).argsort()[:3]
+        rows, error = [], []
+        for draw, t in enumerate(timesteps):
+            keyed.fill(noise, keyed.key(f"fit: {b}"), draw)
+            x_t = NET.schedule.add_noise(x0.expand(3, *SHAPE), torch.from_numpy(noise).expand(3, *SHAPE), t.expand(3))
+            with torch.no_grad():
+                rows.append(Toy.predict(NET, x_t, t.expand(3), torch.from_numpy(best)).flatten(1).numpy())
+            error.append(np.square(rows[-1] - noise.ravel()).mean(1))
+        winner, second = np.argsort(np.mean(error, 0))[:2]
+        d = np.array([one[second] - one[winner] for one in error])
+        g = np.array([np.square(one[second] - one[winner]).mean() for one in rows])
+        deviation = np.sqrt([4 * one[winner] * apart / 32 for one, apart in zip(error, g, strict=True)])
+        left = np.linalg.lstsq((g / deviation)[:, None], d / deviation)[1]  # d by a multiple of g
+        found.append(float(left[0]) / 7)
+    assert search.inflation == pytest.approx(np.mean(found), abs=0.01)  # it is rounded, and distances are halves
+    assert search.calls(100) == 100 + 3 * 8
+
+
+def test_the_rule_has_what_was_measured_unless_it_was_given_something():
+    search = CovarianceSearch(**SETTINGS)
+    for given, before, after in ((None, None, FITTED.inflation), (3.0, 3.0, 3.0)):
+        classifier = DiffusionClassifier(NET, elimination=LikelihoodRatio(0.02, inflation=given), proposal=search)
+        assert classifier.rule == LikelihoodRatio(0.02, inflation=before)
+        search.load_state_dict(FITTED.state_dict())
+        assert classifier.rule == LikelihoodRatio(0.02, inflation=after)
+        search = CovarianceSearch(**SETTINGS)
+    assert GradientSearch().inflation == 1
+    for proposal in (None, lambda images: [[0, 1]] * len(images)):
+        classifier = DiffusionClassifier(NET, elimination=LikelihoodRatio(0.02), proposal=proposal)
+        assert classifier.rule == LikelihoodRatio(0.02, inflation=1.0)
+    search.load_state_dict({name: value for name, value in FITTED.state_dict().items() if name != "inflation"})
+    assert search.inflation == 1
 
 
 def test_anchors_are_the_pivots_of_a_cholesky_decomposition():
