@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -261,8 +262,9 @@ class DiffusionClassifierCallback(L.Callback):
     def _check_coverage(self, loader: Any) -> None:
         """Raise UserError where it is clear from the start that images are too few to calibrate each other's sets."""
         recipe, dataset = self.recipe, getattr(loader, "dataset", None)
-        sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-        if recipe.coverage is not None and self._calibrated is None and sized:
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+            return
+        if recipe.coverage is not None and self._calibrated is None:
             classes = self.outline.num_classes if recipe.coverage_by_class else 1
             check_images(len(dataset), recipe.coverage, classes)
 
