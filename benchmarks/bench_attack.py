@@ -26,7 +26,12 @@ BALLS = (("linf", "0.03"), ("linf", "0.1"), ("linf", "0.2"), ("l2", "0.5"))
 APGD = ["--steps", "25", "--limit", "50"]
 FRESH = ["--eps", "0.1", "--randomness", "fresh", "--seeds", "3", "--steps", "20", "--limit", "25"]
 AUTO_OF_TIMM = ["--auto", "--batch_size", "200", "--data.eval_batch_size", "200", "--limit", "200"]
-AUTO_OF_DIT = (("linf", "0.2", "200"), ("linf", "0.1", "50"), ("l2", "0.5", "25"))  # and how many digits
+AUTO_OF_DIT = (  # and how many digits, of which so many at once: what is interrupted begins a batch again
+    ("linf", "0.2", "200", "25"),
+    ("linf", "0.1", "100", "25"),
+    ("l2", "0.5", "50", "25"),
+    ("linf", "0.03", "25", "3"),
+)
 SIGMAS = ("0.12", "0.25")
 SMOOTHING = ["--n0", "20", "--n", "100", "--radii", "0,0.1,0.2,0.3", "--limit", "25"]
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -36,13 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     args = parser.parse_args()
-    of_dit = ["--draws", DRAWS, "--batch_size", "25", "--data.eval_batch_size", "25"]
     attacks = [  # network and arguments
-        ("dit_digits", ["--norm", norm, "--eps", eps, "--auto", "--limit", limit, *of_dit])
-        for norm, eps, limit in AUTO_OF_DIT
+        ("dit_digits", ["--norm", norm, "--eps", eps, "--auto", "--limit", limit, *of_dit(batch)])
+        for norm, eps, limit, batch in AUTO_OF_DIT
     ]
-    attacks += [("dit_digits", ["--norm", norm, "--eps", eps, *APGD, *of_dit]) for norm, eps in BALLS]
-    attacks.append(("dit_digits", [*FRESH, *of_dit]))
+    attacks += [("dit_digits", ["--norm", norm, "--eps", eps, *APGD, *of_dit("25")]) for norm, eps in BALLS]
+    attacks.append(("dit_digits", [*FRESH, *of_dit("25")]))
     for norm, eps in BALLS:
         attacks += [("timm_digits", ["--norm", norm, "--eps", eps, *how]) for how in (APGD, AUTO_OF_TIMM)]
     certificates = [
@@ -69,6 +73,11 @@ def main() -> None:
         numbers, sigma = one["metrics"], one["settings"]["certification"]["sigma"]
         shares = " | ".join(str(Interval(row["accuracy"], row["low"], row["high"])) for row in numbers["certified"])
         print(f"| {network} | {sigma} | {numbers['images']} | {numbers['answered']:.0%} | {shares} |")
+
+
+def of_dit(batch: str) -> list[str]:
+    """Arguments for the DiT, so many digits at once."""
+    return ["--draws", DRAWS, "--batch_size", batch, "--data.eval_batch_size", batch]
 
 
 def done(runs: Path, command: str, network: str, flags: list[str]) -> dict:

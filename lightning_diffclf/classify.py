@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lightning import LightningModule
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from lightning_diffclf.callbacks.run_settings import module_identity
 from lightning_diffclf.classifier import Recipe
 from lightning_diffclf.data.batch import content_ids
 from lightning_diffclf.data.images import find_images, open_image
@@ -84,10 +86,13 @@ def classify(
             open_image(path)
     zero_shot, calibrated = load(), calibration
     if calibrated is not None:
-        c = zero_shot.classifier
-        module = calibrated.settings.identity.get("module", {}) | {"denoiser": identity_of(c.denoiser)}
+        c, known = zero_shot.classifier, calibrated.settings.identity
+        if isinstance(c.denoiser, LightningModule):  # that was evaluated, as it is
+            module = module_identity(c.denoiser)
+        else:
+            module = known.get("module", {}) | {"denoiser": identity_of(c.denoiser)}
         recipe_used = identity_of(c.recipe.resolved(c.draws, c.rule))
-        calibrated.check(calibrated.settings.identity | {"recipe": recipe_used, "module": module})
+        calibrated.check(known | {"recipe": recipe_used, "module": module})
     waiting: deque[Path] = deque()
 
     def pixels() -> Iterator[Tensor]:
@@ -106,13 +111,13 @@ def classify(
 
     start = time.perf_counter()
     asked = zero_shot.classifier.denoiser.candidates
-    names, known = asked.class_names, asked.classes
-    some = zero_shot.classifier.recipe.candidates or range(len(known))
-    labels = list(dict.fromkeys(names[known[c]] for c in some))
+    names, classes = asked.class_names, asked.classes
+    some = zero_shot.classifier.recipe.candidates or range(len(classes))
+    labels = list(dict.fromkeys(names[classes[c]] for c in some))
     for result in zero_shot.run(pixels()):
         best: dict[str, int] = {}  # of the candidates of each label
         for i in result.ranking:
-            best.setdefault(names[known[int(result.candidates_K[i])]], i)
+            best.setdefault(names[classes[int(result.candidates_K[i])]], i)
         probabilities = dict(result.top(len(labels)))
         probabilities |= {label: 0.0 for label in labels if label not in probabilities}  # which a search left out
         now = time.perf_counter()
@@ -143,7 +148,7 @@ def calibrated_by(recipe: Recipe, calibration: str | None) -> CalibrationRun | N
     if calibration is None:
         raise UserError(
             "coverage: nothing to calibrate on, expected --calibration RUN: an evaluation of labelled images by the "
-            "same model, labels, prompts and recipe"
+            "same network, labels, prompts and recipe"
         )
     return CalibrationRun.read(calibration, recipe.coverage, recipe.coverage_by_class)
 

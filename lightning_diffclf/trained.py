@@ -150,8 +150,11 @@ def class_conditional(
     """
     place = placed(device)[0]
     network = open_network(name, place, vae, family)
-    chosen = chosen_classes(labels, network.module.candidates.names, "labels")
+    names = network.module.candidates.names
+    chosen = chosen_classes(labels, names, "labels")
     rule = recipe.elimination or LikelihoodRatio(inflation=network.inflation)
-    recipe = replace(recipe, elimination=rule, candidates=chosen)
+    # A class has one candidate, so that ensembles do not matter: of all classes, the recipe is that of an evaluation.
+    some = None if chosen == list(range(len(names))) else chosen
+    recipe = replace(recipe, elimination=rule, candidates=some, ensemble=Recipe.ensemble)
     classifier = DiffusionClassifier(network.module, recipe, microbatch=microbatch)
     return ZeroShotClassifier(classifier, place, network.size, network.prepare)

@@ -6,11 +6,18 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from lightning_diffclf import DiffusionClassifierCallback, LikelihoodRatio, ZeroShotStableDiffusion
+from lightning_diffclf import (
+    ClassConditionalDiT,
+    DiffusionClassifierCallback,
+    LikelihoodRatio,
+    ZeroShotStableDiffusion,
+)
 from lightning_diffclf.cli import main
 from lightning_diffclf.data.digit_scenes import WORDS, DigitScenesDataModule
+from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.results.conformal import CalibrationRun
 
 MODEL = str(Path(__file__).parents[1] / "assets" / "sd_digits")
@@ -161,3 +168,27 @@ def test_conformal_sets(scenes, calibration, capsys):
     fewer = [*settings, "--labels", ",".join(WORDS[:5])]
     with pytest.raises(SystemExit, match=r"was made with other ones .*candidates"):
         main(["classify", str(folder / "3.png"), *fewer])
+
+
+def test_conformal_sets_of_a_network_with_classes_of_its_own(scenes, tmp_path, capsys):
+    size = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 10}
+    module = ClassConditionalDiT(**size, latents=False)
+    for seed, weight in enumerate(module.parameters()):
+        torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(seed))
+    callback = DiffusionClassifierCallback(draws=4, elimination=LikelihoodRatio(), output_dir=str(tmp_path / "run"))
+    trainer = L.Trainer(callbacks=[callback], limit_test_batches=1, logger=False, accelerator="cpu")
+    trainer.test(module, DigitsDataModule(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    photo, threshold = scenes[0] / "3.png", CalibrationRun.read(tmp_path / "run", 0.8).conformal.thresholds[0]
+    settings = ["--ckpt", tmp_path / "x.ckpt", "--coverage", "0.8", "--calibration", tmp_path / "run", "--draws", "4"]
+    [found] = answers(capsys, photo, *settings)
+    behind = found["behind"]
+    expected = [a for a in behind if behind[a] - min(b for c, b in behind.items() if c != a) <= threshold]
+    assert sorted(found["conforming"]) == sorted(expected)
+    with pytest.raises(SystemExit, match=r"the calibration run .* was made with other ones .*candidates"):
+        answers(capsys, photo, *settings, "--labels", "0,1,2")
+    with torch.no_grad():
+        next(module.parameters()).add_(1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(SystemExit, match=r"the calibration run .* was made with other ones .*module"):
+        answers(capsys, photo, *settings)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch.utils.data import IterableDataset
 
 from lightning_diffclf.callbacks.pictures import log_picture
 from lightning_diffclf.callbacks.plan import Planner
@@ -22,6 +24,7 @@ from lightning_diffclf.classifier import (
     Exhaustive,
     Recipe,
 )
+from lightning_diffclf.classifier.conformal import check_images
 from lightning_diffclf.classifier.discriminative import Classifier
 from lightning_diffclf.data.corruptions import Corruption
 from lightning_diffclf.data.protocols import HasScore, NeedsEveryDraw
@@ -227,6 +230,8 @@ class DiffusionClassifierCallback(L.Callback):
         loader, part = the_loader(trainer, self.name), None if fits else self._part
         images = images_on_this_rank(loader, trainer.global_rank, trainer.world_size, self.fit_images if fits else None)
         self.metrics, self.planned, self._writer = {}, None, None
+        if not fits and trainer.state.fn != "predict":
+            self._check_coverage(loader)
         reused: Reused | None = None
         if self._planner is not None:
             self._planner.begin(trainer, loader, images, 1 if part is None else part[1])
@@ -252,6 +257,15 @@ class DiffusionClassifierCallback(L.Callback):
             reused,
         )
         self.results = self._evaluation.results
+
+    def _check_coverage(self, loader: Any) -> None:
+        """Raise UserError where it is clear from the start that images are too few to calibrate each other's sets."""
+        recipe, dataset = self.recipe, getattr(loader, "dataset", None)
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+            return
+        if recipe.coverage is not None and self._calibrated is None:
+            classes = self.outline.num_classes if recipe.coverage_by_class else 1
+            check_images(len(dataset), recipe.coverage, classes)
 
     def _open_reused(self, settings: Settings) -> Reused | None:
         """Errors of an earlier run, if there are any to take."""

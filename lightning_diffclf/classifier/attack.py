@@ -81,9 +81,11 @@ class APGD:
             ids: Of the images, which key their random starts; their positions if omitted.
 
         Raises:
-            ValueError: if ``images`` are not in [0, 1], there are fewer than two classes, or no gradient arrives.
+            ValueError: if ``images`` are not in [0, 1], the ball holds all of them, there are fewer than two classes,
+                or no gradient arrives.
         """
         check_unit_range(images)
+        check_diameter(images, self.eps, self.norm)
         ids = range(len(images)) if ids is None else ids
         found = self._climb(network, images, images, label_B)
         for restart in range(1, self.restarts):
@@ -164,6 +166,16 @@ def check_eps(eps: float, norm: Norm) -> None:
         )
 
 
+def check_diameter(images: Tensor, eps: float, norm: Norm) -> None:
+    """Raise ValueError if the ball of radius ``eps`` around an image holds every image: another unit was meant."""
+    values = images[0].numel()
+    if norm == "l2" and eps > values**0.5:
+        raise UserError(
+            f"eps: {eps}, but no two images of {values} values in [0, 1] are further apart than {values**0.5:.4g}; "
+            "expected a radius in that unit"
+        )
+
+
 def auto_attack(
     network: nn.Module, images: Tensor, label_B: Tensor, eps: float, norm: Norm = "linf", **settings: Any
 ) -> Tensor:
@@ -179,11 +191,12 @@ def auto_attack(
             for all images together: what is found for one depends on the others.
 
     Raises:
-        ValueError: if ``eps`` cannot be a radius, ``images`` are not in [0, 1], no gradient arrives, there are fewer
-            than four classes, or the package is missing.
+        ValueError: if ``eps`` cannot be a radius of them, ``images`` are not in [0, 1], no gradient arrives, there are
+            fewer than four classes, or the package is missing.
     """
     check_eps(eps, norm)
     check_unit_range(images)
+    check_diameter(images, eps, norm)
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:

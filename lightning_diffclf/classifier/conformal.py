@@ -37,6 +37,22 @@ def least_images(coverage: float) -> int:
     return math.ceil(Fraction(str(coverage)) / (1 - Fraction(str(coverage))))
 
 
+def check_images(images: int, coverage: float, classes: int = 1) -> None:
+    """Raise ValueError if so few images cannot calibrate a coverage, whatever their labels.
+
+    Args:
+        images: How many there are.
+        coverage: Share of images whose set shall contain the right class.
+        classes: Classes that have a threshold each; 1 if all share one.
+    """
+    least = least_images(coverage) * classes
+    if images < least:
+        each = f", {least_images(coverage)} of each class" if classes > 1 else ""
+        raise UserError(
+            f"coverage: {images} images to calibrate on, expected at least {least} for a coverage of {coverage}{each}"
+        )
+
+
 def nonconformity(differences_BC: Values) -> Values:
     """How far each class is behind the best of the others, in the unit of the error; negative for the best one.
 

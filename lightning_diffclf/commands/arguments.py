@@ -157,7 +157,7 @@ def classify(args: Sequence[str]) -> Namespace:
         "--calibration",
         type=str | None,
         default=None,
-        help="folder of an evaluation of other labelled images by the same model, labels, prompts and recipe",
+        help="folder of an evaluation of other labelled images by the same network, labels, prompts and recipe",
     )
     parser.add_argument(
         "--search",

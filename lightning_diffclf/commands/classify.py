@@ -13,7 +13,7 @@ from lightning_diffclf.data.images import find_images
 from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.zero_shot import RECIPE, ZeroShotClassifier, pipeline
 
-OF_PROMPTS = ("template", "revision", "size", "coverage", "calibration")  # which only text-to-image models have
+OF_PROMPTS = ("template", "revision", "size")  # which only text-to-image models have
 
 
 def classify_command(given: Namespace) -> None:

@@ -93,6 +93,7 @@ class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModul
         **dict.fromkeys((one.name for one in fields(Objectives)), "of training"),
         **dict.fromkeys(("lr", "betas", "weight_decay", "warmup_steps", "decay"), "of the optimizer"),
         "vae": "its weights are in `autoencoder`, where images are pixels",
+        **dict.fromkeys(("num_classes", "class_names"), "whoever says them, they are in `asked`"),
     }
 
     def __init__(

@@ -244,7 +244,7 @@ def _trust(run: Evaluation) -> list[Line]:
         Line(
             SHARES["coverage_at_5_risk"],
             percent(selective["coverage_at_5_risk"], 2),
-            "surest answers, 5 % of them wrong",
+            "surest answers, at most 5 % of them wrong",
         ),
         Line(
             SHARES["risk_at_80_coverage"], percent(selective["risk_at_80_coverage"], 2), "wrong among the surest 80 %"

@@ -164,8 +164,6 @@ def table(files: Path) -> dict[type, Changes]:
         "model": "DiT-S/8",
         "input_size": 16,
         "in_channels": 2,
-        "num_classes": 4,
-        "class_names": ["a", "b", "c"],
         "hidden_size": 32,
         "depth": 2,
         "num_heads": 4,

@@ -146,6 +146,9 @@ def test_what_cannot_be_attacked_is_said():
         APGD(0.1, "l1")
     with pytest.raises(UserError, match=r"images: values in .*, expected \[0, 1\], the unit of eps"):
         APGD(0.1)(network, images * 2 - 1, label)
+    for attack in (APGD(100, "l2"), lambda *given: auto_attack(*given, eps=100, norm="l2")):
+        with pytest.raises(UserError, match=r"eps: 100, but no two images of \d+ values in \[0, 1\] are further apart"):
+            attack(network, images, label)
     with pytest.raises(UserError, match="no gradient path to the images"):
         APGD(0.1)(lambda x: network(x.detach()), images, label)
     for wrong in (2, -1):

@@ -83,6 +83,24 @@ def test_too_few_images_are_a_warning_at_the_end():
         assert sets_of(outline_with(5, coverage=0.99), [list(made_up_rows(60, 5))]) == {}
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coverage": 0.98}, r"coverage: 30 images to calibrate on, expected at least 49 for a coverage of 0.98$"),
+        (
+            {"coverage": 0.93, "coverage_by_class": True},
+            r"coverage: 30 images to calibrate on, expected at least \d+ for a coverage of 0.93, 14 of each class",
+        ),
+    ],
+    ids=["together", "by class"],
+)
+def test_too_few_images_are_an_error_before_they_are_classified(settings, message, tmp_path):
+    callback = DiffusionClassifierCallback(draws=6, output_dir=str(tmp_path / "run"), **settings)
+    with pytest.raises(UserError, match=message):
+        quiet_trainer(callback).test(Gaussians(), loader(30), verbose=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_report_says_what_sets_come_to(tmp_path):
     run = made_up_run(tmp_path / "run", made_up_rows(200, 5), 5, coverage=0.9)
     evaluation = Evaluation.read(run)
