@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from lightning_diffclf.candidates import Candidates
 from lightning_diffclf.data.batch import unpack
-from lightning_diffclf.data.protocols import HasClassNames
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
-from lightning_diffclf.modules.conditions import Conditions, check_trains_all, conditions
+from lightning_diffclf.modules.conditions import Conditions, check_labels, check_trains_all, conditions
 from lightning_diffclf.modules.training import optimization
 
 
@@ -40,12 +39,8 @@ class TrainedClassifier(ByArguments, L.LightningModule):
         num_classes = self.hparams["num_classes"]
         if stage == "fit":
             check_trains_all(data, num_classes)
-        names = list(data.class_names or []) if isinstance(data, HasClassNames) else []
-        if names and len(names) != num_classes and getattr(data, "network_classes", None) is None:
-            raise UserError(
-                f"num_classes: {num_classes}, but the data have {len(names)} classes, {names[0]!r} to {names[-1]!r}; "
-                "expected a network trained on all of them, such as on images drawn by prompts for each"
-            )
+        elif stage != "predict":
+            check_labels(data, num_classes, self.hparams["class_names"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The names of the classes go with the weights, also where it was the data that said them."""

@@ -17,7 +17,7 @@ from lightning_diffclf.denoiser import ConditionVectors, evaluating
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.autoencoder import Autoencoder
-from lightning_diffclf.modules.conditions import AsksAboutClasses, check_trains_all
+from lightning_diffclf.modules.conditions import AsksAboutClasses, check_labels, check_trains_all
 from lightning_diffclf.modules.hub import OnHub
 from lightning_diffclf.modules.objectives import Objectives
 from lightning_diffclf.modules.training import (
@@ -152,6 +152,8 @@ class ClassConditionalDiT(AsksAboutClasses, ByArguments, OnHub, L.LightningModul
             check_trains_all(data, self.hparams["num_classes"])
             if self.hparams["compile"]:
                 self.net.compile()
+        elif stage != "predict":  # which may be of images that are of no class
+            check_labels(data, self.hparams["num_classes"], self.hparams["class_names"])
         for one in data.latents(stage) if isinstance(data, HasLatents) else []:
             one.check(self.image_shape, self.hparams["vae"])
 

@@ -66,6 +66,34 @@ def check_trains_all(data: object, num_classes: int) -> None:
         raise UserError(f"data: {len(groups)} classes to validate on, expected {num_classes} as in training")
 
 
+def check_labels(data: object, num_classes: int, class_names: Sequence[str] | None) -> None:
+    """Raise ValueError where the names of a data module's classes say that its labels are not those of a network.
+
+    Args:
+        data: A data module. One that says in ``network_classes`` which of the network's classes its own are is right.
+        num_classes: Classes of the network.
+        class_names: Their names, if known.
+    """
+    names = list(data.class_names or []) if isinstance(data, HasClassNames) else []
+    groups = data.network_classes if isinstance(data, HasNetworkClasses) else None
+    if not names or (groups is not None and len(groups) != num_classes):
+        return
+    if len(names) != num_classes:
+        raise UserError(
+            f"num_classes: {num_classes}, but the data have {len(names)} classes, {names[0]!r} to {names[-1]!r}; "
+            "expected a network trained on all of them, and on no others"
+        )
+    place_of = {name: c for c, name in enumerate(class_names or [])}
+    if list(place_of) == list(map(str, range(num_classes))):  # what classes without a name are called
+        return
+    for c, name in enumerate(names):
+        if place_of.get(name, c) != c:
+            raise UserError(
+                f"data: {name!r} is class {c}, but class {place_of[name]} of the network; expected the classes in the "
+                "order in which it was trained on them"
+            )
+
+
 class AsksAboutClasses:
     """For modules of a network with classes: what it is asked about, by the data module if there is one."""
 

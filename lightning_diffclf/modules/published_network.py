@@ -18,7 +18,7 @@ from lightning_diffclf.identity import ByArguments
 from lightning_diffclf.models.autoencoder import Autoencoder
 from lightning_diffclf.models.dit import DiT
 from lightning_diffclf.models.families import Family, Published, read_network
-from lightning_diffclf.modules.conditions import AsksAboutClasses
+from lightning_diffclf.modules.conditions import AsksAboutClasses, check_labels
 from lightning_diffclf.progress import tell
 from lightning_diffclf.sampling import denoise, initial_noise
 
@@ -146,6 +146,9 @@ class PublishedNetwork(AsksAboutClasses, ByArguments, L.LightningModule):
         data: object = getattr(self._trainer, "datamodule", None)
         if isinstance(data, HasLatents) and data.latents(stage):
             raise UserError("data: latents made beforehand, expected images: this network sees latents in its own way")
+        if stage != "predict":
+            num_classes, names, _ = self.own_classes()
+            check_labels(data, num_classes, names)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) to what the network sees (B, C, h, w): for latents, the mean of their posterior.

@@ -8,8 +8,9 @@ import torch
 from timm.data import ImageNetInfo
 
 from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, DiffusionClassifierCallback, Draws
+from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
-from lightning_diffclf.modules.conditions import conditions
+from lightning_diffclf.modules.conditions import check_labels, conditions
 from tests.photos import photos
 
 WNIDS = ImageNetInfo().label_names()
@@ -71,3 +72,19 @@ def test_names_without_data():
     assert conditions(3, None).candidates.names == ("0", "1", "2")
     assert conditions(2, ["cat", "dog"]).candidates.names == ("cat", "dog")
     assert conditions(3, None).rows is None
+
+
+def test_labels_that_are_not_those_of_the_network_are_refused_before_any_image():
+    settings = {"input_size": 8, "in_channels": 1, "latents": False, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", limit_test_batches=1, limit_predict_batches=1, **quiet)
+    without_47 = DigitsDataModule(left_out=[4, 7])
+    ten = ClassConditionalDiT(num_classes=10, class_names=None, **settings)
+    eight = ClassConditionalDiT(num_classes=8, class_names=list("01235689"), **settings)
+    trainer.test(eight, without_47, verbose=False)
+    with pytest.raises(ValueError, match=r"num_classes: 10, but the data have 8 classes, '0' to '9'; expected"):
+        trainer.test(ten, without_47)
+    with pytest.raises(ValueError, match="data: '4' is class 3, but class 4 of the network; expected the classes in"):
+        check_labels(DigitsDataModule(left_out=[3, 7]), 8, list("01x34689"))
+    check_labels(without_47, 8, list("01234567"))  # numbers are what classes without a name are called
+    trainer.predict(ten, without_47)  # images of no class
