@@ -133,7 +133,7 @@ def test_a_classifier_from_the_checkpoint_alone(run_dir):
 def test_settings_of_a_checkpoint_are_overridden_by_keyword(run_dir):
     rule = LikelihoodRatio(0.2)
     found = DiffusionClassifier.from_checkpoint(last(run_dir), raw=True, draws=7, elimination=rule, microbatch=5)
-    assert (found.recipe.draws, found.rule, found.microbatch) == (7, rule, 5)
+    assert (found.recipe.draws, found.recipe.elimination, found.microbatch) == (7, rule, 5)
     with pytest.raises(TypeError, match="no argument 'drawz'; did you mean 'draws'"):
         DiffusionClassifier.from_checkpoint(last(run_dir), drawz=7)
     weights = read_checkpoint(last(run_dir))["current_model_state"]
@@ -486,7 +486,8 @@ def test_proposals_by_name(run_dir, tmp_path, capsys):
     assert numbers["nfe_per_image"] == numbers["search_nfe_per_image"] + 3 * numbers["kept_per_image"]
     covariance = ["--classifier.proposal=CovarianceSearch", "--classifier.proposal.anchors=4"]
     evaluate([*flags, *covariance, "--classifier.proposal.images=20", "--out=covariance"])
-    assert "CovarianceSearch: fitted to 20 training images, 10 network calls each" in capsys.readouterr().out
+    told = "CovarianceSearch: fitted to 20 training images, 34 network calls each; measured inflation "
+    assert told in capsys.readouterr().out  # ten candidates, and three of them at eight draws
     assert json.loads(Path("covariance/metrics.json").read_text())["metrics"]["search_nfe_per_image"] == 4
     main(["report", "search"])
     assert "NFE of the search" in Path("search/report.html").read_text()

@@ -18,7 +18,7 @@ from lightning_diffclf.callbacks.loggers import AppendingCSVLogger
 from lightning_diffclf.callbacks.requeue import ENDS, SIGNALS, Requeue
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.results import store
-from lightning_diffclf.results.predictions import write_table
+from lightning_diffclf.results.row_files import write_part
 from lightning_diffclf.results.stored import read_table
 from tests.gaussians import Gaussians, loader
 
@@ -433,10 +433,10 @@ def test_an_evaluation_is_not_left_in_the_middle_of_writing(tmp_path, monkeypatc
 
     def told_while_writing(table, path):
         os.kill(os.getpid(), TERM)
-        write_table(table, path)
+        write_part(table, path)
         written.append(path)
 
-    monkeypatch.setattr(store, "write_table", told_while_writing)
+    monkeypatch.setattr(store, "write_part", told_while_writing)
     network = SignallingNetwork(-1)
     with pytest.raises(SystemExit) as left:
         evaluate("test", tmp_path / "out", Requeue(), network=network, flush_every=3)

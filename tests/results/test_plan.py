@@ -60,7 +60,7 @@ def test_cost_under_a_rule_is_that_of_the_first_images(rule):
     expected = list(classifier(data.images[:8], range(100, 108)))
     assert (m.nfe_sum, m.nfe_images) == (sum(r.nfe for r in expected), 8)
     assert m.flops_per_row == 0
-    assert classifier.rule is rule
+    assert classifier.recipe.elimination is rule
 
 
 def test_a_rule_is_not_tried_for_longer_than_allowed():

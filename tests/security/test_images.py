@@ -17,7 +17,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.results import charts
 from lightning_diffclf.results.evaluation import Evaluation
 from lightning_diffclf.results.page import render
-from lightning_diffclf.results.report import evaluation_page, write_report
+from lightning_diffclf.results.report import evaluation_page, make_figures, write_report
 from lightning_diffclf.results.store import Settings, claim, write_whole
 from tests.results.made_up import made_up_rows, made_up_run, to_table
 from tests.security.test_shards import member, pair, shard
@@ -105,7 +105,8 @@ def test_names_ids_and_paths_in_a_report_are_text():
     settings = Settings({"draws": 20, EVIL: EVIL}, info)
     folder = Path("<script>alert(4)<")
     write_whole(to_table(evil), settings, claim(folder, settings))
-    page = evaluation_page(Evaluation.read(folder), gallery=240)
+    evaluation = Evaluation.read(folder)
+    page = evaluation_page(evaluation, make_figures(evaluation), gallery=240)
     html = render(page, folder, settings, charts.specs(dict(page.charts)), library="")
     for harm in ("<script>alert", "<img src=x", "<svg/onload", "onerror=alert(2)>'\""):
         assert harm not in html
