@@ -1,4 +1,4 @@
-"""Whether alpha is kept among a thousand candidates: python benchmarks/bench_alpha.py [--images 725] (half an hour).
+"""Whether alpha is kept among a thousand candidates: python benchmarks/bench_alpha.py [--images 725] (an hour).
 
 On test triples that no setting was chosen on: those that bench_elimination.py does not use. All 64,000 errors of each
 would take hours; LikelihoodRatio(1e-6, inflation=3) takes some two thousand and decides the images whose errors are
