@@ -1,7 +1,7 @@
 """Whether alpha is kept among a thousand candidates: python benchmarks/bench_alpha.py [--images 725] (an hour).
 
 On test triples that no setting was chosen on: those that bench_elimination.py does not use. All 64,000 errors of each
-would take hours; LikelihoodRatio(1e-6, inflation=3) takes some two thousand and decides the images whose errors are
+would take hours; LikelihoodRatio(1e-6, inflation=3) takes some five thousand and decides the images whose errors are
 stored as all draws do, which is checked first. Each rule after CovarianceSearch() is compared with it, at the same
 draws, antithetic or independent. The fit of the search measures the inflation that a rule without one has ("measured").
 """

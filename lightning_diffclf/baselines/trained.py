@@ -39,8 +39,7 @@ class TrainedClassifier(ByArguments, L.LightningModule):
         num_classes = self.hparams["num_classes"]
         if stage == "fit":
             check_trains_all(data, num_classes)
-        elif stage != "predict":
-            check_labels(data, num_classes, self.hparams["class_names"])
+        check_labels(data, num_classes, self.hparams["class_names"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The names of the classes go with the weights, also where it was the data that said them."""

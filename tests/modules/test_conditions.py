@@ -8,6 +8,7 @@ import torch
 from timm.data import ImageNetInfo
 
 from lightning_diffclf import ClassConditionalDiT, DiffusionClassifier, DiffusionClassifierCallback, Draws
+from lightning_diffclf.baselines.timm_classifier import TimmFromScratch
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.data.zero_shot import ZeroShotDataModule
 from lightning_diffclf.modules.conditions import check_labels, conditions
@@ -87,4 +88,6 @@ def test_labels_that_are_not_those_of_the_network_are_refused_before_any_image()
     with pytest.raises(ValueError, match="data: '4' is class 3, but class 4 of the network; expected the classes in"):
         check_labels(DigitsDataModule(left_out=[3, 7]), 8, list("01x34689"))
     check_labels(without_47, 8, list("01234567"))  # numbers are what classes without a name are called
+    with pytest.raises(ValueError, match="num_classes: 10, but the data have 8 classes"):
+        trainer.predict(TimmFromScratch("resnet18", num_classes=10, in_channels=1), without_47)
     trainer.predict(ten, without_47)  # images of no class
