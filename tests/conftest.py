@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_diffclf.models.dit import DiT
+from lightning_diffclf.results import drawing
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn_here() -> Iterator[None]:
+    """Charts are drawn by the process that tests: to start one for each evaluation takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "pictures", drawing._draw)
+        yield
 
 
 class GoldenDiT(NamedTuple):

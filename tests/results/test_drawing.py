@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from lightning_diffclf.results import drawing
+from lightning_diffclf.results.drawing import pictures
 
 CHART = json.dumps({"data": {"values": [{"x": 1}, {"x": 2}]}, "mark": "point", "encoding": {"x": {"field": "x"}}})
 
@@ -17,7 +18,7 @@ def test_another_process_draws_the_same(monkeypatch, tmp_path):
     drawn = drawing.svg(CHART)
     here = drawn, drawing.png(drawn)
     monkeypatch.setattr(drawing, "_draw", lambda charts: pytest.fail("it was drawn here"))
-    assert drawing.pictures({"a": CHART, "b": CHART}) == {"a": here, "b": here}
+    assert pictures({"a": CHART, "b": CHART}) == {"a": here, "b": here}
     assert here[0].startswith("<svg")
     assert here[1].startswith(b"\x89PNG")
 
@@ -25,9 +26,9 @@ def test_another_process_draws_the_same(monkeypatch, tmp_path):
 @pytest.mark.parametrize("python", ["/bin/false", "/nowhere/python"])
 def test_without_another_process_pictures_are_drawn_here(python, monkeypatch):
     monkeypatch.setattr(sys, "executable", python)
-    assert drawing.pictures({"a": CHART}).keys() == {"a"}
+    assert pictures({"a": CHART}).keys() == {"a"}
 
 
 def test_a_chart_that_cannot_be_drawn_says_so():
     with pytest.raises(ValueError, match="conversion failed"):
-        drawing.pictures({"a": '{"mark": "nonsense"}'})
+        pictures({"a": '{"mark": "nonsense"}'})
