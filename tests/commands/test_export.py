@@ -1,10 +1,6 @@
 """What training wrote, through ``diffclf export``, to what diffusers reads."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -16,8 +12,6 @@ from lightning_diffclf import EMA, ClassConditionalDiT
 from lightning_diffclf.cli import main
 from lightning_diffclf.models.published import read_published
 from tests.photos import autoencoder
-
-ROOT = Path(__file__).parents[2]
 
 TINY = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 3, "lr": 1e-2}
 
@@ -79,12 +73,10 @@ def error_of(args) -> str:
     return message
 
 
-def test_the_average_goes_out_by_default(checkpoint, tmp_path):
-    command = ["export", f"--ckpt={checkpoint}", "--out=out"]
-    command = [sys.executable, "-c", "from lightning_diffclf.cli import main; main()", *command]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "DiTPipeline: out" in done.stdout
+def test_the_average_goes_out_by_default(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["export", f"--ckpt={checkpoint}", "--out=out"])
+    assert "DiTPipeline: out" in capsys.readouterr().out
     saved = torch.load(checkpoint, weights_only=True)
     assert_holds(tmp_path / "out", saved["state_dict"])
     pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
