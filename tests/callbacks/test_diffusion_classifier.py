@@ -3,8 +3,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -38,8 +36,7 @@ from lightning_diffclf.errors import UserError
 from lightning_diffclf.results.errors import StoredErrors
 from lightning_diffclf.results.stored import read_table
 from tests.gaussians import CLASSES, Gaussians, Samples, class_means, loader
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
 
 
 def trainer(*callbacks: L.Callback, **kwargs: object) -> L.Trainer:
@@ -100,19 +97,17 @@ def test_agrees_with_the_classifier_without_a_trainer(tmp_path):
     torch.testing.assert_close(torch.tensor(rows["scores_K"]), torch.stack([r.scores_K for r in direct]).float())
 
 
-def run_processes(devices: int, images: int, out: Path, *flags: str) -> tuple[dict, dict]:
-    command = [sys.executable, "tests/scripts/evaluate_gaussians.py", str(devices), str(images), str(out), *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read(out)
-
-
 @pytest.mark.ddp
 def test_processes_do_not_change_results(tmp_path):
-    """11 images on 1, 2 and 3 processes, with shards that Lightning pads: same rows, same counts, same metrics."""
-    for devices in (1, 2, 3):
-        run_processes(devices, 11, tmp_path / str(devices), *(["fit"] if devices == 2 else []))
+    """11 images on 1, 2 and 3 processes, with shards that Lightning pads: same rows, same counts, same metrics.
+
+    And two images on three, of which one has nothing to do but to take part.
+    """
+    calls = [(devices, 11, tmp_path / str(devices), devices == 2) for devices in (1, 2, 3)]
+    run_ranks("evaluate_gaussians.py", *calls, (3, 2, tmp_path / "few"))
+    rows, report = read(tmp_path / "few")
+    assert rows["id"] == ["100", "101"]
+    assert report["metrics"]["images"] == 2
     for rule in ("", "paired", "ratio"):
         rows, report = read(tmp_path / "1" / rule)
         assert report["metrics"]["images"] == len(rows["id"]) == 11
@@ -132,13 +127,6 @@ def test_processes_do_not_change_results(tmp_path):
                 assert more["metrics"][name] == pytest.approx(report["metrics"][name], rel=1e-5), name
             assert more["settings"]["ranks"] == devices
             assert not list((tmp_path / str(devices)).glob("**/*rank*"))
-
-
-@pytest.mark.ddp
-def test_ranks_without_images_take_part(tmp_path):
-    rows, report = run_processes(3, 2, tmp_path / "out")
-    assert rows["id"] == ["100", "101"]
-    assert report["metrics"]["images"] == 2
 
 
 @given(st.integers(1, 50), st.integers(1, 6), st.none() | st.integers(1, 60), st.booleans())

@@ -1,9 +1,7 @@
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import numpy as np
@@ -23,8 +21,8 @@ from lightning_diffclf.modules.conditions import Conditions, conditions
 from lightning_diffclf.modules.training import StepRandom, class_sets, keyed_generator
 from tests.conftest import GOLDEN
 from tests.photos import autoencoder, photos
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 TINY = {
     "input_size": 8,
     "in_channels": 1,
@@ -111,9 +109,9 @@ def test_without_sets_a_step_draws_what_it_always_drew():
 
 @pytest.mark.ddp
 def test_ranks_draw_different_noise_and_learn_what_one_process_would():
-    alone = run_ranks("fit_dit.py", 1)[0]
-    for devices, accumulate in ((1, 2), (2, 2), (3, 1)):
-        ranks = run_ranks("fit_dit.py", devices, accumulate)
+    calls = (1, 1), (1, 2), (2, 2), (3, 1)  # devices, batches of a step
+    (alone,), *others = run_ranks("fit_dit.py", *calls)
+    for (devices, accumulate), ranks in zip(calls[1:], others, strict=True):
         for a, b in itertools.combinations(ranks, 2):
             for x, y in zip(a["drawn"], b["drawn"], strict=True):
                 assert all(p != q for p, q in zip(x, y, strict=True))
@@ -125,51 +123,52 @@ def test_ranks_draw_different_noise_and_learn_what_one_process_would():
         assert ranks[0]["weight"] == pytest.approx(alone["weight"], rel=1e-3)
 
 
-def run_ranks(script: str, devices: int, *args: object) -> list[dict]:
-    """What each rank of a script printed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, f"tests/scripts/{script}", str(devices), *map(str, args)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = sorted(line[5:] for line in done.stdout.splitlines() if line.startswith("RANK"))
-    assert len(lines) == devices
-    return [json.loads(line[2:]) for line in lines]
+class Sharded(NamedTuple):
+    folder: Path
+    runs: dict[str, list[dict]]  # that of each rank
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Sharded:
+    folder = tmp_path_factory.mktemp("sharded")
+    half, other = folder / "2-6.ckpt", tmp_path_factory.mktemp("contrasted")
+    calls = {
+        "straight": (1, 8, folder, "compared"),
+        "begun": (2, 6, folder, "compared"),
+        "resumed": (2, 8, folder, "compared", half),
+        "contrasted alone": (1, 6, other, "contrasted"),
+        "contrasted": (2, 6, other, "contrasted"),
+    }
+    again = (1, 8, other, "compared", half)
+    found = run_ranks("fit_fsdp.py", *calls.values(), again)
+    return Sharded(folder, dict(zip([*calls, "resumed alone"], found, strict=True)))
 
 
 @pytest.mark.ddp
-def test_sharded_weights_and_their_average_become_what_whole_ones_would(tmp_path):
-    straight = run_ranks("fit_fsdp.py", 1, 8, tmp_path, "compared")[0]
-    whole = read_checkpoint(tmp_path / "1-8.ckpt")
-    begun = run_ranks("fit_fsdp.py", 2, 6, tmp_path, "compared")
-    resumed = run_ranks("fit_fsdp.py", 2, 8, tmp_path, "compared", tmp_path / "2-6.ckpt")
+def test_sharded_weights_and_their_average_become_what_whole_ones_would(sharded):
+    straight, alone = (sharded.runs[name][0] for name in ("straight", "resumed alone"))
+    begun, resumed = (sharded.runs[name] for name in ("begun", "resumed"))
     for name, count in (("losses", 2), ("validated", 1)):  # validation is with the average
         ranks = [one[name] + other[name] for one, other in zip(begun, resumed, strict=True)]
         assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(straight[name], rel=1e-4)
         assert all(len(one[name]) == count for one in resumed)
     assert all(one["share"] < 0.75 for one in begun)  # of two: some small ones are whole between steps
-    sharded = read_checkpoint(tmp_path / "2-8.ckpt")
-    assert sharded["averaging_state"] == whole["averaging_state"]
+    whole, parts = (read_checkpoint(sharded.folder / f"{devices}-8.ckpt") for devices in (1, 2))
+    assert parts["averaging_state"] == whole["averaging_state"]
     for part in ("state_dict", "current_model_state"):
-        assert whole[part].keys() == sharded[part].keys()
+        assert whole[part].keys() == parts[part].keys()
         for name, value in whole[part].items():
-            assert (sharded[part][name] - value).norm() <= 1e-4 * value.norm(), (part, name)
+            assert (parts[part][name] - value).norm() <= 1e-4 * value.norm(), (part, name)
     average, trained = whole["state_dict"], whole["current_model_state"]
     assert any((trained[name] - value).norm() > 0.05 * value.norm() for name, value in average.items())
     # a checkpoint of sharded weights is one like any other: one process resumes from it
-    alone = run_ranks("fit_fsdp.py", 1, 8, tmp_path, "compared", tmp_path / "2-6.ckpt")[0]
     assert alone["losses"] == pytest.approx(straight["losses"][6:], rel=1e-4)
     assert alone["validated"] == pytest.approx(straight["validated"][3:], rel=1e-4)
 
 
 @pytest.mark.ddp
-def test_sharded_weights_learn_the_same_contrast(tmp_path):
-    alone, *ranks = (one for count in (1, 2) for one in run_ranks("fit_fsdp.py", count, 6, tmp_path, "contrasted"))
+def test_sharded_weights_learn_the_same_contrast(sharded):
+    (alone,), ranks = (sharded.runs[name] for name in ("contrasted alone", "contrasted"))
     for name in ("losses", "validated"):
         found = [sum(pair) / 2 for pair in zip(*(one[name] for one in ranks), strict=True)]
         assert found == pytest.approx(alone[name], rel=1e-4)

@@ -1,14 +1,14 @@
-"""Test on N processes, under three rules: evaluate_gaussians.py DEVICES IMAGES OUT [fit]."""
-
-import sys
+"""Test on N processes, under three rules; see tests/ranks.py."""
 
 import lightning as L
 
 from lightning_diffclf import DiffusionClassifierCallback, LikelihoodRatio, PairedTest
+from lightning_diffclf.results import charts
 from tests.gaussians import Gaussians, loader
+from tests.ranks import answer
 
-if __name__ == "__main__":
-    devices, images, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+def work(devices: int, images: int, out: str, fit: bool = False) -> None:
     callback = DiffusionClassifierCallback(draws=12, microbatch=16, output_dir=out, fit_images=5)
     rules = [
         DiffusionClassifierCallback(
@@ -27,7 +27,12 @@ if __name__ == "__main__":
         callbacks=[*rules, callback],
     )
     module = Gaussians()
-    if "fit" in sys.argv:
+    if fit:
         trainer.fit(module, loader(4 * devices, 2), loader(images, 2))  # two steps, then validation
         assert callback.metrics["images"] == min(5, images), callback.metrics
     trainer.test(module, loader(images, batch_size=2), verbose=False)
+
+
+if __name__ == "__main__":
+    charts.drawing.pictures = lambda charts: {}  # which takes longer than all the rest
+    answer(work)

@@ -1,13 +1,11 @@
-"""Fit a tiny DiT on N processes and print what each rank drew and the losses: fit_dit.py DEVICES [ACCUMULATE]."""
-
-import json
-import sys
+"""Fit a tiny DiT on N processes: what each rank drew, and the losses; see tests/ranks.py."""
 
 import lightning as L
 import torch
 
 from lightning_diffclf import EMA, ClassConditionalDiT
 from lightning_diffclf.data.digits import DigitsDataModule
+from tests.ranks import answer
 
 
 class Recording(ClassConditionalDiT):
@@ -23,17 +21,17 @@ class Recording(ClassConditionalDiT):
         return losses
 
 
-if __name__ == "__main__":
+def work(devices: int, accumulate: int) -> dict:
     torch.manual_seed(0)
     sizes = {"input_size": 8, "in_channels": 1, "num_classes": 10, "hidden_size": 16, "depth": 1, "num_heads": 2}
     model = Recording(**sizes, latents=False, class_sets=0.5, classification=0.5, compared_share=1.0)
     model.drawn, model.seen = [], []
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=int(sys.argv[1]),
+        devices=devices,
         strategy="ddp",
         max_steps=6,
-        accumulate_grad_batches=int((sys.argv[2:] or ["1"])[0]),
+        accumulate_grad_batches=accumulate,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -41,10 +39,8 @@ if __name__ == "__main__":
     )
     trainer.fit(model, DigitsDataModule(batch_size=96))
     weight = model.net.final_layer.linear.weight.double().abs().sum().item()
-    line = (
-        f"RANK {trainer.global_rank} "
-        + json.dumps({"drawn": model.drawn, "losses": model.seen, "weight": weight})
-        + "\n"
-    )
-    sys.stdout.write(line)  # at once: ranks share the pipe, and print may write the end of the line apart
-    sys.stdout.flush()
+    return {"drawn": model.drawn, "losses": model.seen, "weight": weight}
+
+
+if __name__ == "__main__":
+    answer(work)

@@ -1,10 +1,4 @@
-"""Fit a tiny DiT on N processes with sharded weights and save it.
-
-fit_fsdp.py DEVICES STEPS FOLDER OBJECTIVES [CHECKPOINT], with objectives "compared" or "contrasted"
-"""
-
-import json
-import sys
+"""Fit a tiny DiT on N processes with sharded weights and save it; see tests/ranks.py."""
 
 import lightning as L
 import torch
@@ -14,6 +8,7 @@ from lightning_diffclf import EMA, ClassConditionalDiT
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.modules import objectives
 from lightning_diffclf.modules.objectives import of_another_class
+from tests.ranks import answer
 
 OBJECTIVES = {
     # Of the batch's first quarter, which the processes have half of each, errors of several classes are compared.
@@ -56,11 +51,10 @@ class Recording(ClassConditionalDiT):
         return loss
 
 
-if __name__ == "__main__":
-    devices, steps, folder, checkpoint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (sys.argv[5:] or [None])[0]
+def work(devices: int, steps: int, folder: str, objective: str, checkpoint: str | None = None) -> dict:
     torch.manual_seed(0)
     sizes = {"input_size": 8, "in_channels": 1, "num_classes": 10, "hidden_size": 16, "depth": 2, "num_heads": 2}
-    model = Recording(**sizes, **OBJECTIVES[sys.argv[4]], latents=False, lr=1e-2)
+    model = Recording(**sizes, **OBJECTIVES[objective], latents=False, lr=1e-2)
     if devices == 1:
         objectives.of_another_class = of_the_same_half
     model.seen, model.validated = [], []
@@ -79,6 +73,8 @@ if __name__ == "__main__":
     )
     trainer.fit(model, DigitsDataModule(batch_size=96), ckpt_path=checkpoint)
     trainer.save_checkpoint(f"{folder}/{devices}-{steps}.ckpt")
-    found = {"losses": model.seen, "validated": model.validated, "share": model.share}
-    sys.stdout.write(f"RANK {trainer.global_rank} " + json.dumps(found) + "\n")
-    sys.stdout.flush()
+    return {"losses": model.seen, "validated": model.validated, "share": model.share}
+
+
+if __name__ == "__main__":
+    answer(work)
