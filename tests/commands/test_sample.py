@@ -1,9 +1,4 @@
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +18,7 @@ from lightning_diffclf.sampling import initial_noise
 from tests.conftest import GOLDEN
 from tests.models import published_twins as twins
 from tests.photos import autoencoder
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
 
 
 def checkpoint(folder, **settings):
@@ -97,37 +91,14 @@ def test_a_command_that_failed_is_not_gone_on_with(digits, tmp_path):
     assert len(sample(tmp_path)) == 12
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @pytest.mark.ddp
 def test_processes_share_the_work(digits, tmp_path):
     alone = sample(tmp_path, "alone", per_class=3)
     shutil.copytree(tmp_path / "alone", tmp_path / "both")
     for name in sorted(alone)[1:]:
         (tmp_path / "both" / name).unlink()
-    command = ["sample", f"--ckpt={tmp_path / 'last.ckpt'}", f"--out={tmp_path / 'both'}", "--steps=3", "--per_class=3"]
-    command = [sys.executable, "-c", "from lightning_diffclf.cli import main; main()", *command]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    port = str(free_port())
-    # as torchrun starts them; Lightning's own launcher would run this "-c" again
-    ranks = [
-        subprocess.Popen(
-            [*command, "--accelerator=cpu", "--devices=2"],
-            env=environment
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "one"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    said = [rank.communicate(timeout=200)[0] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
+    flags = [f"--ckpt={tmp_path / 'last.ckpt'}", f"--out={tmp_path / 'both'}", "--steps=3", "--per_class=3"]
+    [said] = run_ranks("command.py", (2, "sample", *flags, "--accelerator=cpu", "--devices=2"))
     both = {str(p.relative_to(tmp_path / "both")): p.read_bytes() for p in (tmp_path / "both").glob("*/*.png")}
     assert both == alone
     assert sum("12 images of 4 classes" in text for text in said) == 1
