@@ -23,6 +23,7 @@ from lightning_diffclf.commands import telling
 from lightning_diffclf.data.digits import DigitsDataModule
 from lightning_diffclf.errors import UserError
 from lightning_diffclf.modules.checkpoints import trained_module
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -240,36 +241,22 @@ def test_published_weights_are_evaluated_and_trained_on(tmp_path, capsys):
 
 
 @pytest.mark.ddp
-def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path):
-    settings = ["--model.decay=none", "--samples.columns=0", "--classifier.fit_images=0", "--trainer.accelerator=cpu"]
-    settings += ["--trainer.val_check_interval=2", "--checkpoint.every_n_train_steps=2"]
-
-    def run(folder, steps, devices):
-        flags = [f"--run_dir={folder}", f"--trainer.max_steps={steps}", f"--trainer.devices={devices}"]
-        command = [sys.executable, str(ROOT / "train.py"), *QUICK, *settings, *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout + done.stderr
-
-    run("straight", 4, 1)
-    run("changed", 2, 2)
-    assert "resuming with 1 processes in place of 2" in run("changed", 4, 1)
-    straight, changed = (read_checkpoint(tmp_path / d / "checkpoints" / "last.ckpt") for d in ("straight", "changed"))
-    assert straight["global_step"] == changed["global_step"] == 4
-    for name, value in straight["current_model_state"].items():
-        torch.testing.assert_close(changed["current_model_state"][name], value, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.ddp
-def test_bare_names_work_from_anywhere_and_argv_is_left_alone(tmp_path):
-    """A real process, in another folder, on two ranks that Lightning starts by running the same command again."""
-    command = [sys.executable, str(ROOT / "train.py"), *QUICK, "--run_dir=here", "--trainer.devices=2"]
-    command += ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--samples.columns=0"]
+def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, caplog):
+    """The two ranks are real processes, in another folder, which Lightning starts by running the same command again."""
+    settings = [*QUICK, "--model.decay=none", "--samples.columns=0", "--classifier.fit_images=0"]
+    settings += ["--trainer.accelerator=cpu", "--trainer.val_check_interval=2"]
+    train([*settings, "--run_dir=straight"])
+    command = [sys.executable, str(ROOT / "train.py"), *settings, "--run_dir=changed"]
+    command += ["--trainer.max_steps=2", "--trainer.devices=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert read_checkpoint(tmp_path / "here" / "checkpoints" / "last.ckpt")["global_step"] == 4
+    train([*settings, "--run_dir=changed"])
+    assert "resuming with 1 processes in place of 2" in caplog.text
+    straight, changed = (read_checkpoint(Path(d) / "checkpoints" / "last.ckpt") for d in ("straight", "changed"))
+    assert straight["global_step"] == changed["global_step"] == 4
+    for name, value in straight["current_model_state"].items():
+        torch.testing.assert_close(changed["current_model_state"][name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_subcommands(run_dir, capsys):
@@ -502,20 +489,25 @@ def test_proposals_by_name(run_dir, tmp_path, capsys):
     assert not Path("none").exists()
 
 
+@pytest.mark.ddp
+def test_two_ranks_plan_together(run_dir, tmp_path):
+    evaluation = ["evaluate", f"--ckpt={last(run_dir)}", f"--out={tmp_path / 'out'}", "--trainer.accelerator=cpu"]
+    [[plan, other]] = run_ranks("command.py", (2, *evaluation, "--trainer.devices=2", "--plan"))
+    assert plan.count("plan of the evaluation") == 1
+    assert "on 2 ranks" in plan
+    assert " 360 " in plan
+    assert "plan" not in other
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_two_ranks_keep_errors_and_plan_together(run_dir, tmp_path):
+def test_two_ranks_keep_errors_together(run_dir, tmp_path):
+    """Both are real processes, as those of training."""
     command = [sys.executable, str(ROOT / "evaluate.py"), f"--ckpt={last(run_dir)}", "--out=out", "--keep-errors"]
     command += ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    settings = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
-    planned = subprocess.run([*command, "--plan"], **settings)
-    assert planned.returncode == 0, planned.stderr[-3000:]
-    assert planned.stdout.count("plan of the evaluation") == 1
-    assert "on 2 ranks" in planned.stdout
-    assert " 360 " in planned.stdout
-    assert not (tmp_path / "out").exists()
-    done = subprocess.run(command, **settings)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     tables = [pq.read_table(tmp_path / "out" / f"{name}.parquet") for name in ("errors", "predictions")]
     assert tables[0]["id"].to_pylist() == tables[1]["id"].to_pylist()
