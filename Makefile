@@ -31,9 +31,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env ## Train a DiT on handwritten digits and classify with it
 	$(BIN)/diffclf demo
 
-# Two processes that compute with one thread each; PYTEST_ARGS="-n 0 --pdb" for one.
+# Two processes that compute with one thread each, and take files in their order: the last ones are short, so that both
+# end about together. PYTEST_ARGS="-n 0 --pdb" for one.
 test: lint ## Lint, check types and run all tests (make test PYTEST_ARGS="-k schedule")
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-versions: env ## Run all tests on each Python with the newest dependencies, and on the first with the oldest
 	@for python in $(PYTHONS); do $(call isolated,$$python,highest) || failed="$$failed $$python"; done; \
