@@ -179,16 +179,15 @@ def test_parts_are_disjoint_and_make_up_the_whole(run_dir, tmp_path, capsys):
     quiet = "--trainer.enable_progress_bar=false"
     evaluate([f"--ckpt={last(run_dir)}", f"--out={tmp_path / 'whole'}", quiet])
     for i in (1, 2, 3):
-        evaluate([f"--ckpt={last(run_dir)}", f"--out={tmp_path / str(i)}", f"--part={i}/3", quiet])
-    parts = [pq.read_table(tmp_path / str(i) / "predictions.parquet") for i in (1, 2, 3)]
+        evaluate([f"--ckpt={last(run_dir)}", f"--part={i}/3", quiet])
+    folders = [run_dir / f"evaluation-{i}of3" for i in (1, 2, 3)]  # of their own, if none is named
+    parts = [pq.read_table(folder / "predictions.parquet") for folder in folders]
     assert sum(part.num_rows for part in parts) == 360
     assert all(90 < part.num_rows < 150 for part in parts)
-    main(["merge", *(str(tmp_path / str(i)) for i in (1, 2, 3)), f"--out={tmp_path / 'merged'}"])
+    main(["merge", *map(str, folders), f"--out={tmp_path / 'merged'}"])
     whole, merged = (pq.read_table(tmp_path / name / "predictions.parquet").to_pydict() for name in ("whole", "merged"))
     assert all(whole[name] == merged[name] for name in ("id", "label", "prediction", "nfe"))
     np.testing.assert_allclose(whole["scores_K"], merged["scores_K"], rtol=1e-4)
-    evaluate([f"--ckpt={last(run_dir)}", "--part=2/3", quiet])  # folders of their own, if none is named
-    assert (run_dir / "evaluation-2of3" / "predictions.parquet").is_file()
     for wrong in ("4/3", "0/3", "two/3", "3"):
         assert f"part: '{wrong}', expected i/n" in fails(
             capsys, evaluate, [f"--ckpt={last(run_dir)}", f"--part={wrong}"]
