@@ -79,10 +79,11 @@ def trained(
     folder: Path,
     task: str = "digit_pairs",
     settings: dict[str, Any] | None = None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> tuple[ClassConditionalDiT, float]:
     """The network with averaged weights, and the seconds that training took; from the folder if it is there.
 
-    ``settings`` are those of the variant, if it is none of :data:`VARIANTS`.
+    ``settings`` are those of the variant, if it is none of :data:`VARIANTS`; ``callbacks`` are of its training.
     """
     config = yaml.safe_load((CONFIGS / f"dit_{task}.yaml").read_text())
     changes = VARIANTS[variant] if settings is None else settings
@@ -94,11 +95,18 @@ def trained(
             return module.eval(), 0.0
     name = variant.replace(", ", "-").replace(" ", "_")
     data = TASKS[task].data(**config["data"]["init_args"] | {"batch_size": batch, "seed": seed})
-    return fitted(module, data, steps, seed, lambda step: folder / f"{name}-{step}-{batch}-{seed}.safetensors")
+    return fitted(
+        module, data, steps, seed, lambda step: folder / f"{name}-{step}-{batch}-{seed}.safetensors", callbacks
+    )
 
 
 def fitted(
-    module: ClassConditionalDiT, data: L.LightningDataModule, steps: int, seed: int, path_of: Callable[[int], Path]
+    module: ClassConditionalDiT,
+    data: L.LightningDataModule,
+    steps: int,
+    seed: int,
+    path_of: Callable[[int], Path],
+    callbacks: Sequence[L.Callback] = (),
 ) -> tuple[ClassConditionalDiT, float]:
     """A network with averaged weights, and the CPU seconds of its training; from ``path_of(steps)`` if it is there."""
     path = path_of(steps)
@@ -125,7 +133,7 @@ def fitted(
         enable_checkpointing=False,
         enable_progress_bar=False,
         limit_val_batches=0,
-        callbacks=[ema, Keep()],
+        callbacks=[ema, Keep(), *callbacks],
     )
     trainer.fit(module, data)
     return fitted(module, data, steps, seed, path_of)
