@@ -80,7 +80,7 @@ class CovarianceSearch(FittedSearch):
         miss: float = 0.02,
         least: int = 3,
         most: int = 64,
-        temper: float = 0.13,
+        temper: float = 0.12,
         nugget: float = 0.02,
         images: int = 100,
     ) -> None:
