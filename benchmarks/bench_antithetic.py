@@ -1,7 +1,7 @@
 """Do antithetic draws, or weights, decide with fewer calls? python benchmarks/bench_antithetic.py [--seeds 3].
 
-Digits, all errors of all test images with 100 draws: independent ones at 100 timesteps, antithetic ones at the first 50
-of these, twice each. The first table says how often the first draws are right, of all candidates; the second what rules
+Digits, all errors of all test images with 100 draws: independent ones at 100 timesteps, antithetic ones at 50, twice
+each. The first table says how often the first draws are right, of all candidates; the second what rules
 take and how often they decide as all draws of the same kind and weights do, replayed on the stored errors.
 """
 
@@ -28,7 +28,7 @@ def stored(path: Path, images: int | None, **draws: object) -> StoredErrors:
     task = TASKS["digits"]
     some, labels, ids = (part[:images] for part in task.test())
     settings = {"keep_errors": True, "keep_distances": True, "microbatch": 250}
-    classifier = DiffusionClassifier(task.network(), Draws(DRAWS, grid=DRAWS, **draws), **settings)
+    classifier = DiffusionClassifier(task.network(), Draws(DRAWS, **draws), **settings)
     writer = ErrorsWriter(path, ErrorsInfo.of(classifier), distances=True)
     run = classifier.run()
     run.add(some, ids)

@@ -474,7 +474,7 @@ def test_proposals_by_name(run_dir, tmp_path, capsys):
     evaluate([*flags, *covariance, "--classifier.proposal.images=20", "--out=covariance"])
     told = "CovarianceSearch: fitted to 20 training images, 34 network calls each; measured inflation "
     assert told in capsys.readouterr().out  # ten candidates, and three of them at eight draws
-    assert json.loads(Path("covariance/metrics.json").read_text())["metrics"]["search_nfe_per_image"] == 4
+    assert json.loads(Path("covariance/metrics.json").read_text())["metrics"]["search_nfe_per_image"] == 8
     main(["report", "search"])
     assert "NFE of the search" in Path("search/report.html").read_text()
     capsys.readouterr()

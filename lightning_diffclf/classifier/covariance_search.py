@@ -26,6 +26,7 @@ from lightning_diffclf.noise import KeyedNoise
 if TYPE_CHECKING:
     from lightning_diffclf.classifier.diffusion_classifier import DiffusionClassifier
 
+DRAWS = 2  # antithetic ones, of noise and its negative, that anchors are evaluated at
 RIVALS, RIVALS_DRAWS = 3, 8  # candidates of an image, and draws, that measure the inflation
 EXPECTED_AT_ONCE = 2**18  # expected predictions, as numbers
 
@@ -35,25 +36,25 @@ class CovarianceSearch(FittedSearch):
 
     :meth:`fit` evaluates all candidates of some images, whose labels it does not read, at one draw each. For every
     value of x0, what the candidates predict of the noise is taken to be normal, with the mean and the covariance found
-    there. To propose for another image, a few candidates, the anchors, are evaluated at one draw; the expected
-    predictions of all others given theirs (as in kriging) give all errors e. The log likelihoods -D/2 · log e (D:
-    values of x0), tempered, make the weights, and the candidates with most of the weight are proposed. See
-    docs/elimination.md. :meth:`fit` also measures the ``inflation`` that :class:`~.sequential.LikelihoodRatio` has
-    afterwards, unless it was given one: of each image, the three best candidates are evaluated at eight more draws. An
-    evaluation under a Trainer fits it to training images of the data module, where that was not
-    done.
+    there. To propose for another image, a few candidates, the anchors, are evaluated at two antithetic draws, of noise
+    ε and -ε; the expected predictions of all others given theirs (as in kriging) give all errors e of each draw. The
+    log likelihoods -D/2 · Σ log e (D: values of x0), tempered, make the weights, and the candidates with most of the
+    weight are proposed. See docs/elimination.md. :meth:`fit` also measures the ``inflation`` that
+    :class:`~.sequential.LikelihoodRatio` has afterwards, unless it was given one: of each image, the three best
+    candidates are evaluated at eight more draws. An evaluation under a Trainer fits it to training images of the data
+    module, where that was not done.
 
-    Results depend on (seed, image id, image, candidates) and on what it was fitted to. The draw is its own, so that
-    those which decide among the proposed are independent of the one that proposed them.
+    Results depend on (seed, image id, image, candidates) and on what it was fitted to. The draws are its own, so that
+    those which decide among the proposed are independent of the two that proposed them.
 
     Args:
-        anchors: Candidates to evaluate: those that tell most about all others, whether they are in play or not. Images
-            with no more candidates than these are not searched.
+        anchors: Candidates to evaluate, each twice: those that tell most about all others, whether they are in play or
+            not. Images whose candidates are no more than these calls are not searched.
         timestep: Where on the time axis, 0 being the cleanest and 1 the noisiest.
         miss: Candidates are kept until the weight of all others is below this, in (0, 1).
         least: Candidates to keep at least.
         most: Candidates to keep at most.
-        temper: Share of the nats that makes weights, above 0: one draw is not all of them.
+        temper: Share of the nats that makes weights, above 0: two draws are not all of them.
         nugget: Variance that is no candidate's in common with others, in units of the mean variance, above 0.
         images: Training images that an evaluation fits it to, at most.
 
@@ -74,12 +75,12 @@ class CovarianceSearch(FittedSearch):
 
     def __init__(
         self,
-        anchors: int = 8,
-        timestep: float = 0.6,
+        anchors: int = 6,
+        timestep: float = 0.5,
         miss: float = 0.02,
-        least: int = 2,
+        least: int = 3,
         most: int = 64,
-        temper: float = 0.16,
+        temper: float = 0.12,
         nugget: float = 0.02,
         images: int = 100,
     ) -> None:
@@ -211,7 +212,7 @@ class CovarianceSearch(FittedSearch):
         ids: Sequence[int | str],
         candidates: Sequence[np.ndarray],
     ) -> Found:
-        """As :meth:`Search.propose`. Where a prediction is NaN or infinite, the draw is dropped and all stay.
+        """As :meth:`Search.propose`. Draws with a NaN or infinite prediction do not count; without any, all stay.
 
         Raises:
             ValueError: before :meth:`fit`, or if it was fitted to another number of candidates or of values.
@@ -223,7 +224,8 @@ class CovarianceSearch(FittedSearch):
             )
         found, nfe, dropped = list(candidates), [0] * len(ids), [0] * len(ids)
         anchors_A = self._anchors_A.to(images.device)
-        searched = [b for b, one in enumerate(candidates) if len(one) > max(2, self.least, len(anchors_A))]
+        cost = DRAWS * len(anchors_A)
+        searched = [b for b, one in enumerate(candidates) if len(one) > max(2, self.least, cost)]
         group_of = groups_of(classifier)
         for first in range(0, len(searched), classifier.microbatch):  # some images at a time, whose predictions wait
             some = searched[first : first + classifier.microbatch]
@@ -232,13 +234,16 @@ class CovarianceSearch(FittedSearch):
                 raise UserError(f"covariance search: fitted to {len(fitted)} values of x0, found {x0[0].numel()}")
             self._weight = fitted = fitted.to(x0.device)
             noise = _noise(x0, [ids[b] for b in some], classifier.draws.seed)
+            x0, noise = torch.cat([x0, x0]), torch.cat([noise, -noise])
             predicted_BAD = self._predictions(denoiser, x0, noise, anchors_A, classifier.microbatch)
             with torch.autocast(x0.device.type, enabled=False):
                 errors_BK = self.errors(predicted_BAD, noise.flatten(1)).cpu().double()
-            for b, errors_K in zip(some, errors_BK, strict=True):
-                nfe[b], dropped[b] = len(anchors_A), int(not errors_K.isfinite().all())
-                if not dropped[b]:
-                    nats_K = -len(fitted) / 2 * errors_K[candidates[b]].clamp_min(1e-30).log()
+            for b, errors_SK in zip(some, errors_BK.unflatten(0, (DRAWS, -1)).unbind(1), strict=True):
+                finite_S = errors_SK.isfinite().all(1)
+                nfe[b], dropped[b] = cost, DRAWS - int(finite_S.sum())
+                if dropped[b] < DRAWS:
+                    log_K = errors_SK[finite_S][:, candidates[b]].clamp_min(1e-30).log().sum(0)
+                    nats_K = -len(fitted) / 2 * log_K
                     weights_K = (self.temper * nats_K).softmax(0).numpy()
                     found[b] = heaviest(weights_K, candidates[b], group_of, self.miss, self.least, self.most)
         return Found(found, nfe, dropped)
@@ -246,7 +251,7 @@ class CovarianceSearch(FittedSearch):
     def identity(self) -> dict[str, Any]:
         """What proposals depend on beside the denoiser."""
         learnt = {name: digest_of_tensor(value) for name, value in self.state_dict().items()}
-        return {name: getattr(self, name) for name in self.SETTINGS} | learnt
+        return {name: getattr(self, name) for name in self.SETTINGS} | {"draws": DRAWS} | learnt
 
     def state_dict(self) -> dict[str, Tensor]:
         if self._weight is None:
@@ -303,7 +308,7 @@ def inflations(
 
 
 def _noise(x0: Tensor, ids: Sequence[int | str], seed: int) -> Tensor:
-    """Noise of the search's draw of images with these ids, of the shape of x0."""
+    """Noise of the search's first draw of images with these ids, of the shape of x0."""
     keyed, noise = KeyedNoise(seed), np.empty(x0.shape, dtype=np.float32)
     for out, image_id in zip(noise, ids, strict=True):
         keyed.fill(out, keyed.key(image_id), FIRST_DRAW)

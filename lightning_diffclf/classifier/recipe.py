@@ -124,4 +124,7 @@ class Recipe:
         for name in ("grid", "antithetic"):
             if not getattr(self, name):  # as in runs of earlier versions, which can go on
                 names.remove(name)
-        return {name: identity_of(getattr(self, name)) for name in names}
+        found = {name: identity_of(getattr(self, name)) for name in names}
+        if self.antithetic and self.grid is None:
+            found["antithetic"] = "middle first"  # earlier versions, which wrote true, visited them in nested order
+        return found

@@ -21,19 +21,16 @@ class Pairs(Toy):
         left, right = torch.randn(2, 10, int(np.prod(SHAPE)), generator=generator)
         half = torch.arange(left.shape[1]) < left.shape[1] // 2
         self.table = torch.nn.Parameter(torch.cat([torch.where(half, one, right) for one in left]) * 2)
-        self.broken: int | None = None
+        self.broken, self.broken_above = -1, -torch.inf  # the candidate, and the sum of x_t from which it is
 
     def predict(self, x_t, t, candidate):
         output = super().predict(x_t, t, candidate)
-        return (
-            output
-            if self.broken is None
-            else torch.where((candidate == self.broken)[:, None, None, None], torch.nan, output)
-        )
+        breaks = (candidate == self.broken) & (x_t.flatten(1).sum(1) > self.broken_above)
+        return torch.where(breaks[:, None, None, None], torch.nan, output)
 
 
 NET, IMAGES = Pairs(), torch.rand(80, *SHAPE, generator=torch.Generator().manual_seed(2)) * 2 - 1
-SETTINGS = {"temper": 1.0, "miss": 0.1}  # the draw that it sees is what counts here
+SETTINGS = {"timestep": 0.6, "temper": 2.0, "miss": 0.1}  # the draws that it sees are what counts here
 FITTED = CovarianceSearch(**SETTINGS).fit(NET, [(IMAGES[:25], None), (IMAGES[25:60], None)])
 
 
@@ -47,10 +44,11 @@ def lists(found):
     return [one.tolist() for one in found.candidates]
 
 
-def predictions_of_all(x0, key, seed):
-    """What each candidate predicts (K, D), and the noise (D,), at 0.6 of the time axis: one call for each candidate."""
+def predictions_of_all(x0, key, seed, sign=1):
+    """What each candidate predicts (K, D), and the noise (D,), at 0.6 of the time axis: a call for each."""
     noise, keyed = np.empty(SHAPE, dtype=np.float32), KeyedNoise(seed)
     keyed.fill(noise, keyed.key(key), FIRST_DRAW)
+    noise *= sign
     t = torch.full((100,), 600)
     x_t = NET.schedule.add_noise(x0.expand(100, *SHAPE), torch.from_numpy(noise).expand(100, *SHAPE), t)
     with torch.no_grad():
@@ -74,12 +72,12 @@ def test_what_is_predicted_is_the_conditional_mean_of_a_normal_distribution():
         np.testing.assert_allclose(
             FITTED.errors(*asked)[0], np.square(expected_KD - told_D).mean(1), rtol=1e-3, atol=1e-5
         )
-    # Eight of a hundred say nearly all about the others, whose halves they share.
+    # Six of a hundred say nearly all about the others, whose halves they share.
     assert np.square(expected_KD - truth_KD).mean() < 0.1 * truth_KD.var(0).mean()
 
 
 def test_it_measures_how_much_more_differences_vary_than_residuals_say():
-    search = CovarianceSearch().fit(NET, [(IMAGES[:3], None)])
+    search = CovarianceSearch(**SETTINGS).fit(NET, [(IMAGES[:3], None)])
     keyed, noise, timesteps = KeyedNoise(0), np.empty(SHAPE, dtype=np.float32), Draws(8).visit(NET.schedule)
     found = []
     for b, x0 in enumerate(IMAGES[:3]):
@@ -131,12 +129,15 @@ def test_anchors_are_the_pivots_of_a_cholesky_decomposition():
 def test_it_finds_the_best_of_all_candidates_and_counts_its_calls():
     images, calls = IMAGES[60:], len(NET.calls)
     found = propose(FITTED, images)
-    assert found.nfe == [8] * 20
-    assert sum(len(candidate) for *_, candidate in NET.calls[calls:]) == 160
-    best = []  # of all candidates, at the draw that the search sees
+    assert found.nfe == [12] * 20
+    assert sum(len(candidate) for *_, candidate in NET.calls[calls:]) == 240
+    best = []  # of all candidates, at the two draws that the search sees
     for b, x0 in enumerate(images):
-        predicted_KD, noise_D = predictions_of_all(x0, b, 5)
-        best.append(int(np.square(predicted_KD - noise_D).mean(1).argmin()))
+        nats_K = np.zeros(100)
+        for sign in (1, -1):
+            predicted_KD, noise_D = predictions_of_all(x0, b, 5, sign)
+            nats_K -= np.log(np.square(predicted_KD - noise_D).mean(1))
+        best.append(int(nats_K.argmax()))
     assert np.mean([one in some for one, some in zip(best, lists(found), strict=True)]) >= 0.95
     assert np.mean([len(some) for some in lists(found)]) < 30
 
@@ -154,17 +155,26 @@ def test_only_anchors_are_called_and_few_candidates_are_not_searched():
     some, calls = np.arange(0, 100, 3), len(NET.calls)
     found = propose(FITTED, IMAGES[60:61], candidates=[some])
     asked = [int(k) for *_, candidate in NET.calls[calls:] for k in candidate]
-    assert asked == FITTED.state_dict()["anchors"].tolist()
+    assert asked == 2 * FITTED.state_dict()["anchors"].tolist()
     assert set(lists(found)[0]) <= set(some.tolist())
-    few = propose(FITTED, IMAGES[60:61], candidates=[np.arange(8)])
-    assert (lists(few), few.nfe) == ([list(range(8))], [0])
+    few = propose(FITTED, IMAGES[60:61], candidates=[np.arange(12)])
+    assert (lists(few), few.nfe) == ([list(range(12))], [0])
 
 
-def test_a_broken_prediction_drops_the_draw_and_all_stay():
+def test_broken_draws_do_not_count_and_without_any_all_stay():
     net = Pairs()
     net.broken = int(FITTED.state_dict()["anchors"][0])
     found = propose(FITTED, IMAGES[60:61], net=net)
-    assert (lists(found), found.dropped, found.nfe) == ([list(range(100))], [1], [8])
+    assert (lists(found), found.dropped, found.nfe) == ([list(range(100))], [2], [12])
+    noise, keyed = np.empty(SHAPE, dtype=np.float32), KeyedNoise(5)
+    keyed.fill(noise, keyed.key(0), FIRST_DRAW)
+    noises, t = torch.from_numpy(np.stack([noise, -noise])), torch.tensor([600, 600])
+    sums = NET.schedule.add_noise(IMAGES[60:61].expand(2, *SHAPE), noises, t).flatten(1).sum(1)
+    net.broken_above = float(sums.mean())  # one of the two draws
+    one_left = propose(FITTED, IMAGES[60:61], net=net)
+    assert (one_left.dropped, one_left.nfe) == ([1], [12])
+    assert 0 < len(one_left.candidates[0]) < 100
+    net.broken_above = -torch.inf
     with pytest.raises(ValueError, match="NaN or infinite"):
         CovarianceSearch().fit(net, [(IMAGES[:2], None)])
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from lightning_diffclf import DiffusionClassifier, Draws, NoiseSchedule, Recipe, Stages
-from lightning_diffclf.classifier.draws import KeyedNoise, nested_order
+from lightning_diffclf.classifier.draws import KeyedNoise, middle_first, nested_order
 from tests.gaussians import Gaussians, Samples
 
 
@@ -123,7 +123,7 @@ def test_bad_draws(make, message):
 def test_antithetic_draws_are_pairs_with_opposite_noise_at_one_timestep():
     schedule, keyed, draws = NoiseSchedule.linear(), KeyedNoise(3), Draws(8, seed=3, antithetic=True)
     visited = draws.visit(schedule)
-    assert visited[::2].tolist() == visited[1::2].tolist() == Draws(4).visit(schedule).tolist()
+    assert visited[::2].tolist() == visited[1::2].tolist() == schedule.timesteps(4)[[2, 0, 3, 1]].tolist()
     on_one = [Draws(n, grid=100, antithetic=True).visit(schedule) for n in (6, 8)]
     assert on_one[1][:6].tolist() == on_one[0].tolist()
     out = np.empty((8, 64), dtype=np.float32)
@@ -131,6 +131,17 @@ def test_antithetic_draws_are_pairs_with_opposite_noise_at_one_timestep():
         draws.fill(keyed, out[draw], keyed.key("image"), draw)
     assert np.array_equal(out[1::2], -out[::2])
     assert np.array_equal(out[::2], [noise(keyed, "image", draw) for draw in (0, 2, 4, 6)])
+
+
+@pytest.mark.parametrize(("count", "seen"), [(32, 8), (250, 50), (1000, 50), (1000, 500)])
+def test_middle_first_is_spread_as_a_beta_distribution_is(count, seen):
+    visited = middle_first(count).numpy()
+    assert sorted(visited) == list(range(count))
+    far = np.abs(visited - (count - 1) / 2)
+    assert far[0] <= 1 < far[:seen].mean() < far[seen:].mean()
+    # As long as there is room in the middle: Kolmogorov's distance from Beta(2, 2), of which random places have 1/√n.
+    few = min(seen, count // 4)
+    assert kstest((visited[:few] + 0.5) / count, "beta", (2, 2)).statistic < 2 / few
 
 
 @pytest.mark.parametrize("microbatch", [3, 256])
