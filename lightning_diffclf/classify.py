@@ -92,6 +92,8 @@ def classify(
         else:
             module = known.get("module", {}) | {"denoiser": identity_of(c.denoiser)}
         recipe_used = identity_of(c.recipe.resolved(c.draws, c.rule))
+        if len(set(c.denoiser.candidates.classes)) == len(c.denoiser.candidates):  # then an ensemble is of one
+            recipe_used["ensemble"] = known.get("recipe", {}).get("ensemble")
         calibrated.check(known | {"recipe": recipe_used, "module": module})
     waiting: deque[Path] = deque()
 

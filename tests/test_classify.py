@@ -161,6 +161,10 @@ def test_conformal_sets(scenes, calibration, capsys):
     assert sorted(found[0]["conforming"]) == sorted(expected)
     main(["classify", str(folder / "3.png"), *settings])
     assert f"{{{', '.join(found[0]['conforming'])}}}" in capsys.readouterr().out
+    [best] = answers(capsys, folder / "3.png", *settings, "--ensemble", "best")  # of one prompt, which is the mean too
+    assert best | {"seconds": 0} == found[0] | {"seconds": 0}
+    with pytest.raises(SystemExit, match=r"was made with other ones .*recipe.ensemble: 'mean' there, 'best' here"):
+        answers(capsys, folder / "3.png", *settings, "--ensemble", "best", "--template", "a {}")
     with pytest.raises(SystemExit, match=r"coverage: nothing to calibrate on, expected --calibration RUN"):
         main(["classify", str(folder / "3.png"), *COMMON, "--coverage", "0.8"])
     with pytest.raises(SystemExit, match=r"the calibration run .* was made with other ones .*draws"):

@@ -34,7 +34,7 @@ class LatentScale:
 
 
 class Autoencoder:
-    """An ``AutoencoderKL`` of diffusers, frozen; images and latents are float32 whatever its own dtype.
+    """An ``AutoencoderKL`` of diffusers, frozen; images and latents are float32 whatever its own dtype, float64 apart.
 
     Args:
         vae: The network; see :meth:`load`.
@@ -125,7 +125,8 @@ class Autoencoder:
             )
         pixels = (images + 1) / 2 if self.scale is not None and self.scale.zero_to_one else images
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        kind = torch.promote_types(self.vae.dtype, torch.float32)
+        return posterior.mean.to(kind), posterior.std.to(kind)
 
     def to_latents(self, values: Tensor) -> Tensor:
         """Means or samples of the posterior as diffusion models see them."""

@@ -244,9 +244,15 @@ class PipelineDenoiser:
         if not self.family.CROSS_ATTENTION:
             return self.predict(x_t[pair], t[pair], candidate)
         if self._sharing is None:
-            self._sharing = Sharing(self.network, self.family.predict, self._vectors(), self._shared)
+            self._sharing = self.sharing(tuple(self._vectors().values()))
         dtype: Any = self.network.dtype
         return self._sharing(x_t.to(dtype), t, pair, candidate)
+
+    def sharing(self, conditions: tuple[Tensor, ...]) -> Sharing:
+        """Calls the network for rows of pairs, under conditions as :meth:`conditions` gives them, of all candidates."""
+        dtype: Any = self.network.dtype
+        rows = {name: vector.to(dtype) for name, vector in zip(self._vectors(), conditions, strict=True)}
+        return Sharing(self.network, self.family.predict, rows, self._shared)
 
     def conditions(self, candidate: Tensor) -> tuple[Tensor, ...]:
         """Embeddings of candidates (N,), each (N, ...)."""

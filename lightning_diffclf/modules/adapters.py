@@ -17,6 +17,7 @@ from lightning_diffclf.data.batch import content_ids, unpack
 from lightning_diffclf.errors import UserError, check_at_least
 from lightning_diffclf.hub import TEXT_TO_IMAGE
 from lightning_diffclf.models.pipeline import family_of
+from lightning_diffclf.models.sharing import Sharing
 from lightning_diffclf.modules.objectives import Objectives
 from lightning_diffclf.modules.training import StepRandom, fixed_timesteps, optimization
 from lightning_diffclf.modules.zero_shot_sd import ZeroShotStableDiffusion
@@ -307,6 +308,7 @@ class SoftPrompts(_Adapted):
         if not widths:
             raise UserError(f"pretrained: {pretrained!r} takes no text, expected a text-to-image model")
         self.vectors = nn.Parameter(torch.zeros(num_classes, tokens, widths[0]))
+        self._sharing: tuple[tuple[int, int], Sharing] | None = None  # of which state of the vectors it is
 
     def contents(self) -> dict[str, Any]:
         """Networks, prompts, and what was learned."""
@@ -332,3 +334,17 @@ class SoftPrompts(_Adapted):
     def predict(self, x_t: Tensor, t: Tensor, candidate: Tensor) -> Tensor:
         """Network output for rows of noisy latents, times and candidates."""
         return self.predict_from(x_t, t, self.conditions(candidate))
+
+    def predict_shared(self, x_t: Tensor, t: Tensor, pair: Tensor, candidate: Tensor) -> Tensor:
+        """As :meth:`predict` for ``x_t[pair]`` and ``t[pair]``; what rows have in common is computed once.
+
+        Not where gradients are wanted: what is made of prompts is looked up in tables, which have none.
+        """
+        if torch.is_grad_enabled() or not self.denoiser.family.CROSS_ATTENTION:
+            return self.predict(x_t[pair], t[pair], candidate)
+        state = self.vectors.data_ptr(), self.vectors._version
+        if self._sharing is None or self._sharing[0] != state:
+            with torch.inference_mode(False):
+                conditions = self.conditions(torch.arange(len(self.candidates), device=x_t.device))
+            self._sharing = state, self.denoiser.sharing(tuple(one.detach() for one in conditions))
+        return self._sharing[1](x_t.to(self._network.dtype), t, pair, candidate)

@@ -119,6 +119,31 @@ def test_it_classifies_as_it_predicts(trained):
         torch.testing.assert_close(torch.as_tensor(one.scores_K), torch.as_tensor(other.scores_K), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["shared", "each"])
+def test_soft_prompts_share_what_candidates_have_in_common(kind):
+    """Also after they have changed; with gradients, each row is computed by itself."""
+    module = made(kind)
+    x0 = module.encode(torch.zeros(2, 3, *module.native_size))
+    x_t, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 700])
+    pair, candidate = torch.arange(2).repeat_interleave(10), torch.arange(10).repeat(2)
+    computed: list[int] = []  # rows that the first layer is given
+    first = module._network.conv_in
+    forward = first.forward
+    first.forward = lambda x: (computed.append(len(x)), forward(x))[1]
+    for std in (0.0, 0.5, 1.0):
+        with torch.no_grad():
+            module.vectors.normal_(std=std, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            expected = module.predict(x_t[pair], t[pair], candidate)
+            found = module.predict_shared(x_t, t, pair, candidate)
+        assert computed[-1] == 2  # pairs, not rows
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=5e-6)
+    output = module.predict_shared(x_t, t, pair, candidate)
+    torch.testing.assert_close(output, expected)
+    (gradient,) = torch.autograd.grad(output.square().sum(), module.vectors)
+    assert bool(gradient.abs().sum() > 0)
+
+
 def test_lora_weights_are_those_of_diffusers(tmp_path):
     """Merged into the pretrained weights by diffusers, they make the same network."""
     module = made("lora")
