@@ -101,10 +101,11 @@ class CertificationTrial:
 
     def summary(self, classifier: Classifier) -> dict[str, Any]:
         """See :class:`~.trial.Trial`."""
-        calls = calls_of(classifier)
+        calls, draws = calls_of(classifier), ""
         if not isinstance(classifier, DiscriminativeClassifier):
             calls += len(classifier.candidates)  # of the step that takes the noise away
-        draws = "" if isinstance(classifier, DiscriminativeClassifier) else f", {classifier.draws.count} fixed draws"
+            count = classifier.draws.count
+            draws = f", {count} fixed draw{'s' * (count > 1)}"
         title = (
             f"certified by smoothing: l2 of images in [0, 1], sigma {self.sigma:g}, n {self.n:,}, alpha "
             f"{self.alpha:g}{draws}, {(self.n0 + self.n) * calls:,} network calls an image"

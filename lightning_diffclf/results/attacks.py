@@ -135,5 +135,7 @@ def described(settings: dict[str, Any]) -> str:
         >>> described({"attack": "APGD", "norm": "linf", "eps": 0.1, "steps": 20, "randomness": "fixed", "draws": 5})
         'APGD, linf, eps 0.1 of images in [0, 1], 5 fixed draws'
     """
-    draws = "no draws" if settings["draws"] is None else f"{settings['draws']} {settings['randomness']} draws"
+    count, draws = settings["draws"], "no draws"
+    if count is not None:
+        draws = f"{count} {settings['randomness']} draw{'s' * (count > 1)}"
     return f"{settings['attack']}, {settings['norm']}, eps {settings['eps']:.4g} of images in [0, 1], {draws}"

@@ -45,7 +45,7 @@ def test_certify_prints_a_row_for_each_radius(runs, capsys):
     command = ["certify", "--ckpt", str(runs / "dit_digits" / "checkpoints" / "last.ckpt"), *CPU]
     cli.main([*command, "--sigma=0.2", "--n0=4", "--n=12", "--alpha=0.05", "--draws=1", "--limit=2", "--radii=0,1/8,3"])
     printed = capsys.readouterr().out
-    assert "sigma 0.2, n 12, alpha 0.05, 1 fixed draws, 320 network calls an image" in printed  # 16 (10 + 10)
+    assert "sigma 0.2, n 12, alpha 0.05, 1 fixed draw, 320 network calls an image" in printed  # 16 (10 + 10)
     assert [line.split()[1] for line in printed.splitlines() if "%)" in line] == ["0", "0.125"]
     assert read_table(runs / "dit_digits" / "certification").num_rows == 2
 
