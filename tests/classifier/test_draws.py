@@ -158,6 +158,13 @@ def test_in_antithetic_pairs_the_noise_of_differences_cancels_where_predictions_
     assert (differences(1, False) - differences(2, False)).abs().max() > 0.01
 
 
+def test_antithetic_draws_of_versions_with_another_order_are_other_draws():
+    assert Recipe(4, antithetic=True).identity()["antithetic"] == "middle first"  # it was true
+    assert Recipe(4, antithetic=True, grid=100).identity()["antithetic"] is True
+    resolved = Recipe().resolved(Draws(4, antithetic=True), Stages())
+    assert resolved.identity()["antithetic"] == "middle first"
+
+
 def test_antithetic_is_of_the_recipe_or_of_the_draws():
     assert DiffusionClassifier(Gaussians(), draws=4, antithetic=True).draws.antithetic
     assert DiffusionClassifier(Gaussians(), antithetic=True).draws.antithetic
