@@ -16,7 +16,7 @@ from lightning_diffclf.callbacks.probe import ProbeFitting
 from lightning_diffclf.callbacks.rank_evaluation import RankEvaluation
 from lightning_diffclf.callbacks.run_settings import run_settings
 from lightning_diffclf.callbacks.run_writer import RunWriter
-from lightning_diffclf.callbacks.sharding import images_on_this_rank, parse_part, the_loader
+from lightning_diffclf.callbacks.sharding import batches_within_limit, images_on_this_rank, parse_part, the_loader
 from lightning_diffclf.classifier import (
     Classification,
     DiffusionClassifier,
@@ -230,12 +230,12 @@ class DiffusionClassifierCallback(L.Callback):
         loader, part = the_loader(trainer, self.name), None if fits else self._part
         images = images_on_this_rank(loader, trainer.global_rank, trainer.world_size, self.fit_images if fits else None)
         self.metrics, self.planned, self._writer = {}, None, None
-        if not fits and trainer.state.fn != "predict":
-            self._check_coverage(loader)
         reused: Reused | None = None
         if self._planner is not None:
             self._planner.begin(trainer, loader, images, 1 if part is None else part[1])
-        elif not fits:
+        if not fits and trainer.state.fn != "predict":
+            self._check_coverage(trainer, loader)
+        if self._planner is None and not fits:
             if self.output_dir is not None or self.reuse is not None:
                 settings = run_settings(self, trainer, pl_module, loader)
                 reused = self._open_reused(settings)
@@ -258,14 +258,18 @@ class DiffusionClassifierCallback(L.Callback):
         )
         self.results = self._evaluation.results
 
-    def _check_coverage(self, loader: Any) -> None:
+    def _check_coverage(self, trainer: L.Trainer, loader: Any) -> None:
         """Raise UserError where it is clear from the start that images are too few to calibrate each other's sets."""
         recipe, dataset = self.recipe, getattr(loader, "dataset", None)
+        if recipe.coverage is None or self._calibrated is not None:
+            return
         if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
             return
-        if recipe.coverage is not None and self._calibrated is None:
-            classes = self.outline.num_classes if recipe.coverage_by_class else 1
-            check_images(len(dataset), recipe.coverage, classes)
+        count, batches = len(dataset), batches_within_limit(trainer, loader)
+        resumes = self.output_dir is not None and Path(self.output_dir).exists()  # what it holds counts as well
+        if batches is not None and getattr(loader, "batch_size", None) is not None and not resumes:
+            count = min(count, batches * loader.batch_size * trainer.world_size)
+        check_images(count, recipe.coverage, self.outline.num_classes if recipe.coverage_by_class else 1)
 
     def _open_reused(self, settings: Settings) -> Reused | None:
         """Errors of an earlier run, if there are any to take."""

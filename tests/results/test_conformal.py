@@ -18,9 +18,9 @@ from tests.gaussians import Gaussians, loader
 from tests.results.made_up import made_up_outline, made_up_rows, made_up_run
 
 
-def quiet_trainer(callback: L.Callback) -> L.Trainer:
-    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return L.Trainer(callbacks=[callback], **settings)
+def quiet_trainer(callback: L.Callback, **settings) -> L.Trainer:
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(callbacks=[callback], **quiet, **settings)
 
 
 def outline_with(classes: int, **settings):
@@ -99,6 +99,18 @@ def test_too_few_images_are_an_error_before_they_are_classified(settings, messag
     with pytest.raises(UserError, match=message):
         quiet_trainer(callback).test(Gaussians(), loader(30), verbose=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_limit_of_batches_counts_unless_there_are_images_already(tmp_path):
+    def limited(batches):
+        callback = DiffusionClassifierCallback(draws=6, coverage=0.95, output_dir=str(tmp_path / "run"))
+        return quiet_trainer(callback, limit_test_batches=batches).test(Gaussians(), loader(30), verbose=False)
+
+    with pytest.raises(UserError, match=r"coverage: 8 images to calibrate on, expected at least 19"):
+        limited(2)
+    assert not (tmp_path / "run").exists()
+    limited(8)
+    limited(2)  # goes on with the 30 images that it has
 
 
 def test_the_report_says_what_sets_come_to(tmp_path):
