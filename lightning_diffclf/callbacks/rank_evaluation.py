@@ -52,7 +52,7 @@ class RankEvaluation:
         reused: Errors of an earlier run.
 
     Attributes:
-        labelled: Whether images have labels.
+        labelled: Whether labels of images count: not in ``predict``.
         results: Decisions without errors, in the order of the images, if there is no ``writer``.
     """
 
@@ -106,7 +106,8 @@ class RankEvaluation:
         ids = self._ids(None if ids is None else ids[:count], images[:count])
         if self._corruption is not None and count:
             images = self._corruption(images[:count], ids)
-        known: list[Any] = [None] * count if labels is None else labels[:count].tolist()
+        # What `predict` is given may be of other classes than the candidates: its labels, if any, are not looked at.
+        known: list[Any] = labels[:count].tolist() if labels is not None and self.labelled else [None] * count
         if self.labelled:
             self._check_labels(known, ids)
         forward = self._trainer.precision_plugin.forward_context  # hooks run outside autocast
