@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="test images to classify")
     parser.add_argument("--draws", type=int, nargs="*", help=f"of all candidates (default: {DRAWS})")
     parser.add_argument("--ruled", type=int, nargs="*", help=f"most draws of LikelihoodRatio (default: {RULES})")
-    parser.add_argument("--samples", type=int, default=500, help="0: do not look at samples, which are of pairs only")
+    parser.add_argument("--samples", type=int, default=500, help="to look at; 0 for none")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="changes all variants")
     parser.add_argument("--validate", action="store_true", help="training images in place of the test images")
     parser.add_argument("--folder", type=Path, default=Path("runs/training_for_classification"), help="for weights")
@@ -136,7 +136,7 @@ def main() -> None:
         found_rules = [right(module, folder / network, draws, RULE) for draws in ruled]
         found += [one for one, _ in found_rules]
         quality = ["–", "–"]
-        if args.samples and task == "digit_pairs":
+        if args.samples:
             distance, share = sample_quality(module, train, args.samples)
             quality = [f"{distance:.2f}", f"{share:.1%}"]
         p = "–"

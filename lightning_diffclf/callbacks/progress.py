@@ -55,6 +55,15 @@ class ClassifierProgressBar(RichProgressBar):
         metrics.pop("v_num", None)  # a logger's number of the run: its folder has a name
         return metrics
 
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_test_epoch_end(trainer, pl_module)
+        if self.is_enabled and self.progress is not None and self.test_progress_bar_id is not None:
+            done = self.test_progress_bar.completed  # a limit of images may end it before the last batch
+            self.progress.update(self.test_progress_bar_id, total=done)
+            self.refresh()
+
     # --- classification --------------------------------------------------------------------------------------------
 
     def start_images(self, total: int | None, what: str = "Classifying") -> None:

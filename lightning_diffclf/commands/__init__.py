@@ -143,6 +143,7 @@ def telling(command: Callable[[], object], program: bool = False) -> None:
         "The number of training batches",
         "The dirpath has changed",
         ".*does not have many workers",
+        "predict returned None",
     ):
         warnings.filterwarnings("ignore", message=f".*{harmless}")
     chatter = "Tip:", "already configured with model summary", "TPU available", "Restoring states from the checkpoint"
