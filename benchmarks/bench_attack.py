@@ -28,9 +28,9 @@ FRESH = ["--eps", "0.1", "--randomness", "fresh", "--seeds", "3", "--steps", "20
 AUTO_OF_TIMM = ["--auto", "--batch_size", "200", "--data.eval_batch_size", "200", "--limit", "200"]
 AUTO_OF_DIT = (  # and how many digits, of which so many at once: what is interrupted begins a batch again
     ("linf", "0.2", "200", "25"),
-    ("linf", "0.1", "100", "25"),
-    ("l2", "0.5", "50", "25"),
-    ("linf", "0.03", "25", "3"),
+    ("linf", "0.1", "200", "25"),
+    ("l2", "0.5", "200", "25"),
+    ("linf", "0.03", "25", "5"),
 )
 SIGMAS = ("0.12", "0.25")
 SMOOTHING = ["--n0", "20", "--n", "100", "--radii", "0,0.1,0.2,0.3", "--limit", "25"]
