@@ -248,6 +248,14 @@ def test_fit_classifies_every_nth_validation_and_skips_the_sanity_check():
     assert fitting.callback_metrics["diffclf/images"] == 3
 
 
+def test_predict_looks_at_no_labels_which_may_be_of_other_classes(tmp_path):
+    callback = DiffusionClassifierCallback(draws=5, output_dir=str(tmp_path))
+    trainer(callback).predict(Gaussians(), loader(6))
+    rows, report = read(tmp_path)
+    assert rows["label"] == [None] * 6
+    assert "accuracy" not in report["metrics"]
+
+
 def test_predict_needs_no_labels(tmp_path):
     callback = DiffusionClassifierCallback(draws=5, output_dir=str(tmp_path / "out"))
     trainer(callback).predict(Gaussians(), loader(6, labelled=False))
