@@ -19,7 +19,8 @@ import torch
 
 from lightning_diffclf.commands import run
 from lightning_diffclf.files import read_json
-from lightning_diffclf.results.statistics import Interval
+from lightning_diffclf.results.statistics import Interval, mcnemar
+from lightning_diffclf.results.stored import read_table
 
 DRAWS = "2"
 BALLS = (("linf", "0.03"), ("linf", "0.1"), ("linf", "0.2"), ("l2", "0.5"))
@@ -66,6 +67,18 @@ def main() -> None:
         how = trial["attack"] + (f", {trial['randomness']} draws" if network == "dit_digits" else "")
         shares = " | ".join(share(numbers, name) for name in ("accuracy", "robust_accuracy"))
         print(f"| {network} | {trial['norm']} | {trial['eps']} | {how} | {numbers['images']} | {shares} |")
+    robust = {
+        (trial["norm"], trial["eps"], network): withstands(one["folder"])
+        for network, one in found["attack"]
+        if (trial := one["settings"]["attack"])["attack"] == "AutoAttack standard"
+    }
+    print("\n| norm | eps | digits | withstand AutoAttack on the DiT only : on the ViT only | McNemar p |")
+    print("| --- | --- | --- | --- | --- |")
+    for norm, eps in BALLS:
+        dit, vit = (robust[norm, float(eps), network] for network in ("dit_digits", "timm_digits"))
+        both = dit.keys() & vit.keys()
+        only = sum(dit[i] > vit[i] for i in both), sum(dit[i] < vit[i] for i in both)
+        print(f"| {norm} | {eps} | {len(both)} | {only[0]} : {only[1]} | {mcnemar(*only):.2g} |")
     rows = found["certify"][0][1]["metrics"]["certified"]
     names = " | ".join(f"radius {row['radius']:g}" for row in rows)
     print(f"\n| network | sigma | digits | with an answer | {names} |\n| --- | --- | --- | --- |{' --- |' * len(rows)}")
@@ -85,7 +98,13 @@ def done(runs: Path, command: str, network: str, flags: list[str]) -> dict:
     out = runs / "trust" / "_".join([command, network, *(flag.strip("-") for flag in flags)])
     checkpoint = str(runs / network / "checkpoints" / "last.ckpt")
     run(command, ["--ckpt", checkpoint, "--out", str(out), *flags, *QUIET])
-    return read_json(out / "metrics.json")
+    return read_json(out / "metrics.json") | {"folder": out}
+
+
+def withstands(folder: Path) -> dict[str, bool]:
+    """Of each digit, by its id, whether it is right with and without attack."""
+    rows = read_table(folder).select(["id", "label", "clean_S", "attacked_S"]).to_pylist()
+    return {row["id"]: {row["label"]} == {*row["clean_S"], *row["attacked_S"]} for row in rows}
 
 
 def share(numbers: dict, name: str) -> str:

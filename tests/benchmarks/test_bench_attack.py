@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lightning_diffclf import cli
 from lightning_diffclf.callbacks import attack
+from lightning_diffclf.results.stored import read_table
 from tests.test_readme import SMALLER
 
 LESS = {
@@ -13,7 +14,7 @@ LESS = {
     "APGD": ["--steps", "2", "--limit", "3"],
     "FRESH": ["--eps", "0.1", "--randomness", "fresh", "--seeds", "2", "--steps", "1", "--eot", "1", "--limit", "2"],
     "AUTO_OF_TIMM": ["--auto", "--batch_size", "2", "--data.eval_batch_size", "2", "--limit", "2"],
-    "AUTO_OF_DIT": (),
+    "AUTO_OF_DIT": (("linf", "0.1", "2", "2"),),
     "SIGMAS": ("0.12",),
     "SMOOTHING": ["--n0", "2", "--n", "8", "--alpha", "0.1", "--radii", "0,0.05", "--limit", "2"],
 }
@@ -40,13 +41,24 @@ def test_all_of_it_at_toy_size(monkeypatch, tmp_path, capsys):
     attacks, certificates = (
         [row for row in rows if row[0] in ("dit_digits", "timm_digits") and len(row) == cells] for cells in (7, 6)
     )
-    assert [row[0] for row in attacks] == ["dit_digits"] * 2 + ["timm_digits"] * 2
+    assert [row[0] for row in attacks] == ["dit_digits"] * 3 + ["timm_digits"] * 2
     assert [row[3] for row in attacks] == [
+        "AutoAttack standard, fixed draws",
         "APGD, fixed draws",
         "APGD, fresh draws",
         "APGD",
         "AutoAttack standard",
     ]
-    assert [row[4] for row in attacks] == ["3", "2", "3", "2"]
+    assert [row[4] for row in attacks] == ["2", "3", "2", "3", "2"]
+    dit, vit = (
+        {row["id"]: row for row in read_table(folder).to_pylist()}
+        for folder in sorted(tmp_path.glob("trust/attack*auto*"))
+    )
+    right = [
+        {i: {row["label"]} == {*row["clean_S"], *row["attacked_S"]} for i, row in one.items()} for one in (dit, vit)
+    ]
+    only = [sum(a[i] and not b[i] for i in a) for a, b in (right, right[::-1])]
+    pairs = [row for row in rows if len(row) == 5 and row[0] == "linf"]
+    assert [row[:4] for row in pairs] == [["linf", "0.1", "2", f"{only[0]} : {only[1]}"]]
     assert [row[0] for row in certificates] == ["timm_digits", "dit_digits"]
     assert {row[2] for row in certificates} == {"2"}
